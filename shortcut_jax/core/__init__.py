@@ -1,0 +1,1 @@
+"""Floor 1: pure mathematics. Imports nothing of this package."""

@@ -1,0 +1,126 @@
+"""Times: shifts, sampling grids, and the random timesteps and intervals of training."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from shortcut_jax.core.types import Array
+
+FIRST_TIME = 1.0 - 1e-5
+"""The first point of every training grid. Published value: pure noise itself carries no information on the data."""
+
+
+@dataclass(frozen=True)
+class ShiftRange:
+    """How the timestep shift of a shortcut row is drawn.
+
+    Uniform in [low, high]; with probability `dynamic`, the resolution-dependent shift instead.
+    """
+
+    low: float = 1.0
+    high: float = 1.0
+    dynamic: float = 0.0
+
+
+@dataclass(frozen=True)
+class StudentSteps:
+    """The student step counts that self rows train, and how often each is drawn.
+
+    Attributes:
+      counts: student step counts m, each at least 1. A row trains one step of the m-step sampler.
+      weights: relative frequency of each count; empty means equal.
+      jumps: J, the grid steps that make up one student step: an even number.
+    """
+
+    counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
+    weights: tuple[float, ...] = ()
+    jumps: int = 2
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """The weights, normalised to sum to 1, one a count."""
+        weights = self.weights or (1.0,) * len(self.counts)
+        return tuple(w / sum(weights) for w in weights)
+
+    @property
+    def untaught(self) -> tuple[int, ...]:
+        """The counts m whose finer count 2 m is absent, so that nothing trains the steps their targets are made of."""
+        return tuple(m for m in self.counts if 2 * m not in self.counts)
+
+
+class Intervals(NamedTuple):
+    """One interval a row: a student step and the grid points inside it.
+
+    Attributes:
+      times_BJ: the J + 1 decreasing grid times, shape [B, J + 1].
+      count_B: the student step count m each row was drawn for.
+    """
+
+    times_BJ: Array
+    count_B: Array
+
+
+def shift_time(t: Array, shift: Array | float) -> Array:
+    """Shifts times towards noise: s t / (1 + (s - 1) t), which keeps 0 and 1 in place."""
+    return shift * t / (1.0 + (shift - 1.0) * t)
+
+
+def resolution_shift(num_tokens: int) -> float:
+    """Flux's resolution-dependent shift exp(mu): mu is linear, 0.5 at 256 image tokens and 1.15 at 4096."""
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return math.exp(0.5 + slope * (num_tokens - 256))
+
+
+def sampling_grid(num_steps: Array | int, max_steps: int, shift: float = 1.0) -> Array:
+    """The shifted uniform grid from 1 to 0 in `num_steps` steps, padded with zeros to shape [max_steps + 1]."""
+    k = jnp.arange(max_steps + 1, dtype=jnp.float32)
+    return shift_time(jnp.clip(1.0 - k / num_steps, 0.0, 1.0), shift)
+
+
+def draw_timesteps(key: Array, num_rows: int, kind: str) -> Array:
+    """Timesteps of flow rows in (0, 1), shape [B].
+
+    Args:
+      kind: `uniform`, or `logit_normal` (the sigmoid of a standard normal, as in Stable Diffusion 3).
+
+    Raises:
+      ValueError: another kind.
+    """
+    if kind == "uniform":
+        return jax.random.uniform(key, (num_rows,), minval=1e-6, maxval=1.0)
+    if kind == "logit_normal":
+        return jax.nn.sigmoid(jax.random.normal(key, (num_rows,)))
+    raise ValueError(f"timestep is {kind!r}, but must be 'uniform' or 'logit_normal'")
+
+
+def draw_shifts(key: Array, num_rows: int, shift: ShiftRange, num_tokens: int) -> Array:
+    """One shift a row, shape [B]; `num_tokens` image tokens set the resolution-dependent one."""
+    key_range, key_dynamic = jax.random.split(key)
+    shift_B = jax.random.uniform(key_range, (num_rows,), minval=shift.low, maxval=shift.high)
+    dynamic_B = jax.random.uniform(key_dynamic, (num_rows,)) < shift.dynamic
+    return jnp.where(dynamic_B, resolution_shift(num_tokens), shift_B)
+
+
+def interval_times(count_B: Array, start_B: Array, shift_B: Array, jumps: int) -> Array:
+    """Times of the `jumps` + 1 grid points of student step `start_B` (0-based) out of `count_B`, shape [B, J + 1].
+
+    The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`.
+    """
+    index_BJ = start_B[:, None] * jumps + jnp.arange(jumps + 1)
+    uniform_BJ = 1.0 - index_BJ / (count_B * jumps)[:, None]
+    return jnp.minimum(shift_time(uniform_BJ, shift_B[:, None]), FIRST_TIME)
+
+
+def draw_intervals(key: Array, num_rows: int, steps: StudentSteps, shift: ShiftRange, num_tokens: int) -> Intervals:
+    """Draws for each row a student step count, one of its steps, and a shift (section "What SCFM changes")."""
+    key_count, key_start, key_shift = jax.random.split(key, 3)
+    counts = jnp.asarray(steps.counts, jnp.int32)
+    count_B = counts[
+        jax.random.choice(key_count, len(steps.counts), (num_rows,), p=jnp.asarray(steps.probabilities, jnp.float32))
+    ]
+    start_B = jnp.minimum((jax.random.uniform(key_start, (num_rows,)) * count_B).astype(jnp.int32), count_B - 1)
+    shift_B = draw_shifts(key_shift, num_rows, shift, num_tokens)
+    return Intervals(interval_times(count_B, start_B, shift_B, steps.jumps), count_B)

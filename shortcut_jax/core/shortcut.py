@@ -1,0 +1,61 @@
+"""Targets of self-distillation: SCFM (arXiv 2510.17858) and shortcut models (arXiv 2410.12557).
+
+Both replace one large step by the composition of smaller ones. SCFM asks it of the velocity field itself; a shortcut
+model tells the network the step size.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from shortcut_jax.core.flow import per_row
+from shortcut_jax.core.schedules import StudentSteps
+from shortcut_jax.core.types import Array, StepVelocity, Velocity
+
+
+def jump_target(x_BNC: Array, times_BJ: Array, velocities: Sequence[Velocity]) -> Array:
+    """The straight line over an interval: sum_j dt_j v_j / sum_j dt_j, walking through the velocities in turn.
+
+    Args:
+      x_BNC: the state at the interval's start, `times_BJ[:, 0]`.
+      times_BJ: decreasing times, shape [B, J + 1].
+      velocities: J velocity functions; the j-th makes the jump from time j to time j + 1.
+
+    Returns:
+      The target velocity [B, N, C] in float32, through which no gradient flows.
+    """
+    path_BNC = jnp.zeros_like(x_BNC)
+    for j, velocity in enumerate(velocities):
+        dt = per_row(times_BJ[:, j] - times_BJ[:, j + 1], x_BNC)
+        path_BNC = path_BNC + dt * velocity(x_BNC - path_BNC, times_BJ[:, j])
+    return jax.lax.stop_gradient(path_BNC / per_row(times_BJ[:, 0] - times_BJ[:, -1], x_BNC))
+
+
+def scfm_target(x_BNC: Array, times_BJ: Array, first: Velocity, slow: Velocity) -> Array:
+    """SCFM's target: the first J / 2 jumps by `first` (teacher or fast EMA), the other J / 2 by the slow EMA."""
+    half = (times_BJ.shape[1] - 1) // 2
+    return jump_target(x_BNC, times_BJ, [first] * half + [slow] * half)
+
+
+def shortcut_target(
+    x_BNC: Array, times_BJ: Array, count_B: Array, velocity: StepVelocity, steps: StudentSteps
+) -> Array:
+    """The shortcut model's target: J smaller steps by the EMA network, each told its own step size.
+
+    Where no row trains the smaller step (J m is not a student step count), the network is told d = 0, the
+    instantaneous velocity, as the original does at its finest level.
+    """
+    taught_B = jnp.isin(count_B * steps.jumps, jnp.asarray(steps.counts))
+
+    def jump(j: int) -> Velocity:
+        d_B = jnp.where(taught_B, times_BJ[:, j] - times_BJ[:, j + 1], 0.0)
+        return lambda x_BNC, t_B: velocity(x_BNC, t_B, d_B)
+
+    return jump_target(x_BNC, times_BJ, [jump(j) for j in range(times_BJ.shape[1] - 1)])
+
+
+def squared_error(prediction_BNC: Array, target_BNC: Array) -> Array:
+    """Mean squared error of each row in float32, shape [B]."""
+    error_BNC = prediction_BNC.astype(jnp.float32) - target_BNC.astype(jnp.float32)
+    return jnp.mean(jnp.square(error_BNC), axis=tuple(range(1, error_BNC.ndim)))

@@ -1,0 +1,1 @@
+"""Floor 3b: records and the input pipeline. Imports core."""

@@ -1,0 +1,1 @@
+"""Floor 2: Flax (linen) definitions and their presets. Imports core only."""

@@ -1,0 +1,120 @@
+"""The linear layer of every model here: kernels with parts and heads as axes, sharded and reduced on purpose."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from shortcut_jax.core.types import Array
+
+Names = tuple[str | None, ...]
+Constrain = Callable[[Array, Names], Array]
+Initializer = Callable[..., Array]
+
+
+def no_constraint(x: Array, names: Names) -> Array:
+    """The identity: what a model uses where no mesh is given."""
+    del names
+    return x
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Everything static about one linear map.
+
+    Attributes:
+      names: logical axis of each kernel axis; `shard` marks the axis that FSDP splits in storage.
+      in_dims: how many leading kernel axes are contracted with the trailing axes of the input.
+      compute_dtype: dtype of the matrix product.
+      reduce_dtype: dtype in which the kernel's gradient leaves its matrix product, and so in which devices add it up.
+      constrain: applies a sharding by logical names.
+    """
+
+    names: Names
+    in_dims: int
+    compute_dtype: str
+    reduce_dtype: str
+    constrain: Constrain
+
+    def gathered(self, kernel: Array) -> Array:
+        """The kernel cast first and gathered over the FSDP axis second, so that the gather moves the small dtype."""
+        stored = self.constrain(kernel.astype(self.compute_dtype), self.names)
+        return self.constrain(stored, tuple(None if n == "shard" else n for n in self.names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
+    """x @ kernel + bias over the last `in_dims` axes of x, in the compute dtype.
+
+    The derivative is written out for two reasons: the backward pass gathers the kernel again instead of keeping it, and
+    the kernel's gradient is reduced between devices in `reduce_dtype` (a cast before the gather would otherwise make
+    that reduction bfloat16 too, silently).
+    """
+    return _forward(x, kernel, bias, options)[0]
+
+
+def _forward(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> tuple[Array, Any]:
+    n = options.in_dims
+    x = x.astype(options.compute_dtype)
+    contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    y = jax.lax.dot_general(x, options.gathered(kernel), (contract, ((), ())))
+    if bias is not None:
+        y = y + bias.astype(options.compute_dtype)
+    return y, (x, kernel, bias)
+
+
+def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = residuals
+    n, rows = options.in_dims, x.ndim - options.in_dims
+    outs = tuple(range(rows, dy.ndim))
+    dx = jax.lax.dot_general(dy, options.gathered(kernel), ((outs, tuple(range(n, kernel.ndim))), ((), ())))
+    batch = tuple(range(rows))
+    reduce_dtype = jnp.dtype(options.reduce_dtype)
+    dkernel = jax.lax.dot_general(x, dy, ((batch, batch), ((), ())), preferred_element_type=reduce_dtype)
+    dkernel = options.constrain(dkernel, options.names).astype(kernel.dtype)
+    dbias = None if bias is None else jnp.sum(dy, axis=batch, dtype=reduce_dtype).astype(bias.dtype)
+    return dx, dkernel, dbias
+
+
+linear.defvjp(_forward, _backward)
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform within +- sqrt(6 / (fan_in + fan_out)), fans named because kernels here have several axes a side."""
+    limit = math.sqrt(6.0 / (fan_in + fan_out))
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+class Linear(nn.Module):
+    """A linear layer with parameters `kernel` [*in, *out] and `bias` [*out].
+
+    Attributes:
+      out: the output axes, for instance (3, heads, head size).
+      names: see `LinearOptions.names`.
+      in_dims: how many trailing axes of the input are contracted.
+      kernel_init: initializer of the kernel; biases start at zero.
+      use_bias: whether there is a bias.
+    """
+
+    out: Sequence[int]
+    names: Names
+    kernel_init: Initializer
+    compute_dtype: str
+    param_dtype: str
+    reduce_dtype: str
+    constrain: Constrain = no_constraint
+    in_dims: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (*x.shape[x.ndim - self.in_dims :], *self.out)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, tuple(self.out), self.param_dtype) if self.use_bias else None
+        options = LinearOptions(self.names, self.in_dims, self.compute_dtype, self.reduce_dtype, self.constrain)
+        return linear(x, kernel, bias, options)

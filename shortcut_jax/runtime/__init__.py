@@ -1,0 +1,1 @@
+"""Floor 3b: devices and disk. Imports core, models and weights."""

@@ -1,0 +1,1 @@
+"""Floor 2: PyTorch <-> Flax name tables, both directions. Imports core only."""
