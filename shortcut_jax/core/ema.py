@@ -49,7 +49,7 @@ def decay_at(decay: float, num_updates: Array, warmup: bool) -> Array:
 
 
 def average(ema: Any, params: Any, decay: Array | float) -> Any:
-    """decay * ema + (1 - decay) * params, leaf by leaf in float32."""
+    """Decay * ema + (1 - decay) * params, leaf by leaf in float32."""
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(jnp.float32), ema, params)
 
 
@@ -67,5 +67,5 @@ def update_ema(ema: DualEma, params: Any, num_updates: Array, settings: EmaSetti
     if not settings.restart_every:
         return DualEma(fast, slow)
     restart = (num_updates + 1) % settings.restart_every == 0
-    choose = lambda e, p: jnp.where(restart, p.astype(jnp.float32), e)  # noqa: E731
+    choose = lambda e, p: jnp.where(restart, p.astype(jnp.float32), e)
     return DualEma(jax.tree.map(choose, fast, params), jax.tree.map(choose, slow, params))

@@ -44,9 +44,7 @@ def attend(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, backend: str) -> Array:
     """Full softmax attention of all L tokens, without a mask, as Flux attends; softmax in float32. [B, L, H, K]."""
     if backend == "pallas":
         return _pallas_tpu(q_BLHK, k_BLHK, v_BLHK)
-    return jax.nn.dot_product_attention(
-        q_BLHK, k_BLHK, v_BLHK, implementation="cudnn" if backend == "cudnn" else "xla"
-    )
+    return jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, implementation="cudnn" if backend == "cudnn" else "xla")
 
 
 def _pallas_tpu(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array) -> Array:
@@ -55,12 +53,10 @@ def _pallas_tpu(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array) -> Array:
 
     b, length, _, head_size = q_BLHK.shape
     padding = -length % _PALLAS_BLOCK
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)  # noqa: E731
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
     segments = None
     if padding:
         ids = jnp.broadcast_to((jnp.arange(length + padding) >= length).astype(jnp.int32), (b, length + padding))
         segments = flash.SegmentIds(q=ids, kv=ids)
-    out = flash.flash_attention(
-        pad(q_BLHK), pad(k_BLHK), pad(v_BLHK), segment_ids=segments, sm_scale=head_size**-0.5
-    )
+    out = flash.flash_attention(pad(q_BLHK), pad(k_BLHK), pad(v_BLHK), segment_ids=segments, sm_scale=head_size**-0.5)
     return out.transpose(0, 2, 1, 3)[:, :length]

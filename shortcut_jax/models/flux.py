@@ -292,7 +292,7 @@ class Flux(nn.Module):
         rope = rotary_phases(jnp.concatenate([txt_ids_M3, img_ids_N3]), cfg.axes, cfg.theta)
         vec_BD = self._conditioning(t_B, vec_BV, guidance_B, step_B)
         stream = ("batch", None, None)
-        embed = lambda name, fan: _linear(  # noqa: E731
+        embed = lambda name, fan: _linear(
             cfg, name, (cfg.width,), (None, "shard"), kernel_init=xavier_uniform(fan, cfg.width)
         )
         img_BND = cfg.constrain(embed("img_in", cfg.channels)(x_BNC), stream)

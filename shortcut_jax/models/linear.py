@@ -49,7 +49,7 @@ class LinearOptions:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
-    """x @ kernel + bias over the last `in_dims` axes of x, in the compute dtype.
+    """X @ kernel + bias over the last `in_dims` axes of x, in the compute dtype.
 
     The derivative is written out for two reasons: the backward pass gathers the kernel again instead of keeping it, and
     the kernel's gradient is reduced between devices in `reduce_dtype` (a cast before the gather would otherwise make

@@ -1,0 +1,73 @@
+"""Command lines: absl flags and an ml_collections config, parsed without global state; errors as one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from shortcut_jax.data.records import DataError
+from shortcut_jax.runtime.checkpoint import CheckpointError
+from shortcut_jax.settings import ConfigError
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run."""
+
+
+EXPECTED_ERRORS: tuple[type[Exception], ...] = (UsageError, ConfigError, DataError, CheckpointError, flags.Error)
+"""Errors that are told as one line, without a traceback."""
+
+
+def new_flags() -> flags.FlagValues:
+    """An empty set of flags with `--help`."""
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
+    return values
+
+
+def define_config(values: flags.FlagValues, name: str, help_text: str, argv: Sequence[str]) -> None:
+    """Adds a flag for a config file, with `--name.key=value` overrides."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(name, None, help_text, flag_values=values, sys_argv=list(argv))
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str] = ()) -> None:
+    """Parses a command line into `values`.
+
+    Raises:
+      UsageError: unknown flags or keys, unreadable values, stray words or missing required flags, in one line.
+      SystemExit: after `--help`.
+    """
+    try:
+        rest = values(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise UsageError(_one_line(error)) from error
+    if values["help"].value:
+        print(f"{usage}\n{values.get_help()}")
+        raise SystemExit(0)
+    if rest[1:]:
+        raise UsageError(f"unexpected argument {rest[1]!r}; {usage}")
+    for name in required:
+        if values[name].value is None:
+            raise UsageError(f"--{name} is missing; {usage}")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    return " ".join(lines)[:400] or type(error).__name__
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:
+    """Runs a main and exits: its code, or 1 with one line for an expected error, or 130 for Ctrl-C."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        code = main(sys.argv if argv is None else argv) or 0
+    except EXPECTED_ERRORS as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code)

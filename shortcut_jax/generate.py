@@ -1,0 +1,65 @@
+"""Captions to pictures, in batches of one compiled shape on any mesh: what sample grids, reports and `sample` share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from shortcut_jax.assemble import Assembly, text_encoder
+from shortcut_jax.core.types import Condition
+from shortcut_jax.data.records import to_pixels
+from shortcut_jax.runtime.sharding import batch_sharding, replicated
+from shortcut_jax.steps.sampling import draw_noise, make_sampler
+
+
+class Generator:
+    """Samples pictures for captions from a tree of weights."""
+
+    def __init__(self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0):
+        """Prepares a sampler of up to `max_steps` steps; `batch_size` is rounded up to the mesh."""
+        self._assembly = assembly
+        shards = assembly.mesh_shape.batch_shards
+        self.batch_size = -(-batch_size // shards) * shards
+        self.max_steps = max_steps
+        self._encode = text_encoder(assembly.settings, assembly.model)
+        height, width = assembly.latent_size
+        finest = max(assembly.settings.student_steps)
+        sampler = make_sampler(assembly.model, height, width, max_steps, shift, finest)
+        noise = lambda seed, first: draw_noise(seed, first, self.batch_size, assembly.model, height, width)
+
+        def sample(params: Any, seed: Any, first: Any, *rest: Any) -> Any:
+            return sampler(params, noise(seed, first), *rest)
+
+        self._sample = jax.jit(sample, out_shardings=replicated(assembly.mesh))
+
+    def __call__(
+        self, params: Any, captions: Sequence[str], num_steps: int, seed: int = 0, guidance: float = 1.0
+    ) -> np.ndarray:
+        """Pictures [len(captions), h, w, c], uint8. Picture i depends on the seed, i and its caption only.
+
+        Args:
+          params: weights.
+          captions: one a picture.
+          num_steps: sampling steps, at most `max_steps`.
+          seed: of the noise.
+          guidance: guidance scale. A model with a guidance embedding is told it; for other models a scale other than 1
+            means classifier-free guidance, at two evaluations a step.
+        """
+        pictures = []
+        for first in range(0, len(captions), self.batch_size):
+            chunk = list(captions[first : first + self.batch_size])
+            padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
+            args: tuple[Any, ...] = (params, seed, first, self._condition(padded, guidance), num_steps)
+            if guidance != 1.0 and not self._assembly.model.guidance:
+                args = (*args, self._condition([""] * self.batch_size, guidance), guidance)
+            with jax.set_mesh(self._assembly.mesh):
+                latents = self._sample(*args)
+            pictures.append(to_pixels(np.asarray(latents))[: len(chunk)])
+        return np.concatenate(pictures)
+
+    def _condition(self, captions: Sequence[str], guidance: float) -> Condition:
+        txt, vec = (np.stack(x) for x in zip(*(self._encode(c) for c in captions), strict=True))
+        scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
+        sharding = batch_sharding(self._assembly.mesh)
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), Condition(txt, vec, scale))

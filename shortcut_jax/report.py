@@ -1,0 +1,166 @@
+"""Judging a digits-like model: Frechet distance in pixel space, caption accuracy, sample grids, as a table."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from shortcut_jax.core.stats import Gaussian, fit_gaussian, frechet_distance
+from shortcut_jax.data.records import to_latents
+from shortcut_jax.generate import Generator
+from shortcut_jax.runtime.metrics import contact_sheet
+
+
+class Reference(NamedTuple):
+    """The real data that samples are judged against.
+
+    Attributes:
+      gaussian: of the pixels in [-1, 1].
+      captions: one an image, in storage order.
+      labels: class of each image.
+      classify: pixels [S, h, w, c] uint8 -> classes [S].
+    """
+
+    gaussian: Gaussian
+    captions: list[str]
+    labels: np.ndarray
+    classify: Callable[[np.ndarray], np.ndarray]
+
+
+class Score(NamedTuple):
+    """One cell of the table: a view at a step count, over the noise seeds.
+
+    Attributes:
+      view: the weights.
+      steps: sampling steps.
+      images: images judged for each seed.
+      distances: Frechet distance to the data, one a seed.
+      accuracies: share of images whose class is the caption's, one a seed.
+    """
+
+    view: str
+    steps: int
+    images: int
+    distances: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+
+def make_reference(source: Sequence[dict[str, Any]]) -> Reference:
+    """Statistics of a data set with `image`, `caption` and `label`, and a classifier fitted on it.
+
+    The classifier is scikit-learn's support vector machine with the settings of its own digits example.
+    """
+    from sklearn.svm import SVC
+
+    images = np.stack([record["image"] for record in source])
+    labels = np.array([record["label"] for record in source])
+    features = lambda pixels: pixels.reshape(len(pixels), -1) * (16.0 / 255.0)
+    classifier = SVC(gamma=0.001).fit(features(images), labels)
+    captions = [record["caption"].decode("utf-8") for record in source]
+    classify = lambda pixels: classifier.predict(features(pixels))
+    return Reference(fit_gaussian(to_latents(images)), captions, labels, classify)
+
+
+def score(
+    generate: Callable[..., np.ndarray],
+    params: Any,
+    view: str,
+    num_steps: int,
+    reference: Reference,
+    num_images: int,
+    seeds: Sequence[int],
+) -> Score:
+    """Judges one view at one step count on the captions of `num_images` records (0: all), evenly spread."""
+    total = len(reference.captions)
+    picks = np.linspace(0, total - 1, min(num_images or total, total)).round().astype(int)
+    captions = [reference.captions[i] for i in picks]
+    distances, accuracies = [], []
+    for seed in seeds:
+        pictures = generate(params, captions, num_steps, seed=seed)
+        distances.append(frechet_distance(fit_gaussian(to_latents(pictures)), reference.gaussian))
+        accuracies.append(float(np.mean(reference.classify(pictures) == reference.labels[picks])))
+    return Score(view, num_steps, len(picks), tuple(distances), tuple(accuracies))
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Scores as a Markdown table: a row a view, a column a step count, `distance / accuracy` in each cell.
+
+    With several seeds a cell gives means, and half the distance between the extremes behind +-.
+    """
+    counts = sorted({s.steps for s in scores})
+    head = ["view (images)", *(f"{n} step{'s' * (n > 1)}" for n in counts)]
+    rows = []
+    for view in dict.fromkeys(s.view for s in scores):
+        cells = {s.steps: s for s in scores if s.view == view}
+        images = next(iter(cells.values())).images
+        rows.append([f"{view} ({images})", *(_cell(cells[n]) for n in counts)])
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def _cell(s: Score) -> str:
+    spread = f" ±{(max(s.distances) - min(s.distances)) / 2:.2f}" if len(s.distances) > 1 else ""
+    return f"{np.mean(s.distances):.2f}{spread} / {np.mean(s.accuracies):.3f}"
+
+
+def sample_grid(
+    generate: Callable[..., np.ndarray], params: Any, captions: Sequence[str], steps: Sequence[int], guidance: float
+) -> Image.Image:
+    """A contact sheet, the same noise and caption down each column: a row a step count."""
+    rows = [generate(params, captions, n, seed=0, guidance=guidance) for n in steps]
+    return contact_sheet(rows, [f"{n} step{'s' * (n > 1)}" for n in steps])
+
+
+def grid_captions(chosen: Sequence[str], reference_captions: Sequence[str], columns: int) -> list[str]:
+    """The captions of a sample grid: the chosen ones, or the first different ones of the data set."""
+    different = list(chosen) or list(dict.fromkeys(reference_captions))
+    return [different[i % len(different)] for i in range(columns)]
+
+
+def judge(
+    generator: Generator,
+    views: dict[str, Any],
+    images: Sequence[int],
+    steps: Sequence[int],
+    seeds: Sequence[int],
+    guidance: float,
+    reference: Reference,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Score]:
+    """Scores of every view at every step count, telling of each as it is done."""
+    generate = functools.partial(generator, guidance=guidance)
+    scores = []
+    for (view, params), num in zip(views.items(), images, strict=True):
+        for n in steps:
+            begin = time.perf_counter()
+            scores.append(score(generate, params, view, n, reference, num, seeds))
+            took = time.perf_counter() - begin
+            progress(f"{view} at {n} steps: distance / accuracy {_cell(scores[-1])} ({took:.0f} s)")
+    return scores
+
+
+def write_report(path: Path, title: str, scores: Sequence[Score], facts: dict[str, Any], pictures: Sequence[str]) -> str:
+    """Writes `report.md`: the table, how it was measured, and the pictures beside it. Returns the table."""
+    body = table(scores)
+    seeds = len(scores[0].distances)
+    lines = [
+        f"# {title}",
+        "",
+        body,
+        "",
+        "Each cell: squared Frechet distance to the data in pixel space (pixels in [-1, 1]) / share of images that a "
+        f"support vector machine fitted on the real digits assigns to their caption; {seeds} noise seed"
+        f"{'s: means, and half the distance of the extremes' if seeds > 1 else ''}. A distance from fewer images is "
+        "biased upwards: compare rows of equal counts.",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+        "",
+        *(f"![{name}]({name})\n" for name in pictures),
+    ]
+    path.write_text("\n".join(lines))
+    return body

@@ -1,0 +1,202 @@
+"""Configs against devices: every divisibility and range check, with the numbers in the message, before any compilation."""
+
+import dataclasses
+import math
+import typing
+
+from shortcut_jax.core.schedules import StudentSteps
+from shortcut_jax.data.records import latent_size
+from shortcut_jax.models.attention import BACKENDS, choose_backend
+from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
+from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime.sharding import MeshShape
+from shortcut_jax.settings import ConfigError, EvalSettings, Settings, build, flatten, to_dict
+from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings
+from shortcut_jax.steps.optim import SCHEDULES
+from shortcut_jax.steps.train_step import StepSettings
+from shortcut_jax.steps.views import VIEWS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def from_config(config: typing.Any) -> Settings:
+    """Freezes and checks a ConfigDict (or plain nested dicts, as stored in a checkpoint).
+
+    Raises:
+      ConfigError: an unknown, missing or wrongly typed key, or a value out of range.
+    """
+    settings = build(config)
+    _check(settings)
+    return settings
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, choices: typing.Iterable[str]) -> None:
+    _require(value in tuple(choices), f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+
+
+def _check(s: Settings) -> None:
+    _one_of("objective", s.objective, OBJECTIVES)
+    _one_of("timestep", s.timestep, ("uniform", "logit_normal"))
+    _one_of("model.remat", s.model.remat, REMAT_POLICIES)
+    _one_of("model.attention", s.model.attention, BACKENDS)
+    _one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
+    _one_of("data.store", s.data.store, ("pixels", "latents"))
+    _one_of("data.text_encoder", s.data.text_encoder, ("words", "stored"))
+    _one_of("eval.view", s.eval.view, VIEWS)
+    for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
+        _one_of(name, flatten(to_dict(s))[name], DTYPES)
+    positive = {"steps": s.steps, "accumulate": s.accumulate, "log_every": s.log_every, "keep": s.keep}
+    positive |= {"data.text_tokens": s.data.text_tokens, "eval.batch_size": s.eval.batch_size}
+    positive |= {"eval.columns": s.eval.columns, "model.scan_unroll": s.model.scan_unroll}
+    for name, value in positive.items():
+        _require(value >= 1, f"{name} is {value}, but must be at least 1")
+    not_negative = {"sample_every": s.sample_every, "checkpoint_every": s.checkpoint_every}
+    not_negative |= {"max_skipped": s.max_skipped, "ema.restart_every": s.ema.restart_every}
+    not_negative |= {"optimizer.warmup_steps": s.optimizer.warmup_steps, "rows.self_rows": s.rows.self_rows}
+    not_negative |= {"rows.flow_rows": s.rows.flow_rows, "optimizer.weight_decay": s.optimizer.weight_decay}
+    not_negative |= {"optimizer.clip_norm": s.optimizer.clip_norm, "seed": s.seed}
+    for name, value in not_negative.items():
+        _require(value >= 0, f"{name} is {value}, but must not be negative")
+    _check_student(s)
+    _check_evaluation(s.eval)
+    _require(0.0 <= s.data.caption_dropout <= 1.0, f"data.caption_dropout is {s.data.caption_dropout}, not in [0, 1]")
+    for name, decay in (("ema.fast", s.ema.fast), ("ema.slow", s.ema.slow)):
+        _require(0.0 <= decay < 1.0, f"{name} is {decay}, but must be in [0, 1)")
+    _require(s.optimizer.learning_rate > 0, f"optimizer.learning_rate is {s.optimizer.learning_rate}, not positive")
+    _require(len(s.guidance) == 2, f"guidance is {s.guidance}, but must be (low, high)")
+    _require(
+        (s.batch_size is None) != (s.batch_per_device is None),
+        f"give exactly one of batch_size and batch_per_device, not {s.batch_size} and {s.batch_per_device}",
+    )
+    model_config(s, "cpu", check_backend=False)
+
+
+def _check_student(s: Settings) -> None:
+    counts, weights = s.student_steps, s.student_weights
+    _require(bool(counts) and min(counts) >= 1, f"student_steps is {counts}, but must be step counts of at least 1")
+    _require(len(set(counts)) == len(counts), f"student_steps {counts} names a step count twice")
+    _require(
+        len(weights) in (0, len(counts)),
+        f"student_weights has {len(weights)} entries for {len(counts)} step counts: give one each, or none",
+    )
+    _require(all(w >= 0 for w in weights) and (not weights or sum(weights) > 0), f"student_weights is {weights}")
+    _require(
+        s.jumps >= 2 and s.jumps % 2 == 0,
+        f"jumps is {s.jumps}, but must be an even number of at least 2",
+    )
+    _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
+    _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
+
+
+def _check_evaluation(e: EvalSettings) -> None:
+    _require(bool(e.steps) and min(e.steps) >= 1, f"eval.steps is {e.steps}, but step counts must be at least 1")
+    _require(bool(e.seeds), "eval.seeds is empty: name at least one noise seed")
+    for view in e.views:
+        _one_of("eval.views", view, VIEWS)
+    _require(len(e.images) == len(e.views), f"eval.images {e.images} and eval.views {e.views} must have one entry each")
+    _require(all(n == 0 or n >= 2 for n in e.images), f"eval.images is {e.images}: a view needs 0 (all) or at least 2")
+
+
+def model_config(s: Settings, platform: str, check_backend: bool = True) -> FluxConfig:
+    """The network's config on a platform (`cpu`, `gpu`, `tpu`), without a mesh.
+
+    Raises:
+      ConfigError: an unknown preset, a geometry that does not fit together, or an attention backend that cannot run.
+    """
+    m = s.model
+    names = ("double_blocks", "single_blocks", "width", "heads", "axes")
+    overrides = {n: getattr(m, n) for n in names if getattr(m, n) is not None}
+    try:
+        cfg = preset(m.preset)
+    except ValueError as error:
+        raise ConfigError(f"model.preset: {error}") from None
+    cfg = dataclasses.replace(
+        cfg,
+        **overrides,
+        step_size=s.objective == "shortcut",
+        compute_dtype=m.compute_dtype,
+        param_dtype=m.param_dtype,
+        grad_reduce_dtype=s.grad_reduce_dtype,
+        remat=m.remat,
+        scan_unroll=m.scan_unroll,
+    )
+    _require(
+        cfg.width > 0 and cfg.heads > 0 and cfg.width % cfg.heads == 0,
+        f"model width {cfg.width} is not a multiple of its {cfg.heads} heads",
+    )
+    _require(
+        len(cfg.axes) == 3 and sum(cfg.axes) == cfg.head_size and all(a % 2 == 0 and a > 0 for a in cfg.axes),
+        f"head size {cfg.head_size} (width {cfg.width} / heads {cfg.heads}) does not match the RoPE axes {cfg.axes}: "
+        f"three even numbers that sum to the head size",
+    )
+    _require(cfg.double_blocks >= 0 and cfg.single_blocks >= 0, "model.double_blocks and single_blocks are counts")
+    height, width = latent_size(s.data)
+    _require(
+        height >= 2 and width >= 2 and height % 2 == 0 and width % 2 == 0,
+        f"data {s.data.height} x {s.data.width} gives latents of {height} x {width}, but 2 x 2 patches need even sides",
+    )
+    if check_backend:
+        try:
+            backend = choose_backend(m.attention, platform, cfg.compute_dtype, cfg.head_size)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from None
+        cfg = dataclasses.replace(cfg, attention=backend)
+    return cfg
+
+
+def mesh_shape(s: Settings, num_devices: int) -> MeshShape:
+    """The mesh on `num_devices` devices, with -1 resolved.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    axes = dataclasses.asdict(s.mesh)
+    text = " x ".join(f"{name} {size}" for name, size in axes.items())
+    free = [name for name, size in axes.items() if size == -1]
+    _require(len(free) <= 1, f"mesh {text}: only one axis may be -1")
+    _require(all(size >= 1 or size == -1 for size in axes.values()), f"mesh {text}: sizes are at least 1, or -1")
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    if free and num_devices % fixed == 0:
+        axes[free[0]] = num_devices // fixed
+    shape = MeshShape(**axes) if min(axes.values()) > 0 else None
+    _require(
+        shape is not None and shape.devices == num_devices,
+        f"mesh {text} needs {'a multiple of ' if free else ''}{fixed} devices, but there are {num_devices}: "
+        f"set --config.mesh.data, .fsdp and .tensor so that they multiply to {num_devices}",
+    )
+    return typing.cast(MeshShape, shape)
+
+
+def global_batch(s: Settings, shape: MeshShape) -> int:
+    """Rows of a step on a mesh.
+
+    Raises:
+      ConfigError: the rows of a shard are not a multiple of micro-batches x group size.
+    """
+    group = 1 if s.objective == "flow" else s.rows.size
+    batch = s.batch_size if s.batch_size is not None else (s.batch_per_device or 0) * shape.batch_shards
+    unit = shape.batch_shards * s.accumulate * group
+    _require(
+        batch > 0 and batch % unit == 0,
+        f"a global batch of {batch} rows cannot be divided: it must be a positive multiple of {unit} = "
+        f"{shape.batch_shards} shards (data x fsdp) x {s.accumulate} micro-batches x groups of {group} rows; "
+        f"the nearest above is {max(-(-batch // unit), 1) * unit}",
+    )
+    return batch
+
+
+def objective_settings(s: Settings) -> ObjectiveSettings:
+    """The objective's part of the settings."""
+    low, high = s.guidance
+    student = StudentSteps(s.student_steps, s.student_weights, s.jumps)
+    return ObjectiveSettings(s.objective, s.rows, student, s.shift, s.timestep, (low, high))
+
+
+def step_settings(s: Settings, model: FluxConfig) -> StepSettings:
+    """The train step's part of the settings, with the network already resolved."""
+    return StepSettings(model, objective_settings(s), s.optimizer, s.ema, s.steps, s.seed, s.accumulate)

@@ -1,0 +1,116 @@
+"""Checkpoints: one Orbax composite a step, of separate items, so that a reader restores only what it needs.
+
+Items are pytrees (`params`, `fast`, `slow`, `optimizer`) and `meta`, a JSON dict. Writing is asynchronous and atomic:
+a step's folder appears under its name only when it is complete.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+ITEMS = ("params", "fast", "slow", "optimizer")
+META = "meta"
+FORMAT_VERSION = 1
+
+Result = TypeVar("Result")
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be read; the message names the folder and the reason."""
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Attributes:
+      folder: holds one folder a step.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, read_only: bool = False):
+        """Opens the folder, and makes it unless `read_only`; `keep` newest steps survive a save (all, if None)."""
+        self.folder = folder.resolve()
+        self._read_only = read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            read_only=read_only,
+            create=not read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, META), options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Starts writing a step in the background. The arrays may be donated as soon as this returns."""
+        args = {name: ocp.args.StandardSave(items[name]) for name in ITEMS}
+        meta = {**meta, "format_version": FORMAT_VERSION}
+        self._manager.save(step, args=ocp.args.Composite(**args, **{META: ocp.args.JsonSave(meta)}))
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the folder."""
+        self.wait()
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON item of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+
+    def restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        """Reads the named items only, into the shapes, dtypes and shardings of the given abstract trees."""
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: restored[name] for name in items}
+
+    def newest_readable(self, read: Callable[[int], Result], error: type[Exception] = CheckpointError) -> Result:
+        """The result of `read(step)` for the newest step for which it works.
+
+        A damaged checkpoint is named in a warning, passed over, and (unless read-only) set aside under another name, so
+        that training can write that step again; nothing is deleted.
+
+        Raises:
+          CheckpointError: none can be read.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                return read(step)
+            except error:
+                raise
+            except Exception as failure:  # Orbax, TensorStore and JSON each raise their own kinds.
+                reasons.append(f"step {step}: {str(failure).strip().splitlines()[0][:200]}")
+                logging.warning("the checkpoint of step %d is damaged, falling back to the one before", step)
+                self._set_aside(step)
+        why = "; ".join(reasons) or "there is none"
+        raise CheckpointError(f"no readable checkpoint in {self.folder}: {why}")
+
+    def _set_aside(self, step: int) -> None:
+        if self._read_only:
+            return
+        if jax.process_index() == 0:
+            aside = self.folder.parent / f"damaged-checkpoint-{step}"
+            (self.folder / str(step)).rename(aside)
+            logging.warning("it was moved to %s", aside)
+        self._manager.reload()
+
+
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """The config in the newest readable `meta` of a checkpoint folder, by reading small JSON files only; or None."""
+    if not folder.is_dir():
+        return None
+    for path in sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name)):
+        try:
+            return json.loads((path / META / "metadata").read_text())["config"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return None

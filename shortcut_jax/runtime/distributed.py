@@ -1,0 +1,68 @@
+"""Processes and devices: joining the other hosts, simulated devices, and interruptions."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import jax
+
+
+def initialize() -> None:
+    """Joins the other processes where `JAX_COORDINATOR_ADDRESS` (host:port) is set; does nothing otherwise.
+
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say how many processes there are and which one this is.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        num, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(address, int(num) if num else None, int(index) if index else None)
+
+
+def simulate_devices(num: int) -> None:
+    """Makes this process see `num` CPU devices. Has to run before anything asks JAX for its devices."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", num)
+
+
+def say(message: str) -> None:
+    """Prints a line to standard error, from process 0 only."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+class Interruptions:
+    """Turns SIGTERM and the first Ctrl-C into a flag that the loop reads; a second Ctrl-C stops at once.
+
+    Attributes:
+      received: the signal, or None.
+    """
+
+    EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "Interruptions":
+        self._previous = {s: signal.signal(s, self._handle) for s in self.EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for which, handler in self._previous.items():
+            signal.signal(which, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def agreed(self, step: int) -> signal.Signals | None:
+        """The signal to act on at this step, the same on every process."""
+        if jax.process_count() == 1:
+            return self.received
+        from jax.experimental import multihost_utils
+
+        # JAX's coordination service passes a SIGTERM on to all processes and names one step for all of them.
+        stop = multihost_utils.reached_preemption_sync_point(step)
+        return (self.received or signal.SIGTERM) if stop else None

@@ -1,0 +1,117 @@
+"""Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PEAK_FLOPS = (
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA GB200", 2500e12),
+    ("NVIDIA A100", 312e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+)
+"""Dense bfloat16 FLOP/s by the beginning of the device kind, from the vendors' data sheets."""
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None where it is unknown (such as a CPU)."""
+    return next((peak for kind, peak in PEAK_FLOPS if device.device_kind.startswith(kind)), None)
+
+
+class MetricLog:
+    """Writes scalars to TensorBoard and `metrics.jsonl`, and pictures to TensorBoard. Only process 0 writes."""
+
+    def __init__(self, workdir: Path):
+        self._writer = None
+        if jax.process_index() == 0:
+            from tensorboardX import SummaryWriter
+
+            self._path = workdir / "metrics.jsonl"
+            self._writer = SummaryWriter(str(workdir / "tensorboard"))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records one value a name."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """Records a picture."""
+        if self._writer is not None:
+            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """The last record of each step in a `metrics.jsonl`; a run that was resumed may have written a step twice."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["step"]: row for row in sorted(rows, key=lambda row: row["step"])}
+
+
+def contact_sheet(
+    rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), cell: int = 48
+) -> Image.Image:
+    """A labelled grid of pictures.
+
+    Args:
+      rows: for each row an array [columns, h, w, c] of uint8, c 1 or 3.
+      labels: one a row, at its left.
+      columns: one a column, at its top; none by default.
+      cell: pixels of a picture's longer side; pictures are enlarged by whole factors where they are smaller.
+    """
+    font = ImageFont.load_default()
+    measure = lambda text: int(font.getlength(text))
+    left = max(measure(label) for label in labels) + 12
+    h, w = rows[0].shape[1:3]
+    factor = max(cell // max(h, w), 1)
+    h, w, gap = h * factor, w * factor, 3
+    widest = max((measure(c) for c in columns), default=0)
+    step_x = max(w, widest) + gap
+    top = 18 if columns else gap
+    count = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + count * step_x, top + len(rows) * (h + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for j, text in enumerate(columns):
+        pen.text((left + j * step_x + (w - measure(text)) // 2, 3), text, fill="black", font=font)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + i * (h + gap)
+        pen.text((6, y + h // 2 - 6), label, fill="black", font=font)
+        for j, pixels in enumerate(row):
+            picture = Image.fromarray(np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels)
+            sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (left + j * step_x, y))
+    return sheet
+
+
+def save_curves(path: Path, records: dict[int, dict[str, float]], names: Sequence[str]) -> None:
+    """Draws scalars over steps, each name a line, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name in names:
+        points = [(step, row[name]) for step, row in records.items() if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    axes.set(xlabel="step", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)

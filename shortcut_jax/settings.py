@@ -1,0 +1,239 @@
+"""The schema of a run: a ConfigDict becomes frozen dataclasses, or one clear line.
+
+Nothing below the mains ever sees a ConfigDict. Every key has a default here, and a key that is not here is an error.
+Ranges and divisibility are checked in `resolve.py`.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from shortcut_jax.core.ema import EmaSettings
+from shortcut_jax.core.rows import RowGroup
+from shortcut_jax.core.schedules import ShiftRange, StudentSteps
+from shortcut_jax.core.tree import first_match
+from shortcut_jax.data.records import DataSettings
+from shortcut_jax.steps.optim import OptimizerSettings
+
+
+class ConfigError(ValueError):
+    """A config that cannot run: one line that says what is wrong, with the values, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network: a preset and how to compute it. A geometry field of None is the preset's.
+
+    Attributes:
+      preset: a row of `models/presets.py`.
+      double_blocks: overrides the preset, as do the next four.
+      single_blocks: see `FluxConfig`.
+      width: see `FluxConfig`.
+      heads: see `FluxConfig`.
+      axes: see `FluxConfig`.
+      compute_dtype: dtype of activations and matrix products.
+      param_dtype: dtype of the weights.
+      remat: rematerialisation policy: none, full, selective or dots.
+      attention: auto, xla, cudnn or pallas.
+      scan_unroll: blocks an iteration of the compiled loop holds.
+    """
+
+    preset: str = "digits"
+    double_blocks: int | None = None
+    single_blocks: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    axes: tuple[int, ...] | None = None
+    compute_dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    scan_unroll: int = 1
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each mesh axis; one of them may be -1, which means all devices that remain."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Sample grids during training and the report at the end.
+
+    Attributes:
+      steps: sampling step counts, a row of the grid and a column of the report each.
+      views: weights that the report judges.
+      images: images a view is judged on, in the order of `views`; 0 means as many as the data set has.
+      seeds: noise seeds of the report; the table gives mean and spread.
+      captions: captions of the sample grid; empty means those of the first records of the data set.
+      columns: columns of the sample grid.
+      view: the view that the sample grid shows.
+      shift: timestep shift of the sampling grid.
+      guidance: guidance scale; 1 means none.
+      batch_size: images sampled at once.
+    """
+
+    steps: tuple[int, ...] = (1, 2, 3, 4, 8, 32)
+    views: tuple[str, ...] = ("online", "fast", "slow")
+    images: tuple[int, ...] = (512, 512, 0)
+    seeds: tuple[int, ...] = (0,)
+    captions: tuple[str, ...] = ()
+    columns: int = 10
+    view: str = "slow"
+    shift: float = 1.0
+    guidance: float = 1.0
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run. The config file sets what differs from these defaults.
+
+    Attributes:
+      objective: scfm, flow or shortcut.
+      steps: training steps.
+      seed: seed of initial weights, data order and every random draw.
+      batch_size: global batch, rows a step; give this or `batch_per_device`.
+      batch_per_device: rows a step for each device along the mesh axes data and fsdp.
+      accumulate: micro-batches a step.
+      rows: self and flow rows in each group of consecutive rows (scfm, shortcut).
+      student_steps: student step counts that self rows train (scfm, shortcut).
+      student_weights: how often each of them is drawn; empty means equally often.
+      jumps: grid steps of a student step, an even number.
+      shift: timestep shift of self rows.
+      timestep: how flow rows draw t: uniform or logit_normal.
+      guidance: range of the guidance scale that models with a guidance embedding are told in training.
+      max_skipped: skipped (non-finite) steps in a row that are borne; one more stops the run.
+      grad_reduce_dtype: dtype in which weight gradients are added up between devices.
+      log_every: steps between lines of metrics.
+      sample_every: steps between sample grids; 0 means at the end only.
+      checkpoint_every: steps between checkpoints; 0 means at the end only.
+      keep: newest checkpoints kept.
+    """
+
+    objective: str = "scfm"
+    steps: int = 1000
+    seed: int = 0
+    batch_size: int | None = None
+    batch_per_device: int | None = None
+    accumulate: int = 1
+    rows: RowGroup = field(default_factory=RowGroup)
+    student_steps: tuple[int, ...] = StudentSteps.counts
+    student_weights: tuple[float, ...] = ()
+    jumps: int = 2
+    shift: ShiftRange = field(default_factory=ShiftRange)
+    timestep: str = "uniform"
+    guidance: tuple[float, float] = (0.0, 7.5)
+    max_skipped: int = 0
+    grad_reduce_dtype: str = "float32"
+    log_every: int = 10
+    sample_every: int = 0
+    checkpoint_every: int = 0
+    keep: int = 3
+    model: ModelSettings = field(default_factory=ModelSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+
+MARKS = (
+    (r"steps|optimizer\.(warmup_steps|schedule)|max_skipped", "schedule"),
+    (r"mesh\..*|eval\..*|data\.dir|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device", "free"),
+    (r"model\.(remat|attention|scan_unroll)", "free"),
+    (r".*", "identity"),
+)
+"""What may change when a workdir is resumed: `identity` never, `schedule` with a log line, `free` silently."""
+
+
+def default_config() -> ConfigDict:
+    """A locked ConfigDict of every key with its default: where each config file starts."""
+    return _to_config(Settings()).lock()
+
+
+def _to_config(settings: Any) -> ConfigDict:
+    config = ConfigDict()
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(value):
+            value = _to_config(value)
+        elif value is None:
+            kind = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+            value = config_dict.placeholder(typing.get_origin(kind) or kind)
+        config[name] = value
+    return config
+
+
+def build(config: Any) -> Settings:
+    """Freezes a ConfigDict or plain nested dicts, by names and types alone (`resolve.from_config` checks values too).
+
+    Raises:
+      ConfigError: an unknown, missing or wrongly typed key.
+    """
+    return _build(Settings, config, "")
+
+
+def _build(cls: type, config: Any, prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    given = dict(config.items())
+    for key in given:
+        if key not in hints:
+            raise ConfigError(f"unknown config key {prefix + key!r}; known here: {', '.join(hints)}")
+    for key in hints:
+        if key not in given:
+            raise ConfigError(f"config key {prefix + key!r} is missing: start from settings.default_config()")
+    values = {}
+    for key, hint in hints.items():
+        nested = dataclasses.is_dataclass(hint)
+        values[key] = _build(hint, given[key], f"{prefix}{key}.") if nested else _cast(given[key], hint, prefix + key)
+    return cls(**values)
+
+
+def _cast(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in options:
+        return None
+    kind = next(o for o in options if o is not types.NoneType)
+    if typing.get_origin(kind) is tuple and isinstance(value, tuple | list):
+        inner = typing.get_args(kind)[0]
+        return tuple(_cast(v, inner, name) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name} is {value!r}, but must be {getattr(kind, '__name__', kind)}")
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as nested plain dicts for JSON; `from_config` reads them back."""
+    return dataclasses.asdict(settings)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists become tuples, so that JSON compares equal."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def compare(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, list[str]]:
+    """Differences of two `to_dict` results by mark, each as `key: stored -> current`."""
+    old, new = flatten(stored), flatten(current)
+    differences: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            differences[first_match(MARKS, key)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return differences

@@ -1,0 +1,139 @@
+"""The train step: one pure function (state, batch) -> (state, metrics), in the paper's order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shortcut_jax.core.ema import EmaSettings, update_ema
+from shortcut_jax.core.latents import patchify
+from shortcut_jax.core.rows import micro_batches, split_kinds
+from shortcut_jax.core.shortcut import squared_error
+from shortcut_jax.core.tree import distance, global_norm
+from shortcut_jax.core.types import Array, Batch, Condition
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.steps.objectives import OBJECTIVES, Averages, ObjectiveSettings, Rows, draw, row_group
+from shortcut_jax.steps.optim import OptimizerSettings, make_optimizer, make_schedule
+from shortcut_jax.steps.state import TrainState, num_updates, select_state
+from shortcut_jax.steps.views import VelocityOf, make_velocity
+
+Metrics = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Everything static about a train step.
+
+    Attributes:
+      model: the network.
+      objective: the objective and its draws.
+      optimizer: AdamW and its schedule.
+      ema: decays of the averages.
+      steps: length of the run, for the learning-rate schedule.
+      seed: seed of the run; the key of step k is fold_in(key(seed), k).
+      accumulate: micro-batches a step.
+    """
+
+    model: FluxConfig
+    objective: ObjectiveSettings
+    optimizer: OptimizerSettings
+    ema: EmaSettings
+    steps: int
+    seed: int
+    accumulate: int
+
+
+def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Composes objective, optimizer and averages. Jit, shardings and donation are the caller's.
+
+    A step whose loss or gradient is not finite changes no weight, moment or average; it is counted in the state.
+    """
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    schedule = make_schedule(settings.optimizer, settings.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        velocity_of = make_velocity(settings.model, *batch.latents_BhwC.shape[1:3])
+        loss, parts, grads = accumulate_gradients(settings, velocity_of, state, make_rows(settings, key, batch))
+
+        grad_norm = global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, num_updates(state), settings.ema)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new_state = state._replace(params=params, ema=ema, opt_state=opt_state)
+        new_state = select_state(finite, new_state, state)
+        metrics = {
+            "loss": loss,
+            **parts,
+            "grad_norm": grad_norm,
+            "param_norm": global_norm(new_state.params),
+            "ema_distance/fast": distance(new_state.params, new_state.ema.fast),
+            "ema_distance/slow": distance(new_state.params, new_state.ema.slow),
+            "learning_rate": schedule(num_updates(state)),
+            "skipped": new_state.skipped,
+            "skipped_total": new_state.skipped_total,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def make_rows(settings: StepSettings, key: Array, batch: Batch) -> Rows:
+    """Patchifies a batch and draws its randomness, still as one global batch."""
+    constrain = settings.model.constrain
+    x0_BNC = patchify(batch.latents_BhwC.astype(jnp.float32))
+    draws = draw(key, x0_BNC.shape[0], x0_BNC.shape[1:], settings.objective)
+    draws = jax.tree.map(lambda x: constrain(x, ("batch",) + (None,) * (x.ndim - 1)), draws)
+    guidance_B = draws.guidance_B if settings.model.guidance else None
+    return Rows(x0_BNC, Condition(batch.txt_BMT, batch.vec_BV, guidance_B), draws)
+
+
+def accumulate_gradients(
+    settings: StepSettings, velocity_of: VelocityOf, state: TrainState, rows: Rows
+) -> tuple[Array, Metrics, Any]:
+    """Loss, its parts by row kind, and gradients: means over the micro-batches of one step."""
+    evaluate = partial(loss_and_gradients, settings, velocity_of, state)
+    num = settings.accumulate
+    if num == 1:
+        return evaluate(rows)
+
+    constrain = settings.model.constrain
+    dealt = micro_batches(rows, num, row_group(settings.objective))
+    dealt = jax.tree.map(lambda x: constrain(x, (None, "batch") + (None,) * (x.ndim - 2)), dealt)
+
+    def add(total: Any, micro: Rows) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x / num, total, evaluate(micro)), None
+
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dealt)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(evaluate, first))
+    return jax.lax.scan(add, zeros, dealt)[0]
+
+
+def loss_and_gradients(
+    settings: StepSettings, velocity_of: VelocityOf, state: TrainState, rows: Rows
+) -> tuple[Array, Metrics, Any]:
+    """Targets first, outside the differentiated function; then the student's loss on the online weights."""
+    objective = settings.objective
+    averages = Averages(partial(velocity_of, state.ema.fast), partial(velocity_of, state.ema.slow))
+    examples = OBJECTIVES[objective.name](rows, averages, objective)
+    target_BNC = jax.lax.stop_gradient(examples.target_BNC)
+
+    def loss_fn(params: Any) -> tuple[Array, Array]:
+        prediction_BNC = velocity_of(params, rows.condition)(examples.x_BNC, examples.t_B, examples.step_B)
+        error_B = squared_error(prediction_BNC, target_BNC)
+        return jnp.mean(error_B), error_B
+
+    (loss, error_B), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    if objective.name == "flow":
+        return loss, {"loss/flow": loss}, grads
+    self_B, flow_B = split_kinds(error_B, objective.rows)
+    parts = {"loss/self": jnp.mean(self_B)} if objective.rows.self_rows else {}
+    if objective.rows.flow_rows:
+        parts["loss/flow"] = jnp.mean(flow_B)
+    return loss, parts, grads
