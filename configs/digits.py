@@ -1,6 +1,6 @@
 """The embedded default: a 1.4 M parameter Flux on 1,797 real handwritten digits, 8 x 8 pixels.
 
-    python -m shortcut_jax.train --config=configs/digits.py
+python -m shortcut_jax.train --config=configs/digits.py
 
 """
 

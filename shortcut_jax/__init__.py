@@ -1,1 +1,15 @@
 """shortcut_jax: flow-matching image models that need 1 to 4 sampling steps."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # `Pipeline` is imported on first use, so that a main can configure JAX before anything imports it.
+    if name == "Pipeline":
+        from shortcut_jax.sample import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,11 +35,12 @@ class Assembly:
       ConfigError: settings and devices do not go together.
     """
 
-    def __init__(self, settings: Settings, devices: Sequence[Any] | None = None):
+    def __init__(self, settings: Settings, devices: Sequence[Any] | None = None, training: bool = True):
+        """Resolves `settings` on `devices` (all, by default); the batch has to divide only for `training`."""
         devices = list(jax.devices() if devices is None else devices)
         self.settings = settings
         shape = mesh_shape(settings, len(devices))
-        self.batch_size = global_batch(settings, shape)
+        self.batch_size = global_batch(settings, shape) if training else 0
         model = model_config(settings, devices[0].platform)
         self.mesh_shape = shape
         self.mesh = make_mesh(shape, devices)
@@ -118,7 +119,7 @@ def init_params(cfg: FluxConfig, key: jax.Array) -> Any:
 
 
 def text_encoder(settings: Settings, cfg: FluxConfig) -> Any:
-    """caption -> (txt [M, T], vec [V]) for data whose captions are encoded on the fly."""
+    """Caption -> (txt [M, T], vec [V]) for data whose captions are encoded on the fly."""
     return partial(
         encode_words,
         num_tokens=settings.data.text_tokens,

@@ -1,6 +1,7 @@
 """Command lines: absl flags and an ml_collections config, parsed without global state; errors as one line."""
 
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,8 +34,10 @@ def define_config(values: flags.FlagValues, name: str, help_text: str, argv: Seq
     config_flags.DEFINE_config_file(name, None, help_text, flag_values=values, sys_argv=list(argv))
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str] = ()) -> None:
-    """Parses a command line into `values`.
+def parse(
+    values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str] = ()
+) -> types.SimpleNamespace:
+    """Parses a command line and returns the value of each flag by name.
 
     Raises:
       UsageError: unknown flags or keys, unreadable values, stray words or missing required flags, in one line.
@@ -52,6 +55,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, required: S
     for name in required:
         if values[name].value is None:
             raise UsageError(f"--{name} is missing; {usage}")
+    return types.SimpleNamespace(**{name: values[name].value for name in values})
 
 
 def _one_line(error: BaseException) -> str:

@@ -144,7 +144,9 @@ def judge(
     return scores
 
 
-def write_report(path: Path, title: str, scores: Sequence[Score], facts: dict[str, Any], pictures: Sequence[str]) -> str:
+def write_report(
+    path: Path, title: str, scores: Sequence[Score], facts: dict[str, Any], pictures: Sequence[str]
+) -> str:
     """Writes `report.md`: the table, how it was measured, and the pictures beside it. Returns the table."""
     body = table(scores)
     seeds = len(scores[0].distances)

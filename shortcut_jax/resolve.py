@@ -1,4 +1,4 @@
-"""Configs against devices: every divisibility and range check, with the numbers in the message, before any compilation."""
+"""Configs against devices: every range and divisibility check, its numbers in the message, before any compilation."""
 
 import dataclasses
 import math

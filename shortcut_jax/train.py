@@ -44,24 +44,22 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean("dry_run", False, "Only compile the step and print what it needs.", flag_values=values)
     flags.DEFINE_string("target", None, "Devices of a dry run, as cpu:8.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
-    command.parse(values, argv, USAGE, required=["config"])
-    settings = from_config(values["config"].value)
-    if values["dry_run"].value:
+    options = command.parse(values, argv, USAGE, required=["config"])
+    settings = from_config(options.config)
+    if options.dry_run:
         from shortcut_jax import dry_run
 
-        return dry_run.run(settings, values["target"].value, values["device_memory_gb"].value)
-    for name in ("target", "device_memory_gb"):
-        if values[name].value is not None:
-            raise command.UsageError(f"--{name} goes with --dry_run")
-    stop_at = values["stop_at"].value
-    if stop_at is not None and stop_at < 1:
-        raise command.UsageError(f"--stop_at is {stop_at}, but must be at least 1")
+        return dry_run.run(settings, options.target, options.device_memory_gb)
+    if options.target is not None or options.device_memory_gb is not None:
+        raise command.UsageError("--target and --device_memory_gb go with --dry_run")
+    if options.stop_at is not None and options.stop_at < 1:
+        raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)
     distributed.initialize()
     # The name that absl gives to the flag's own value: the path of the file.
     name = Path(str(values["config"].serialize()).split("=", 1)[1]).stem
-    workdir = Path(values["workdir"].value or f"runs/{name}-{settings.objective}")
-    return train(Assembly(settings), workdir, stop_at)
+    workdir = Path(options.workdir or f"runs/{name}-{settings.objective}")
+    return train(Assembly(settings), workdir, options.stop_at)
 
 
 def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:

@@ -1,5 +1,7 @@
 """Rotary position embedding over several axes, and the sinusoidal embedding of scalars. Both in float32."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,6 +40,7 @@ def rotate(x_BLHK: Array, cos_Lk: Array, sin_Lk: Array) -> Array:
 def sinusoidal_embedding(scalar_B: Array, size: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Array:
     """Flux's embedding of a timestep or guidance scale: cosines, then sines, of scale * scalar; [B, size], float32."""
     half = size // 2
-    frequencies = np.exp(-np.log(max_period) * np.arange(half, dtype=np.float64) / half)
-    phases = scale * scalar_B.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
+    # In float32, as the reference: a guidance scale times 1000 gives phases that show the last digit of a frequency.
+    frequencies = np.exp(np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / half)
+    phases = (scale * scalar_B.astype(jnp.float32))[:, None] * jnp.asarray(frequencies)[None]
     return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1)

@@ -9,7 +9,7 @@ to t' < t is x <- x - (t - t') v(x, t).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,20 +17,24 @@ Array = jax.Array
 Velocity = Callable[[Array, Array], Array]
 """v(x_BNC, t_B) -> v_BNC."""
 StepVelocity = Callable[[Array, Array, Array | None], Array]
-"""v(x_BNC, t_B, d_B) -> v_BNC, with the step size d_B of shortcut models; d_B is None for a model without that input."""
+"""v(x_BNC, t_B, d_B) -> v_BNC, with the step size d_B of shortcut models; None for a model without that input."""
+
+
+Leaf = Any
+"""An array: of JAX inside a step, of numpy on the host, an abstract shape while compiling."""
 
 
 class Batch(NamedTuple):
-    """One global batch of encoded images and captions, all of one size."""
+    """One global batch of encoded images and captions, all of one size (or one sample of it, on the host)."""
 
-    latents_BhwC: Array
-    txt_BMT: Array
-    vec_BV: Array
+    latents_BhwC: Leaf
+    txt_BMT: Leaf
+    vec_BV: Leaf
 
 
 class Condition(NamedTuple):
     """What a velocity is conditioned on; `guidance_B` is None for a model without a guidance embedding."""
 
-    txt_BMT: Array
-    vec_BV: Array
-    guidance_B: Array | None = None
+    txt_BMT: Leaf
+    vec_BV: Leaf
+    guidance_B: Leaf | None = None

@@ -34,7 +34,8 @@ def encode_words(caption: str, num_tokens: int, text_width: int, pooled_width: i
     """Encodes a caption: word vectors plus positions, zero-padded and cut to `num_tokens`; pooled by the mean.
 
     Returns:
-      txt [num_tokens, text_width] and vec [pooled_width], float32, read-only. The empty caption has only positions and a zero vec.
+      txt [num_tokens, text_width] and vec [pooled_width], float32, read-only. The empty caption has positions only,
+      and a zero vec.
     """
     words = caption.split()[:num_tokens]
     txt = positions(num_tokens, text_width)

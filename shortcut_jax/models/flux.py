@@ -203,8 +203,8 @@ class DoubleBlock(nn.Module):
         txt_mod = Modulation(cfg, 6, name="txt_modulation")(vec_BD)
         img_heads = HeadProjections(cfg, 3 * cfg.width, name="img_attn")(modulate(img_BND, *img_mod[:2]))
         txt_heads = HeadProjections(cfg, 3 * cfg.width, name="txt_attn")(modulate(txt_BMD, *txt_mod[:2]))
-        joined = [jnp.concatenate([t, i], axis=1) for t, i in zip(txt_heads, img_heads, strict=True)]
-        attn_BLHK = _attention(cfg, *joined, rope)
+        q, k, v = (jnp.concatenate([t, i], axis=1) for t, i in zip(txt_heads, img_heads, strict=True))
+        attn_BLHK = _attention(cfg, q, k, v, rope)
         num_txt = txt_BMD.shape[1]
 
         def finish(x: Array, attn: Array, mod: list[Array], prefix: str) -> Array:
@@ -231,8 +231,8 @@ class SingleBlock(nn.Module):
         fan_out, fan_in = 3 * cfg.width + cfg.hidden, cfg.width + cfg.hidden
         shift, scale, gate = Modulation(cfg, 3, name="modulation")(vec_BD)
         normed_BLD = modulate(x_BLD, shift, scale)
-        heads = HeadProjections(cfg, fan_out, name="attn")(normed_BLD)
-        out_BLD = _attn_out(cfg, "attn_out", fan_in, use_bias=False)(_attention(cfg, *heads, rope))
+        q, k, v = HeadProjections(cfg, fan_out, name="attn")(normed_BLD)
+        out_BLD = _attn_out(cfg, "attn_out", fan_in, use_bias=False)(_attention(cfg, q, k, v, rope))
         # The one output bias lives with mlp_out.
         out_BLD = out_BLD + _mlp(cfg, "", normed_BLD, fan_out, fan_in)
         return cfg.constrain(x_BLD + gate[:, None] * out_BLD, ("batch", None, None)), None

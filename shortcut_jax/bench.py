@@ -1,0 +1,120 @@
+"""Step times: `python -m shortcut_jax.bench --config=A [--vs=B | --vary=objective=flow,scfm] [--steps=20]`.
+
+Two variants are timed in turn, A B A B ..., in one process, so that their ratio holds where a lone time would not.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from shortcut_jax import command
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.command import UsageError
+from shortcut_jax.resolve import from_config
+from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.metrics import peak_flops
+
+USAGE = "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm] [--steps=20]"
+
+
+class Contender:
+    """One compiled config on random data of the right shapes."""
+
+    def __init__(self, name: str, config: Any):
+        self.name, self.assembly = name, Assembly(from_config(config))
+        self.seconds: list[float] = []
+        say(f"compiling {name}")
+        begin = time.perf_counter()
+        random = np.random.default_rng(0)
+        draw = lambda s: jax.device_put(random.standard_normal(s.shape, np.float32), s.sharding)
+        self.batch = jax.tree.map(draw, self.assembly.batch_shapes)
+        self.state = self.assembly.init_state()
+        compiled = self.assembly.train_step.lower(self.state, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.step = compiled
+
+    def run(self, steps: int, count: bool = True) -> None:
+        """Times `steps` steps as one stretch."""
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+        if count:
+            self.seconds.append((time.perf_counter() - begin) / steps)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line, times, and prints a table."""
+    from absl import flags
+
+    values = command.new_flags()
+    command.define_config(values, "config", "Config file.", argv)
+    command.define_config(values, "vs", "A second config file to compare with.", argv)
+    flags.DEFINE_string("vary", None, "A field and two or more values: objective=flow,scfm.", flag_values=values)
+    flags.DEFINE_integer("steps", 20, "Timed steps of each.", flag_values=values)
+    flags.DEFINE_integer("stretch", 4, "Steps in a row before the other's turn.", flag_values=values)
+    options = command.parse(values, argv, USAGE, required=["config"])
+    steps, stretch = options.steps, options.stretch
+    if min(steps, stretch) < 1:
+        raise UsageError(f"--steps and --stretch are {steps} and {stretch}, but must be at least 1")
+    if options.vs is not None and options.vary is not None:
+        raise UsageError("give --vs or --vary, not both")
+    contenders = [Contender(*pair) for pair in _variants(options)]
+    for c in contenders:
+        c.run(1, count=False)
+    for _ in range(max(steps // stretch, 1)):
+        for c in contenders:
+            c.run(stretch)
+    print(table(contenders))
+    return 0
+
+
+def _variants(options: Any) -> list[tuple[str, Any]]:
+    """Names and configs of what is timed."""
+    config, other, vary = options.config, options.vs, options.vary
+    if other is not None:
+        return [("config", config), ("vs", other)]
+    if vary is None:
+        return [("config", config)]
+    key, _, choices = vary.partition("=")
+    variants = []
+    for choice in choices.split(","):
+        changed = config.copy_and_resolve_references()
+        try:
+            *folders, leaf = key.split(".")
+            node = functools.reduce(lambda n, folder: n[folder], folders, changed)
+            kind = node.get_type(leaf)
+            node[leaf] = choice == "True" if kind is bool else kind(choice)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UsageError(f"--vary={vary}: {key!r} cannot be set to {choice!r} ({type(error).__name__})") from error
+        variants.append((f"{key}={choice}", changed))
+    return variants
+
+
+def table(contenders: Sequence[Contender]) -> str:
+    """A line a contender: median step time, images and FLOPs a second, and the ratio to the first, turn by turn."""
+    device = jax.devices()[0]
+    lines = [f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"]
+    first = contenders[0]
+    for c in contenders:
+        seconds = statistics.median(c.seconds)
+        flops = c.assembly.flops / seconds
+        peak = peak_flops(device)
+        mfu = f", MFU {flops / (peak * jax.device_count()):.1%}" if peak else ""
+        ratio = statistics.median(a / b for a, b in zip(c.seconds, first.seconds, strict=True))
+        versus = "" if c is first else f", {ratio:.3f} x the time of {first.name}"
+        lines.append(
+            f"{c.name}: {seconds * 1e3:.1f} ms a step, {c.assembly.batch_size / seconds:.1f} images/s, "
+            f"{c.assembly.flops:.3g} FLOP a step, {flops / 1e12:.3g} TFLOP/s{mfu}, "
+            f"compiled in {c.compile_seconds:.1f} s{versus}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(main)

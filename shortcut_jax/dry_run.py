@@ -1,0 +1,82 @@
+"""`train --dry_run`: compiles the exact train step on abstract arrays, for devices that need not exist."""
+
+import math
+import time
+
+import jax
+
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.command import UsageError
+from shortcut_jax.core.tree import count_parameters
+from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.hlo import count_kinds
+from shortcut_jax.settings import Settings
+
+GB = 1e9
+
+
+def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
+    """Prints what a run needs: parameters, FLOPs, bytes a device, collectives, compile time.
+
+    Args:
+      settings: of the run.
+      target: `cpu:N` for N simulated devices; None for the devices that are there.
+      limit_gb: memory of a device in 1e9 bytes, or None.
+
+    Returns:
+      0, or 1 where a device would need more than the limit.
+
+    Raises:
+      UsageError: a target that is not known.
+      ConfigError: settings and devices do not go together.
+    """
+    if target is not None:
+        platform, _, count = target.partition(":")
+        if platform != "cpu" or not count.isdigit() or int(count) < 1:
+            raise UsageError(f"--target={target}, but must be cpu:N with N at least 1, such as cpu:8")
+        distributed.simulate_devices(int(count))
+    assembly = Assembly(settings)
+    shapes = assembly.state_shapes
+    parameters = count_parameters(shapes.params)
+    local_bytes = sum(map(_local_bytes, jax.tree.leaves(shapes)))
+    per_parameter = local_bytes * assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor / parameters
+    print(
+        f"{settings.model.preset} · {settings.objective} · mesh {assembly.mesh_shape} on "
+        f"{assembly.mesh.devices.flat[0].device_kind}"
+    )
+    rows = [
+        ("parameters", f"{parameters:,}"),
+        ("rows a step", f"{assembly.batch_size:,}"),
+        ("model FLOPs a step", f"{assembly.flops:.4g} ({assembly.flops / assembly.batch_size / 1e12:.3g} T a row)"),
+        ("state a device", f"{local_bytes / GB:.2f} GB ({per_parameter:.2f} bytes a parameter over the shards)"),
+    ]
+    for row in rows:
+        _print_row(*row)
+    begin = time.perf_counter()
+    lowered = assembly.train_step.lower(shapes, assembly.batch_shapes)
+    lower_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    _print_row("arguments a device", f"{memory.argument_size_in_bytes / GB:.2f} GB")
+    upper = " (XLA:CPU; an upper estimate for other platforms)" if jax.default_backend() == "cpu" else ""
+    _print_row("temporaries a device", f"{memory.temp_size_in_bytes / GB:.2f} GB{upper}")
+    kinds = count_kinds(compiled.as_text())
+    _print_row("collectives", ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none")
+    _print_row("time", f"lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s")
+    if limit_gb is None:
+        return 0
+    fits = total <= limit_gb * GB
+    _print_row("memory", f"{total / GB:.2f} GB of {limit_gb:g} GB a device: {'fits' if fits else 'does not fit'}")
+    return 0 if fits else 1
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's shard."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _print_row(name: str, value: str) -> None:
+    print(f"  {name:<22}{value}", flush=True)

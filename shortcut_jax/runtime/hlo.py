@@ -1,0 +1,60 @@
+"""Reading compiled programs: their collectives and their memory."""
+
+import collections
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(r"=\s+(?P<shape>\([^=]*?\)|\S+)\s+(?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\(")
+_ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One collective instruction.
+
+    Attributes:
+      kind: one of `KINDS`.
+      arrays: (dtype, dimensions) of each array in its result.
+      line: the instruction's text.
+    """
+
+    kind: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    line: str
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of an HLO module's text; an asynchronous pair counts once."""
+    found = []
+    for line in hlo.splitlines():
+        match = _COLLECTIVE.search(line)
+        if match:
+            arrays = tuple(
+                (m["dtype"], tuple(int(d) for d in m["dims"].split(",") if d)) for m in _ARRAY.finditer(match["shape"])
+            )
+            found.append(Collective(match["kind"], arrays, line.strip()))
+    return found
+
+
+def count_kinds(hlo: str) -> dict[str, int]:
+    """How many collectives of each kind a module has; one in a loop body counts once."""
+    counts = collections.Counter(c.kind for c in collectives(hlo))
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def partitioned_hlo(lowered: Any) -> str:
+    """The module right after the SPMD partitioner, where collectives still are what the shardings ask for.
+
+    XLA:CPU later rewrites them (it has no reduce-scatter and widens bfloat16), so its final program misleads.
+
+    Raises:
+      RuntimeError: XLA wrote no such module, because nothing was partitioned.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
+        texts = [p.read_text() for p in Path(folder).glob("*after_spmd-partitioning*")]
+    if not texts:
+        raise RuntimeError("XLA dumped no module after the SPMD partitioner")
+    return max(texts, key=len)

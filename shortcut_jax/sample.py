@@ -1,0 +1,123 @@
+"""Sampling: `python -m shortcut_jax.sample --workdir=W --prompt="a handwritten digit seven" --out=seven.png`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shortcut_jax import command
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.command import UsageError
+from shortcut_jax.data.words import count_words
+from shortcut_jax.generate import Generator
+from shortcut_jax.resolve import from_config
+from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_config
+from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.metrics import contact_sheet
+from shortcut_jax.steps.state import choose_view
+from shortcut_jax.steps.views import VIEWS
+
+USAGE = 'usage: python -m shortcut_jax.sample --workdir=W --prompt="..." [--steps=4] [--num=16] [--out=samples.png]'
+
+
+class Pipeline:
+    """A trained model: `Pipeline("runs/digits-scfm")("a handwritten digit seven", steps=4, num=16)`.
+
+    Attributes:
+      settings: of the run.
+      step: the training step whose weights were read.
+    """
+
+    def __init__(self, workdir: str | Path, view: str = "slow", max_steps: int = 1000, batch_size: int = 16):
+        """Reads one view (`online`, `fast` or `slow`) of the newest readable checkpoint, and nothing else.
+
+        Raises:
+          CheckpointError: the workdir has no readable checkpoint.
+          ValueError: an unknown view.
+        """
+        if view not in VIEWS:
+            raise ValueError(f"view is {view!r}, but must be one of {', '.join(VIEWS)}")
+        folder = Path(workdir) / "checkpoints"
+        config = stored_config(folder)
+        if config is None:
+            raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
+        mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+        self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
+        checkpoints = Checkpoints(folder, read_only=True)
+        assembly = Assembly(self.settings, training=False)
+        wanted = choose_view(assembly.state_shapes, view)
+        item = "params" if view == "online" else view
+        self.params, self.step = checkpoints.newest_readable(
+            lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
+        )
+        self._assembly = assembly
+        self._generator = Generator(assembly, batch_size, max_steps, self.settings.eval.shift)
+        checkpoints.close()
+
+    @property
+    def distilled_guidance(self) -> bool:
+        """Whether the model has a guidance embedding, so that guidance costs no second evaluation."""
+        return self._assembly.model.guidance
+
+    def __call__(
+        self, prompts: str | Sequence[str], steps: int = 4, num: int = 1, seed: int = 0, guidance: float = 1.0
+    ) -> np.ndarray:
+        """Pictures [len(prompts) * num, h, w, c], uint8, those of a prompt together.
+
+        Args:
+          prompts: one or several; words beyond the text length are cut.
+          steps: sampling steps (Euler), at least 1.
+          num: pictures a prompt.
+          seed: of the noise.
+          guidance: guidance scale; 1 means none.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self._generator(self.params, [p for p in prompts for _ in range(num)], steps, seed, guidance)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line, samples, and writes a PNG."""
+    from absl import flags
+
+    values = command.new_flags()
+    flags.DEFINE_string("workdir", None, "Folder of a training run.", flag_values=values)
+    flags.DEFINE_multi_string("prompt", None, "Caption; give it several times for several rows.", flag_values=values)
+    flags.DEFINE_integer("steps", 4, "Sampling steps.", flag_values=values)
+    flags.DEFINE_integer("num", 16, "Pictures a prompt.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
+    flags.DEFINE_enum("view", "slow", VIEWS, "Weights: online, or the fast or slow average.", flag_values=values)
+    flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 means none.", flag_values=values)
+    flags.DEFINE_string("out", "samples.png", "File to write.", flag_values=values)
+    options = command.parse(values, argv, USAGE, required=["workdir", "prompt"])
+    num = options.num
+    if min(options.steps, num) < 1:
+        raise UsageError(f"--steps is {options.steps} and --num is {num}, but both must be at least 1")
+    out = Path(options.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise UsageError(f"--out={out}: end it in .png, .jpg or .webp")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out={out}: the folder {out.parent} is not there")
+    distributed.initialize()
+    pipeline = Pipeline(options.workdir, options.view, max_steps=options.steps, batch_size=min(num, 64))
+    length = pipeline.settings.data.text_tokens
+    for prompt in options.prompt:
+        if count_words(prompt) > length:
+            kept = " ".join(prompt.split()[:length])
+            say(f"the prompt has {count_words(prompt)} words, the model reads {length}: it is cut to {kept!r}")
+    if options.guidance != 1.0:
+        classifier_free = "classifier-free, two evaluations a step"
+        how = "through the guidance embedding" if pipeline.distilled_guidance else classifier_free
+        say(f"guidance {options.guidance:g}: {how}")
+    pictures = pipeline(options.prompt, options.steps, num, options.seed, options.guidance)
+    rows = [pictures[i : i + num] for i in range(0, len(pictures), num)]
+    contact_sheet(rows, options.prompt).save(out)
+    objective = pipeline.settings.objective
+    say(
+        f"{len(pictures)} pictures of {objective} ({options.view}, step {pipeline.step}) in {options.steps} steps: {out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
