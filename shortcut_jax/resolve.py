@@ -55,7 +55,7 @@ def _check(s: Settings) -> None:
     positive |= {"eval.columns": s.eval.columns, "model.scan_unroll": s.model.scan_unroll}
     for name, value in positive.items():
         _require(value >= 1, f"{name} is {value}, but must be at least 1")
-    not_negative = {"sample_every": s.sample_every, "checkpoint_every": s.checkpoint_every}
+    not_negative: dict[str, float] = {"sample_every": s.sample_every, "checkpoint_every": s.checkpoint_every}
     not_negative |= {"max_skipped": s.max_skipped, "ema.restart_every": s.ema.restart_every}
     not_negative |= {"optimizer.warmup_steps": s.optimizer.warmup_steps, "rows.self_rows": s.rows.self_rows}
     not_negative |= {"rows.flow_rows": s.rows.flow_rows, "optimizer.weight_decay": s.optimizer.weight_decay}

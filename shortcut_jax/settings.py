@@ -220,7 +220,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys; lists become tuples, so that JSON compares equal."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")

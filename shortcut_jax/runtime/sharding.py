@@ -1,8 +1,9 @@
 """Meshes and shardings: two tables, one for parameters by path and one for activations by logical axis."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -86,10 +87,10 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
 
 
-def fit_spec(mesh: Mesh, spec: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
+def fit_spec(mesh: Mesh, spec: Iterable[Any], shape: Sequence[int]) -> PartitionSpec:
     """A spec without the mesh axes that do not divide their dimension, and without axes of size 1."""
     fitted = []
-    for size, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
+    for size, entry in zip_longest(shape, spec):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         axes = tuple(a for a in axes if mesh.shape[a] > 1)
         fits = axes and size % math.prod(mesh.shape[a] for a in axes) == 0
@@ -117,7 +118,8 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, fit_spec(mesh, first_match(STATE_RULES, path_name(path)), leaf.shape))
+        spec: PartitionSpec = first_match(STATE_RULES, path_name(path))
+        return NamedSharding(mesh, fit_spec(mesh, spec, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -143,10 +145,9 @@ def process_rows(sharding: NamedSharding, num_rows: int) -> np.ndarray:
 
     Processes that hold the same rows (where `tensor` spans hosts) get the same answer, so they read the same samples.
     """
-    slices = sharding.addressable_devices_indices_map((num_rows,)).values()
     rows: set[int] = set()
-    for (part,) in slices:
-        rows.update(range(*part.indices(num_rows)))
+    for index in sharding.addressable_devices_indices_map((num_rows,)).values():
+        rows.update(range(num_rows)[index[0] if index else slice(None)])
     return np.array(sorted(rows))
 
 
@@ -154,8 +155,8 @@ def to_global(tree: Any, rows: np.ndarray, sharding: NamedSharding, num_rows: in
     """Global arrays [num_rows, ...] from the rows that this process read (`process_rows`)."""
 
     def assemble(local: np.ndarray) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(num_rows)
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index[0] if index else slice(None)).indices(num_rows)
             first = int(np.searchsorted(rows, start))
             return local[first : first + stop - start]
 

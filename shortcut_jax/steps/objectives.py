@@ -88,7 +88,7 @@ class Averages(NamedTuple):
     slow: Callable[[Condition], StepVelocity]
 
 
-def draw(key: Array, num_rows: int, shape_NC: tuple[int, int], settings: ObjectiveSettings) -> Draws:
+def draw(key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: ObjectiveSettings) -> Draws:
     """All random numbers of one step, for `num_rows` rows of latents of shape [N, C]."""
     keys = DrawKeys(*jax.random.split(key, len(DrawKeys._fields)))
     low, high = settings.guidance

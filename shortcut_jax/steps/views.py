@@ -1,7 +1,7 @@
 """Parameter trees as velocity functions: online, fast, slow (and teacher) are one apply with different trees."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from shortcut_jax.core.latents import image_ids, text_ids
 from shortcut_jax.core.types import Array, Condition, StepVelocity
@@ -24,7 +24,7 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
         txt_ids_M3 = text_ids(condition.txt_BMT.shape[1])
 
         def velocity(x_BNC: Array, t_B: Array, d_B: Array | None = None) -> Array:
-            return model.apply(
+            out_BNC = model.apply(
                 {"params": params},
                 x_BNC,
                 t_B,
@@ -35,13 +35,14 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
                 condition.guidance_B if cfg.guidance else None,
                 d_B if cfg.step_size else None,
             )
+            return cast(Array, out_BNC)
 
         return velocity
 
     return velocity_of
 
 
-def guided(conditional: StepVelocity, unconditional: StepVelocity, scale: float) -> StepVelocity:
+def guided(conditional: StepVelocity, unconditional: StepVelocity, scale: Array | float) -> StepVelocity:
     """Classifier-free guidance: v_u + scale (v_c - v_u), two evaluations a step."""
 
     def velocity(x_BNC: Array, t_B: Array, d_B: Array | None) -> Array:

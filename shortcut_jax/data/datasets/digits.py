@@ -1,5 +1,8 @@
 """TFDS builder of scikit-learn's handwritten digits: 1,797 real 8 x 8 images with captions."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -35,7 +38,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         from PIL import Image
         from sklearn.datasets import load_digits
 
