@@ -23,4 +23,6 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_steps = 50
     c.optimizer.schedule = "cosine"
     c.ema.warmup = True
+    c.data.caption_dropout = 0.05
+    c.student_weights = (2.0, 2.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0)
     return c

@@ -65,7 +65,7 @@ def _one_line(error: BaseException) -> str:
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:
     """Runs a main and exits: its code, or 1 with one line for an expected error, or 130 for Ctrl-C."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is meant
     try:
         code = main(sys.argv if argv is None else argv) or 0
     except EXPECTED_ERRORS as error:

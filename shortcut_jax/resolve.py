@@ -18,6 +18,15 @@ from shortcut_jax.steps.views import VIEWS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_AT_LEAST_ONE = (
+    *("steps", "accumulate", "log_every", "keep", "data.text_tokens"),
+    *("eval.batch_size", "eval.columns", "model.scan_unroll"),
+)
+_NOT_NEGATIVE = (
+    *("seed", "max_skipped", "sample_every", "checkpoint_every", "rows.self_rows", "rows.flow_rows"),
+    *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
+)
+
 
 def from_config(config: typing.Any) -> Settings:
     """Freezes and checks a ConfigDict (or plain nested dicts, as stored in a checkpoint).
@@ -48,20 +57,13 @@ def _check(s: Settings) -> None:
     _one_of("data.store", s.data.store, ("pixels", "latents"))
     _one_of("data.text_encoder", s.data.text_encoder, ("words", "stored"))
     _one_of("eval.view", s.eval.view, VIEWS)
+    values = flatten(to_dict(s))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
-        _one_of(name, flatten(to_dict(s))[name], DTYPES)
-    positive = {"steps": s.steps, "accumulate": s.accumulate, "log_every": s.log_every, "keep": s.keep}
-    positive |= {"data.text_tokens": s.data.text_tokens, "eval.batch_size": s.eval.batch_size}
-    positive |= {"eval.columns": s.eval.columns, "model.scan_unroll": s.model.scan_unroll}
-    for name, value in positive.items():
-        _require(value >= 1, f"{name} is {value}, but must be at least 1")
-    not_negative: dict[str, float] = {"sample_every": s.sample_every, "checkpoint_every": s.checkpoint_every}
-    not_negative |= {"max_skipped": s.max_skipped, "ema.restart_every": s.ema.restart_every}
-    not_negative |= {"optimizer.warmup_steps": s.optimizer.warmup_steps, "rows.self_rows": s.rows.self_rows}
-    not_negative |= {"rows.flow_rows": s.rows.flow_rows, "optimizer.weight_decay": s.optimizer.weight_decay}
-    not_negative |= {"optimizer.clip_norm": s.optimizer.clip_norm, "seed": s.seed}
-    for name, value in not_negative.items():
-        _require(value >= 0, f"{name} is {value}, but must not be negative")
+        _one_of(name, values[name], DTYPES)
+    for name in _AT_LEAST_ONE:
+        _require(values[name] >= 1, f"{name} is {values[name]}, but must be at least 1")
+    for name in _NOT_NEGATIVE:
+        _require(values[name] >= 0, f"{name} is {values[name]}, but must not be negative")
     _check_student(s)
     _check_evaluation(s.eval)
     _require(0.0 <= s.data.caption_dropout <= 1.0, f"data.caption_dropout is {s.data.caption_dropout}, not in [0, 1]")

@@ -112,10 +112,8 @@ def main(argv: Sequence[str]) -> int:
     pictures = pipeline(options.prompt, options.steps, num, options.seed, options.guidance)
     rows = [pictures[i : i + num] for i in range(0, len(pictures), num)]
     contact_sheet(rows, options.prompt).save(out)
-    objective = pipeline.settings.objective
-    say(
-        f"{len(pictures)} pictures of {objective} ({options.view}, step {pipeline.step}) in {options.steps} steps: {out}"
-    )
+    model = f"{pipeline.settings.objective} ({options.view}, step {pipeline.step})"
+    say(f"{len(pictures)} pictures of {model} in {options.steps} steps: {out}")
     return 0
 
 

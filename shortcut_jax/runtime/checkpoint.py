@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
+
+from shortcut_jax.runtime.distributed import say
 
 ITEMS = ("params", "fast", "slow", "optimizer")
 META = "meta"
@@ -89,7 +90,7 @@ class Checkpoints:
                 raise
             except Exception as failure:  # Orbax, TensorStore and JSON each raise their own kinds.
                 reasons.append(f"step {step}: {str(failure).strip().splitlines()[0][:200]}")
-                logging.warning("the checkpoint of step %d is damaged, falling back to the one before", step)
+                say(f"the checkpoint of step {step} in {self.folder} is damaged: falling back to the one before")
                 self._set_aside(step)
         why = "; ".join(reasons) or "there is none"
         raise CheckpointError(f"no readable checkpoint in {self.folder}: {why}")
@@ -100,7 +101,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self.folder.parent / f"damaged-checkpoint-{step}"
             (self.folder / str(step)).rename(aside)
-            logging.warning("it was moved to %s", aside)
+            say(f"the damaged checkpoint was moved to {aside}")
         self._manager.reload()
 
 

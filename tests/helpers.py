@@ -1,0 +1,50 @@
+"""Small settings that several tests share."""
+
+import jax
+import numpy as np
+
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.resolve import from_config
+from shortcut_jax.settings import default_config
+
+
+def tiny_config(**changes):
+    """A config of the tiny preset on one device; keys with dots become nested (`rows__self_rows=1`)."""
+    c = default_config()
+    c.model.preset = "tiny"
+    c.batch_size = 32
+    c.steps = 4
+    c.student_steps = (1, 2, 4)
+    c.mesh.data, c.mesh.fsdp = 1, 1
+    c.optimizer.learning_rate = 1e-2
+    c.eval.views, c.eval.images = (), ()
+    c.eval.steps = (1, 2)
+    c.eval.columns = 4
+    for key, value in changes.items():
+        *folders, leaf = key.split("__")
+        node = c
+        for name in folders:
+            node = node[name]
+        with node.ignore_type():
+            node[leaf] = value
+    return c
+
+
+def tiny_assembly(num_devices=1, **changes):
+    return Assembly(from_config(tiny_config(**changes)), jax.devices()[:num_devices])
+
+
+def random_batch(assembly, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda s: jax.device_put(rng.standard_normal(s.shape, np.float32), s.sharding)
+    return jax.tree.map(draw, assembly.batch_shapes)
+
+
+def noisy_state(assembly, seed=0):
+    """A state with no weight at zero, and averages that differ from the weights and from each other."""
+    state = jax.device_get(assembly.init_state())
+    rng = np.random.default_rng(seed)
+    jitter = lambda tree: jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(x.dtype), tree)
+    params = jitter(state.params)
+    state = state._replace(params=params, ema=type(state.ema)(jitter(params), jitter(params)))
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, assembly.state_shapes)

@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shortcut_jax.core.tree import flat_paths
+from tests.helpers import noisy_state, random_batch, tiny_assembly
+
+
+@pytest.fixture(scope="module")
+def scfm():
+    return tiny_assembly()
+
+
+def _moved(before, after):
+    return {k: not np.array_equal(v, flat_paths(after)[k]) for k, v in flat_paths(before).items()}
+
+
+def _host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def test_a_step_moves_weights_moments_and_averages_and_counts(scfm):
+    state = noisy_state(scfm)
+    before = _host(state)
+    after, metrics = scfm.train_step(state, random_batch(scfm))
+    assert all(_moved(before.params, after.params).values())
+    assert all(_moved(before.ema.fast, after.ema.fast).values())
+    assert all(_moved(before.ema.slow, after.ema.slow).values())
+    assert int(after.step) == 1 and int(after.skipped_total) == 0
+    assert np.isclose(float(metrics["loss"]), 0.25 * metrics["loss/self"] + 0.75 * metrics["loss/flow"], rtol=1e-5)
+    expected = {"loss", "loss/self", "loss/flow", "grad_norm", "param_norm", "learning_rate", "skipped"}
+    assert expected | {"skipped_total", "ema_distance/fast", "ema_distance/slow"} == set(metrics)
+
+
+def test_averages_follow_the_weights_by_their_decays(scfm):
+    state = noisy_state(scfm)
+    before = _host(state)
+    after, _ = scfm.train_step(state, random_batch(scfm))
+    for name, decay in (("fast", 0.99), ("slow", 0.999)):
+        old, new = flat_paths(getattr(before.ema, name)), flat_paths(getattr(after.ema, name))
+        for path, weights in flat_paths(after.params).items():
+            np.testing.assert_allclose(new[path], decay * old[path] + (1 - decay) * weights, rtol=1e-5, atol=1e-7)
+
+
+def test_a_non_finite_step_changes_nothing_but_the_counters_and_the_next_one_recovers(scfm):
+    state = noisy_state(scfm)
+    before = _host(state)
+    batch = random_batch(scfm)
+    broken = batch._replace(latents_BhwC=batch.latents_BhwC.at[3, 0, 0, 0].set(jnp.nan))
+    state, metrics = scfm.train_step(state, broken)
+    for field in ("params", "ema", "opt_state"):
+        assert not any(_moved(getattr(before, field), getattr(state, field)).values()), field
+    assert (int(state.step), int(state.skipped), int(state.skipped_total)) == (1, 1, 1)
+    assert int(metrics["skipped"]) == 1 and np.isfinite(metrics["param_norm"])
+    state, metrics = scfm.train_step(state, batch)
+    assert (int(state.step), int(state.skipped), int(state.skipped_total)) == (2, 0, 1)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_draws_differ_between_steps_and_seeds(scfm):
+    losses = set()
+    for step, seed in ((0, 0), (1, 0), (0, 1)):
+        assembly = scfm if seed == 0 else tiny_assembly(seed=1)
+        state = noisy_state(scfm)._replace(step=jnp.int32(step))
+        losses.add(float(assembly.train_step(state, random_batch(scfm))[1]["loss"]))
+    assert len(losses) == 3
+
+
+def test_micro_batches_give_the_same_update_as_one_batch(scfm, highest_precision):
+    split = tiny_assembly(accumulate=2)
+    one, two = (a.train_step(noisy_state(a), random_batch(a)) for a in (scfm, split))
+    for path, value in flat_paths(one[0].params).items():
+        np.testing.assert_allclose(flat_paths(two[0].params)[path], value, rtol=1e-4, atol=1e-6)
+    for name, value in one[1].items():
+        np.testing.assert_allclose(two[1][name], value, rtol=1e-4, err_msg=name)
+
+
+def test_the_target_reads_both_averages(scfm):
+    batch = random_batch(scfm)
+    base = float(scfm.train_step(noisy_state(scfm), batch)[1]["loss/self"])
+    for name in ("fast", "slow"):
+        state = noisy_state(scfm)
+        changed = jax.tree.map(lambda x: x * 1.1, getattr(state.ema, name))
+        state = state._replace(ema=state.ema._replace(**{name: changed}))
+        assert abs(float(scfm.train_step(state, batch)[1]["loss/self"]) - base) > 1e-4 * base, name
+
+
+def test_flow_ignores_the_averages():
+    assembly = tiny_assembly(objective="flow")
+    batch = random_batch(assembly)
+    state, other = noisy_state(assembly), noisy_state(assembly)
+    other = other._replace(ema=jax.tree.map(lambda x: 2 * x, other.ema))
+    after, metrics = assembly.train_step(state, batch)
+    after_other, _ = assembly.train_step(other, batch)
+    assert not any(_moved(after.params, after_other.params).values())
+    assert set(metrics) >= {"loss", "loss/flow"} and "loss/self" not in metrics
+
+
+def test_the_shortcut_model_learns_its_step_size_input():
+    assembly = tiny_assembly(objective="shortcut")
+    state = noisy_state(assembly)
+    before = _host(state.params["step_in"])
+    after, metrics = assembly.train_step(state, random_batch(assembly))
+    assert all(_moved(before, after.params["step_in"]).values())
+    assert np.isfinite(metrics["loss/self"])
