@@ -92,18 +92,28 @@ def table(scores: Sequence[Score]) -> str:
     With several seeds a cell gives means, and half the distance between the extremes behind +-.
     """
     counts = sorted({s.steps for s in scores})
-    head = ["view (images)", *(f"{n} step{'s' * (n > 1)}" for n in counts)]
-    rows = []
+    rows = [["view (images)", *map(count_label, counts)]]
     for view in dict.fromkeys(s.view for s in scores):
         cells = {s.steps: s for s in scores if s.view == view}
         images = next(iter(cells.values())).images
-        rows.append([f"{view} ({images})", *(_cell(cells[n]) for n in counts)])
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+        rows.append([f"{view} ({images})", *(cell(cells[n]) for n in counts)])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first one the head, as an aligned Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+    return "\n".join([line(rows[0]), line(["-" * w for w in widths]), *map(line, rows[1:])])
 
 
-def _cell(s: Score) -> str:
+def count_label(num_steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{num_steps} step{'s' * (num_steps > 1)}"
+
+
+def cell(s: Score) -> str:
+    """`distance / accuracy`: means, and behind +- half the distance of the extremes where there are several seeds."""
     spread = f" ±{(max(s.distances) - min(s.distances)) / 2:.2f}" if len(s.distances) > 1 else ""
     return f"{np.mean(s.distances):.2f}{spread} / {np.mean(s.accuracies):.3f}"
 
@@ -113,7 +123,8 @@ def sample_grid(
 ) -> Image.Image:
     """A contact sheet, the same noise and caption down each column: a row a step count."""
     rows = [generate(params, captions, n, seed=0, guidance=guidance) for n in steps]
-    return contact_sheet(rows, [f"{n} step{'s' * (n > 1)}" for n in steps])
+    last_words = [caption.split()[-1] if caption else "" for caption in captions]
+    return contact_sheet(rows, [count_label(n) for n in steps], last_words)
 
 
 def grid_captions(chosen: Sequence[str], reference_captions: Sequence[str], columns: int) -> list[str]:
@@ -140,7 +151,7 @@ def judge(
             begin = time.perf_counter()
             scores.append(score(generate, params, view, n, reference, num, seeds))
             took = time.perf_counter() - begin
-            progress(f"{view} at {n} steps: distance / accuracy {_cell(scores[-1])} ({took:.0f} s)")
+            progress(f"{view} at {count_label(n)}: distance / accuracy {cell(scores[-1])} ({took:.0f} s)")
     return scores
 
 

@@ -26,6 +26,8 @@ class Pipeline:
 
     Attributes:
       settings: of the run.
+      params: the weights of the view.
+      generate: captions to pictures, for any tree of weights.
       step: the training step whose weights were read.
     """
 
@@ -52,7 +54,7 @@ class Pipeline:
             lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
         )
         self._assembly = assembly
-        self._generator = Generator(assembly, batch_size, max_steps, self.settings.eval.shift)
+        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift)
         checkpoints.close()
 
     @property
@@ -73,7 +75,7 @@ class Pipeline:
           guidance: guidance scale; 1 means none.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._generator(self.params, [p for p in prompts for _ in range(num)], steps, seed, guidance)
+        return self.generate(self.params, [p for p in prompts for _ in range(num)], steps, seed, guidance)
 
 
 def main(argv: Sequence[str]) -> int:

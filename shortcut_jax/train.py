@@ -128,7 +128,7 @@ class Run:
         samples = make_samples(self.source, encode, s.data.caption_dropout, s.seed)
         data = batches(samples, rows, assembly.batch_size, start, stop)
         bar = tqdm(total=s.steps, initial=start, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True)
-        meter = Meter(assembly, start)
+        meter = Meter(assembly)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with distributed.Interruptions() as interruptions, bar:
             for step in range(start + 1, stop + 1):
@@ -162,11 +162,13 @@ class Run:
                 f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
                 f"finite, {skipped} steps in a row (max_skipped {self.settings.max_skipped}); nothing of them was kept"
             )
+        meter.seen(step)
         if not _due(step, self.settings.log_every):
             return
         values = {name: float(value) for name, value in metrics.items()} | meter.rates(step)
         self.log.scalars(step, values)
-        bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
+        rate = {"img_s": f"{values['images_per_second']:.0f}"} if "images_per_second" in values else {}
+        bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
 
     def save(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """Starts a checkpoint of a state that is known to be finite."""
@@ -222,14 +224,23 @@ class Run:
 class Meter:
     """Images and FLOPs a second, the compilation of the first step left out."""
 
-    def __init__(self, assembly: Assembly, start: int):
-        self._assembly, self._step, self._time = assembly, start, time.perf_counter()
+    def __init__(self, assembly: Assembly):
+        self._assembly = assembly
         self._peak = peak_flops(assembly.mesh.devices.flat[0])
+        self._step: int | None = None
+        self._time = 0.0
+
+    def seen(self, step: int) -> None:
+        """Starts the clock when the first step is known to be done."""
+        if self._step is None:
+            self._step, self._time = step, time.perf_counter()
 
     def rates(self, step: int) -> dict[str, float]:
         """Rates since the last call: images a second, model FLOP/s, and MFU where the device's peak is known."""
+        if self._step is None or step == self._step:
+            return {}
         now = time.perf_counter()
-        seconds = (now - self._time) / max(step - self._step, 1)
+        seconds = (now - self._time) / (step - self._step)
         self._step, self._time = step, now
         flops = self._assembly.flops / seconds
         rates = {"images_per_second": self._assembly.batch_size / seconds, "model_flops_per_second": flops}

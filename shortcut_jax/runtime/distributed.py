@@ -21,6 +21,8 @@ def initialize() -> None:
 
 def simulate_devices(num: int) -> None:
     """Makes this process see `num` CPU devices. Has to run before anything asks JAX for its devices."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if "xla_force_host_platform_device_count" not in f)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num)
 

@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shortcut_jax.core.rows import RowGroup, merge_kinds, micro_batches, split_kinds
+
+GROUPS = [RowGroup(1, 3), RowGroup(2, 2), RowGroup(3, 1)]
+
+
+def _tree(rows):
+    index = jnp.arange(rows)
+    return {"scalar": index, "wide": index[:, None, None] * 100 + jnp.arange(6).reshape(2, 3)}
+
+
+def _equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: x.shape == y.shape and bool((x == y).all()), a, b))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_splitting_and_merging_are_inverse(group):
+    tree = _tree(24)
+    assert _equal(merge_kinds(*split_kinds(tree, group), group), tree)
+    parts = _tree(6 * group.self_rows), _tree(6 * group.flow_rows)
+    merged = merge_kinds(*parts, group)
+    assert merged["wide"].shape == (24, 2, 3)
+    assert all(_equal(a, b) for a, b in zip(split_kinds(merged, group), parts, strict=True))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("rows", [4, 24])
+def test_the_kind_of_a_row_is_a_function_of_its_place_in_the_group(group, rows):
+    self_part, flow_part = split_kinds(_tree(rows), group)
+    place = np.arange(rows) % group.size
+    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero(place < group.self_rows))
+    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= group.self_rows))
+    np.testing.assert_array_equal(flow_part["wide"][:, 0, 0], flow_part["scalar"] * 100)
+
+
+@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4)])
+def test_a_group_of_one_kind_gives_all_rows_to_it(group):
+    tree = _tree(8)
+    parts = split_kinds(tree, group)
+    assert [len(p["scalar"]) for p in parts] == [2 * group.self_rows, 2 * group.flow_rows]
+    assert _equal(parts[0] if group.self_rows else parts[1], tree)
+    assert _equal(merge_kinds(*parts, group), tree)
+
+
+def test_micro_batch_a_holds_every_a_th_group():
+    group = RowGroup(1, 1)
+    dealt = micro_batches(jnp.arange(12), 3, group)
+    np.testing.assert_array_equal(dealt, [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_micro_batches_share_one_layout_of_kinds_and_deal_every_row_once(group, num):
+    tree = _tree(24)
+    dealt = micro_batches(tree, num, group)
+    assert dealt["wide"].shape == (num, 24 // num, 2, 3)
+    assert sorted(np.ravel(dealt["scalar"])) == list(range(24))
+    np.testing.assert_array_equal(dealt["wide"][..., 0, 0], dealt["scalar"] * 100)
+    for a in range(num):
+        rows = np.asarray(dealt["scalar"][a])
+        np.testing.assert_array_equal(rows % group.size, np.arange(24 // num) % group.size)
+        np.testing.assert_array_equal(rows[:: group.size] // group.size, np.arange(a, 24 // group.size, num))

@@ -1,0 +1,86 @@
+import re
+
+import jax
+import pytest
+
+from shortcut_jax import bench, command, dry_run, train
+from shortcut_jax.resolve import from_config
+from tests.helpers import tiny_config
+
+TINY = [
+    "--config=configs/digits.py",
+    "--config.model.preset=tiny",
+    "--config.batch_size=32",
+    "--config.mesh.data=1",
+    "--config.student_weights=()",
+    "--config.student_steps=(1,2,4)",
+]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: device)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def test_bench_times_two_values_in_turn_and_prints_their_ratio(one_device, capsys):
+    assert bench.main(["bench", *TINY, "--vary=objective=flow,scfm", "--steps=4", "--stretch=2"]) == 0
+    _, flow, scfm = capsys.readouterr().out.strip().splitlines()
+    pattern = r"objective=\w+: [\d.]+ ms a step, [\d.]+ images/s, [\d.e+]+ FLOP a step, [\d.e+-]+ TFLOP/s"
+    assert re.match(pattern, flow) and re.match(pattern, scfm)
+    assert re.search(r"[\d.]+ x the time of objective=flow", scfm)
+
+
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        (["--vary=nothing=1,2"], "'nothing' cannot be set to '1'"),
+        (["--vary=steps=few"], "'steps' cannot be set to 'few'"),
+        (["--steps=0"], "must be at least 1"),
+        (["--vary=objective=flow,magic"], "objective is 'magic'"),
+    ],
+)
+def test_bench_refuses_in_one_line(extra, pattern, one_device, capfd):
+    with pytest.raises(SystemExit) as stop:
+        command.run(bench.main, ["bench", *TINY, *extra])
+    assert stop.value.code == 1
+    assert pattern in capfd.readouterr().err
+
+
+def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys):
+    settings = from_config(tiny_config(mesh__fsdp=8, batch_size=64))
+    assert dry_run.run(settings, None, 1.0) == 0
+    out = capsys.readouterr().out
+    for part in ("parameters", "124,164", "model FLOPs a step", "arguments a device", "temporaries a device"):
+        assert part in out
+    assert re.search(r"collectives +\d+ all-gather, \d+ all-reduce", out) and "fits" in out
+    assert dry_run.run(settings, None, 1e-6) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_targets_are_checked(capfd):
+    for argv, pattern in (
+        (["--dry_run", "--target=gpu:8"], "must be cpu:N"),
+        (["--dry_run", "--target=cpu:0"], "must be cpu:N"),
+        (["--target=cpu:8"], "go with --dry_run"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command.run(train.main, ["train", "--config=configs/digits.py", *argv])
+        assert stop.value.code == 1
+        assert pattern in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_pod_config_compiles_for_eight_devices_at_twenty_bytes_a_parameter(capsys):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("flux_pretrain", "configs/flux_pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = from_config(module.get_config())
+    assert dry_run.run(settings, None, 80.0) == 0
+    out = capsys.readouterr().out
+    assert "11,891,178,560" in out
+    arguments = float(re.search(r"arguments a device +([\d.]+) GB", out)[1])
+    assert arguments == pytest.approx(11_891_178_560 * 20 / 8 / 1e9, rel=0.01)

@@ -1,0 +1,51 @@
+"""A file imports strictly lower floors, plus siblings in its own folder; `steps/` and `runtime/` never meet."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "shortcut_jax"
+MAY_IMPORT = {
+    "core": set(),
+    "models": {"core"},
+    "weights": {"core"},
+    "steps": {"core", "models"},
+    "runtime": {"core", "models", "weights"},
+    "data": {"core"},
+    "": {"core", "models", "weights", "steps", "runtime", "data"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _floor(path):
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "shortcut_jax")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_stay_below(path):
+    floor = _floor(path)
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] in ("torch", "diffusers", "tensorflow"):
+            pytest.fail(f"{name} is a test-time reference only")
+        if parts[0] != "shortcut_jax" or len(parts) == 1:
+            continue
+        target = parts[1] if (PACKAGE / parts[1]).is_dir() else ""
+        assert target == floor or target in MAY_IMPORT[floor], f"{path.name} on floor {floor!r} imports {name}"
+
+
+def test_every_folder_has_a_floor_and_every_file_fits_its_room():
+    assert {_floor(path) for path in FILES} == set(MAY_IMPORT)
+    too_long = {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 350}
+    assert not too_long

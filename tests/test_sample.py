@@ -1,0 +1,99 @@
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import Pipeline, command, sample
+from shortcut_jax.core.tree import count_parameters
+from shortcut_jax.runtime.checkpoint import CheckpointError
+from tests.test_train import arguments, one_device, trained  # noqa: F401
+
+
+def _fails(capfd, argv):
+    with pytest.raises(SystemExit) as stop:
+        command.run(sample.main, ["sample", *argv])
+    assert stop.value.code == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_a_contact_sheet_has_a_row_a_prompt(trained, tmp_path, capfd):
+    out = tmp_path / "sevens.png"
+    argv = ["sample", f"--workdir={trained}", "--prompt=a handwritten digit seven", "--prompt=two", f"--out={out}"]
+    assert sample.main([*argv, "--num=3", "--steps=2"]) == 0
+    assert "6 pictures of scfm (slow, step 4) in 2 steps" in capfd.readouterr().err
+    with Image.open(out) as picture:
+        assert picture.width > 3 * 48 and picture.height > 2 * 48
+
+
+def test_pictures_follow_seed_view_steps_and_guidance_and_repeat(trained):
+    slow, online = Pipeline(trained), Pipeline(trained, view="online")
+    first = slow("a handwritten digit two", steps=2, num=2)
+    assert first.shape == (2, 8, 8, 1) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, slow("a handwritten digit two", steps=2, num=2))
+    for other in (
+        slow("a handwritten digit two", steps=2, num=2, seed=1),
+        online("a handwritten digit two", steps=2, num=2),
+        slow("a handwritten digit two", steps=1, num=2),
+        slow("a handwritten digit two", steps=2, num=2, guidance=9.0),
+    ):
+        assert not np.array_equal(first, other)
+
+
+def test_only_one_view_is_read_from_disk(trained, tmp_path):
+    """Bytes on disk of everything the pipeline opens: the other items may even be gone."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    folder = workdir / "checkpoints" / "4"
+    for name in ("params", "fast", "optimizer"):
+        for path in (folder / name).rglob("*"):
+            if path.is_file() and path.stat().st_size > 4096:
+                path.write_bytes(b"")
+    before = _bytes_read()
+    pipeline = Pipeline(workdir)
+    read = _bytes_read() - before
+    size = 4 * count_parameters(pipeline.params)
+    assert read <= 1.1 * size + 200_000, (read, size)  # besides: JSON files, and modules imported on first use
+
+
+def _bytes_read():
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
+
+
+def test_long_prompts_and_guidance_are_told(trained, tmp_path, capfd):
+    prompt = "a handwritten digit seven and some more words that do not fit"
+    out = tmp_path / "x.png"
+    argv = ["sample", f"--workdir={trained}", f"--prompt={prompt}", "--num=1", "--guidance=2", f"--out={out}"]
+    assert sample.main(argv) == 0
+    err = capfd.readouterr().err
+    assert (
+        "the prompt has 12 words, the model reads 8: it is cut to 'a handwritten digit seven and some more words'"
+        in err
+    )
+    assert "guidance 2: classifier-free, two evaluations a step" in err
+
+
+def test_bad_input_is_one_clear_line(trained, tmp_path, capfd):
+    good = [f"--workdir={trained}", "--prompt=x"]
+    assert "--steps is 0" in _fails(capfd, [*good, "--steps=0"])
+    assert "--prompt is missing" in _fails(capfd, [f"--workdir={trained}"])
+    assert "end it in .png" in _fails(capfd, [*good, "--out=x.gif"])
+    assert "is not there" in _fails(capfd, [*good, f"--out={tmp_path}/no/x.png"])
+    assert "no checkpoint in" in _fails(capfd, [f"--workdir={tmp_path}", "--prompt=x"])
+    assert "view" in _fails(capfd, [*good, "--view=middle"])
+    with pytest.raises(ValueError, match="one of online, fast, slow"):
+        Pipeline(trained, view="middle")
+    with pytest.raises(CheckpointError):
+        Pipeline(tmp_path)
+
+
+def test_a_model_trained_on_one_device_samples_on_eight(trained, monkeypatch):
+    expected = Pipeline(trained)("a handwritten digit two", steps=2, num=5)
+    monkeypatch.undo()
+    assert len(jax.devices()) == 8
+    actual = Pipeline(trained)("a handwritten digit two", steps=2, num=5)
+    assert np.abs(actual.astype(int) - expected).max() <= 1

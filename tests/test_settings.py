@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
+from shortcut_jax.settings import ConfigError, Settings, compare, default_config, flatten, to_dict
+from tests.helpers import tiny_assembly, tiny_config
+
+
+def test_a_config_survives_json():
+    settings = from_config(tiny_config(student_weights=(1.0, 2.0, 1.0)))
+    assert from_config(json.loads(json.dumps(to_dict(settings)))) == settings
+
+
+def test_the_default_config_has_every_field_and_is_locked():
+    config = default_config()
+    assert set(flatten(config.to_dict())) == set(flatten(to_dict(Settings())))
+    with pytest.raises(AttributeError):
+        config.stepz = 3
+    with pytest.raises(ConfigError, match="exactly one of batch_size and batch_per_device"):
+        from_config(config)
+
+
+def test_unknown_and_missing_keys_are_named():
+    values = to_dict(from_config(tiny_config()))
+    with pytest.raises(ConfigError, match=r"unknown config key 'optimizer\.lr'"):
+        from_config({**values, "optimizer": {**values["optimizer"], "lr": 1.0}})
+    with pytest.raises(ConfigError, match=r"'ema\.slow' is missing"):
+        from_config({**values, "ema": {k: v for k, v in values["ema"].items() if k != "slow"}})
+    with pytest.raises(ConfigError, match="steps is 3.5, but must be int"):
+        from_config({**values, "steps": 3.5})
+    with pytest.raises(ConfigError, match="steps is True"):
+        from_config({**values, "steps": True})
+
+
+def test_the_free_mesh_axis_takes_what_remains():
+    shape = mesh_shape(from_config(tiny_config(mesh__data=2, mesh__fsdp=-1, mesh__tensor=2)), 16)
+    assert (shape.data, shape.fsdp, shape.tensor) == (2, 4, 2)
+    with pytest.raises(ConfigError, match="needs a multiple of 6 devices, but there are 8"):
+        mesh_shape(from_config(tiny_config(mesh__data=3, mesh__fsdp=-1, mesh__tensor=2)), 8)
+    with pytest.raises(ConfigError, match="only one axis may be -1"):
+        mesh_shape(from_config(tiny_config(mesh__data=-1, mesh__fsdp=-1)), 8)
+
+
+def test_the_batch_may_follow_the_devices():
+    settings = from_config(tiny_config(batch_size=None, batch_per_device=8, mesh__fsdp=-1, mesh__tensor=2))
+    assert global_batch(settings, mesh_shape(settings, 16)) == 64
+
+
+def test_marks_tell_identity_schedule_and_free_changes_apart():
+    old = to_dict(from_config(tiny_config()))
+    new = to_dict(
+        from_config(
+            tiny_config(
+                steps=9,
+                max_skipped=2,
+                optimizer__warmup_steps=3,
+                mesh__data=4,
+                model__remat="full",
+                log_every=7,
+                data__dir="/else",
+                objective="flow",
+                model__preset="digits",
+                data__text_tokens=9,
+                optimizer__b1=0.8,
+                batch_size=64,
+                student_steps=(1, 2),
+            )
+        )
+    )
+    differences = compare(old, new)
+    names = {mark: {line.split(":")[0] for line in lines} for mark, lines in differences.items()}
+    assert names["schedule"] == {"steps", "max_skipped", "optimizer.warmup_steps"}
+    assert names["free"] == {"mesh.data", "model.remat", "log_every", "data.dir"}
+    assert names["identity"] == {
+        "objective",
+        "model.preset",
+        "data.text_tokens",
+        "optimizer.b1",
+        "batch_size",
+        "student_steps",
+    }
+    assert "steps: 4 -> 9" in differences["schedule"]
+    assert not any(compare(old, json.loads(json.dumps(old))).values())
+
+
+def test_the_objective_decides_on_the_step_size_input():
+    assert tiny_assembly(objective="shortcut").model.step_size
+    assembly = tiny_assembly()
+    assert not assembly.model.step_size
+    step = step_settings(assembly.settings, assembly.model)
+    assert step.objective.student.counts == (1, 2, 4) and step.objective.student.jumps == 2
+
+
+def test_flops_of_a_step_count_the_jumps_of_self_rows():
+    flow, scfm = tiny_assembly(objective="flow"), tiny_assembly()
+    assert scfm.flops / flow.flops == pytest.approx(3.5 / 3)

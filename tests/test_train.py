@@ -1,0 +1,262 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from shortcut_jax import command, train
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.steps.state import to_items
+from tests.helpers import tiny_assembly
+
+SMALL = {
+    "model.preset": "tiny",
+    "batch_size": 32,
+    "steps": 4,
+    "student_steps": "(1,2,4)",
+    "student_weights": "()",
+    "eval.steps": "(1,2)",
+    "eval.images": "(20,20,20)",
+    "eval.batch_size": 20,
+    "eval.columns": 4,
+    "eval.seeds": "(0,1)",
+    "log_every": 1,
+    "mesh.data": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Mains take all devices; these tests give them one."""
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: device)
+
+
+@pytest.fixture(scope="session")
+def arguments(data_dir):
+    def make(workdir, *extra, **changes):
+        values = {**SMALL, "data.dir": data_dir} | {k.replace("__", "."): v for k, v in changes.items()}
+        flags = [f"--config.{key}={value}" for key, value in values.items()]
+        return ["train", "--config=configs/digits.py", f"--workdir={workdir}", *flags, *extra]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, arguments):
+    """A workdir of four uninterrupted steps with its report, and what was printed."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        device = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: device)
+        assert train.main(arguments(workdir)) == 0
+    return workdir
+
+
+def _restored(workdir, step):
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    shapes = to_items(tiny_assembly(student_steps=(1, 2, 4)).state_shapes)
+    return flat_paths(checkpoints.restore(step, shapes)), checkpoints.meta(step)
+
+
+def _listing(folder):
+    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+def _fails(capfd, argv):
+    """Runs a main that has to fail in one line; returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        command.run(train.main, argv)
+    assert stop.value.code == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_a_run_leaves_a_report_pictures_metrics_and_a_record(trained):
+    report = (trained / "report.md").read_text()
+    for view in ("online", "fast", "slow"):
+        assert f"| {view} (20)" in report
+    assert "| 1 step " in report and "| 2 steps" in report and "±" in report
+    for name in ("samples/step_00000004.png", "loss.png", "config.json", "shardings.txt"):
+        assert (trained / name).stat().st_size > 100, name
+    assert any((trained / "tensorboard").iterdir())
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert len({row["loss"] for row in rows}) == 4 and all(np.isfinite(row["loss"]) for row in rows)
+    assert "images_per_second" in rows[-1] and "model_flops_per_second" in rows[-1]
+    items, meta = _restored(trained, 4)
+    assert meta["counters"] == {"step": 4, "skipped": 0, "skipped_total": 0} and meta["seed"] == 0
+    assert all(np.isfinite(v).all() for v in items.values())
+
+
+def test_two_and_two_steps_equal_four_bit_for_bit(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    assert train.main(arguments(workdir, "--stop_at=2")) == 0
+    assert not (workdir / "report.md").exists()
+    assert train.main(arguments(workdir, eval__views="()", eval__images="()")) == 0
+    assert "resuming at step 2" in capfd.readouterr().err
+    whole, resumed = _restored(trained, 4)[0], _restored(workdir, 4)[0]
+    assert {"params", "fast", "slow", "optimizer"} == {path.split("/")[0] for path in whole}
+    for path, value in whole.items():
+        np.testing.assert_array_equal(resumed[path], value, err_msg=path)
+
+
+def test_a_finished_run_is_not_trained_again(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    assert train.main(arguments(workdir, eval__views="()", eval__images="()")) == 0
+    assert "resuming at step 4" in capfd.readouterr().err
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_another_identity_stops_naming_fields_and_values_and_harms_nothing(trained, arguments, capfd):
+    before = _listing(trained)
+    argv = arguments(trained, objective="flow", seed=5, batch_size=64, optimizer__learning_rate=0.5)
+    error = _fails(capfd, argv)
+    for part in ("objective: 'scfm' -> 'flow'", "seed: 0 -> 5", "batch_size: 32 -> 64", "learning_rate: 0.002 -> 0.5"):
+        assert part in error
+    assert _listing(trained) == before
+
+
+def test_a_longer_schedule_goes_on_and_is_logged(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    assert train.main(arguments(workdir, "--stop_at=5", steps=6, log_every=2)) == 0
+    err = capfd.readouterr().err
+    assert "changed since the last run: steps: 4 -> 6" in err and "log_every" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_where_and_exits(number, code, tmp_path, arguments, capfd, monkeypatch):
+    real = train.to_global
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(train, "to_global", interrupted)
+    assert train.main(arguments(tmp_path / "run")) == code
+    assert f"{number.name}: saved step 2 in {tmp_path / 'run' / 'checkpoints'}" in capfd.readouterr().err
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
+
+
+def _with_nan_at(monkeypatch, steps):
+    real = train.to_global
+    calls = []
+
+    def broken(tree, *args):
+        calls.append(1)
+        if len(calls) in steps:
+            tree = tree._replace(latents_BhwC=np.full_like(tree.latents_BhwC, np.nan))
+        return real(tree, *args)
+
+    monkeypatch.setattr(train, "to_global", broken)
+
+
+def test_a_non_finite_step_stops_the_run_and_names_itself(tmp_path, arguments, monkeypatch, capfd):
+    _with_nan_at(monkeypatch, {3})
+    error = _fails(capfd, arguments(tmp_path / "run", checkpoint_every=2))
+    assert "step 3" in error and "max_skipped 0" in error
+    items, _ = _restored(tmp_path / "run", 2)
+    assert all(np.isfinite(v).all() for v in items.values())
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
+
+
+def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, arguments, monkeypatch):
+    _with_nan_at(monkeypatch, {2})
+    assert train.main(arguments(tmp_path / "run", max_skipped=1, eval__views="()", eval__images="()")) == 0
+    items, meta = _restored(tmp_path / "run", 4)
+    assert meta["counters"] == {"step": 4, "skipped": 0, "skipped_total": 1}
+    assert all(np.isfinite(v).all() for v in items.values())
+
+
+def test_a_damaged_newest_checkpoint_falls_back(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    assert train.main(arguments(workdir, "--stop_at=3", checkpoint_every=2)) == 0
+    shutil.rmtree(workdir / "checkpoints" / "3" / "optimizer")
+    assert train.main(arguments(workdir, eval__views="()", eval__images="()")) == 0
+    err = capfd.readouterr().err
+    assert "step 3" in err and "is damaged: falling back" in err and "resuming at step 2" in err
+    whole, resumed = _restored(trained, 4)[0], _restored(workdir, 4)[0]
+    assert all(np.array_equal(resumed[path], value) for path, value in whole.items())
+
+
+BAD = {
+    "unknown key": ({"stepz": 3}, r"stepz"),
+    "unknown nested key": ({"optimizer.lr": 3}, r"lr"),
+    "unknown objective": ({"objective": "magic"}, r"objective is 'magic', but must be one of flow, scfm, shortcut"),
+    "unknown preset": ({"model.preset": "huge"}, r"no preset 'huge'.*flux-schnell"),
+    "wrong type": ({"steps": "many"}, r"steps"),
+    "no steps": ({"steps": 0}, r"steps is 0"),
+    "step counts": ({"student_steps": "(0,2)"}, r"student_steps is \(0, 2\)"),
+    "eval counts": ({"eval.steps": "(1,0)"}, r"eval.steps is \(1, 0\)"),
+    "weights": ({"student_weights": "(1.0,2.0)"}, r"student_weights has 2 entries for 3"),
+    "jumps": ({"jumps": 3}, r"jumps is 3, but must be an even number"),
+    "batch": ({"batch_size": 30}, r"global batch of 30 rows.*multiple of 4.*nearest above is 32"),
+    "accumulation": ({"accumulate": 3}, r"multiple of 12 = 1 shards \(data x fsdp\) x 3 micro-batches x groups of 4"),
+    "mesh": ({"mesh.tensor": 3}, r"mesh data 1 x fsdp 1 x tensor 3 needs 3 devices, but there are 1"),
+    "heads": ({"model.heads": 4}, r"head size 8 .*does not match the RoPE axes \(4, 6, 6\)"),
+    "width": ({"model.width": 33}, r"width 33 is not a multiple of its 2 heads"),
+    "attention": ({"model.attention": "cudnn"}, r"attention 'cudnn' needs an NVIDIA GPU"),
+    "timestep": ({"timestep": "cubic"}, r"timestep is 'cubic'"),
+    "data": ({"data.name": "flowers"}, r"'flowers' is not prepared"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_before_anything_is_written(name, tmp_path, arguments, capfd):
+    changes, pattern = BAD[name]
+    error = _fails(capfd, arguments(tmp_path / "run", **changes))
+    assert re.search(pattern, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_command_lines_are_one_clear_line(tmp_path, capfd):
+    assert "--config is missing; usage: python -m shortcut_jax.train" in _fails(capfd, ["train"])
+    assert "nowhere.py" in _fails(capfd, ["train", "--config=nowhere.py"])
+    assert "--unknown" in _fails(capfd, ["train", "--config=configs/digits.py", "--unknown=3"]).replace("'", "--")
+    assert "stray" in _fails(capfd, ["train", "--config=configs/digits.py", "stray"])
+    file = tmp_path / "file"
+    file.write_text("mine")
+    error = _fails(capfd, ["train", "--config=configs/digits.py", f"--workdir={file}"])
+    assert "is a file, not a folder" in error and file.read_text() == "mine"
+
+
+def test_the_pod_config_without_its_data_says_what_is_missing(capfd):
+    error = _fails(capfd, ["train", "--config=configs/flux_pretrain.py"])
+    assert "cc12m_latents_256" in error and "shortcut_jax.prepare" in error and "configs/digits.py" in error
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, arguments):
+    """Two processes of two devices each, joined over loopback, against one process of four devices."""
+    common = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images": "()"}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count={}")
+
+    def start(workdir, devices, **env):
+        argv = [sys.executable, "-m", "shortcut_jax.train", *arguments(workdir, **common)[1:]]
+        variables = {**os.environ, "XLA_FLAGS": flags.format(devices), **env}
+        return subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True)
+
+    single = start(tmp_path / "one", 4)
+    _, err = single.communicate(timeout=300)
+    assert single.returncode == 0, err
+    address = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:29517", "JAX_NUM_PROCESSES": "2"}
+    pair = [start(tmp_path / "two", 2, JAX_PROCESS_ID=str(i), **address) for i in range(2)]
+    for process in pair:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    one, two = _restored(tmp_path / "one", 4)[0], _restored(tmp_path / "two", 4)[0]
+    for path, value in one.items():
+        np.testing.assert_allclose(two[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
