@@ -1,6 +1,5 @@
 import re
 
-import jax
 import pytest
 
 from shortcut_jax import bench, command, dry_run, train
@@ -15,13 +14,6 @@ TINY = [
     "--config.student_weights=()",
     "--config.student_steps=(1,2,4)",
 ]
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: device)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def test_bench_times_two_values_in_turn_and_prints_their_ratio(one_device, capsys):

@@ -8,7 +8,8 @@ from PIL import Image
 from shortcut_jax import Pipeline, command, sample
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.runtime.checkpoint import CheckpointError
-from tests.test_train import arguments, one_device, trained  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def _fails(capfd, argv):

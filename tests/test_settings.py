@@ -27,7 +27,7 @@ def test_unknown_and_missing_keys_are_named():
         from_config({**values, "optimizer": {**values["optimizer"], "lr": 1.0}})
     with pytest.raises(ConfigError, match=r"'ema\.slow' is missing"):
         from_config({**values, "ema": {k: v for k, v in values["ema"].items() if k != "slow"}})
-    with pytest.raises(ConfigError, match="steps is 3.5, but must be int"):
+    with pytest.raises(ConfigError, match=r"steps is 3\.5, but must be int"):
         from_config({**values, "steps": 3.5})
     with pytest.raises(ConfigError, match="steps is True"):
         from_config({**values, "steps": True})

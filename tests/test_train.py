@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,48 +15,7 @@ from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
 from tests.helpers import tiny_assembly
 
-SMALL = {
-    "model.preset": "tiny",
-    "batch_size": 32,
-    "steps": 4,
-    "student_steps": "(1,2,4)",
-    "student_weights": "()",
-    "eval.steps": "(1,2)",
-    "eval.images": "(20,20,20)",
-    "eval.batch_size": 20,
-    "eval.columns": 4,
-    "eval.seeds": "(0,1)",
-    "log_every": 1,
-    "mesh.data": 1,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Mains take all devices; these tests give them one."""
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: device)
-
-
-@pytest.fixture(scope="session")
-def arguments(data_dir):
-    def make(workdir, *extra, **changes):
-        values = {**SMALL, "data.dir": data_dir} | {k.replace("__", "."): v for k, v in changes.items()}
-        flags = [f"--config.{key}={value}" for key, value in values.items()]
-        return ["train", "--config=configs/digits.py", f"--workdir={workdir}", *flags, *extra]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, arguments):
-    """A workdir of four uninterrupted steps with its report, and what was printed."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        device = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *args: device)
-        assert train.main(arguments(workdir)) == 0
-    return workdir
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def _restored(workdir, step):
