@@ -16,7 +16,18 @@ class UsageError(ValueError):
     """A command line that cannot be run."""
 
 
-EXPECTED_ERRORS: tuple[type[Exception], ...] = (UsageError, ConfigError, DataError, CheckpointError, flags.Error)
+class TrainingError(RuntimeError):
+    """Training cannot go on: weights or losses are not finite."""
+
+
+EXPECTED_ERRORS: tuple[type[Exception], ...] = (
+    UsageError,
+    TrainingError,
+    ConfigError,
+    DataError,
+    CheckpointError,
+    flags.Error,
+)
 """Errors that are told as one line, without a traceback."""
 
 

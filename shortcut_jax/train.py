@@ -17,7 +17,7 @@ from shortcut_jax.data.pipeline import batches, make_samples
 from shortcut_jax.data.records import check_available, open_source
 from shortcut_jax.generate import Generator
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
-from shortcut_jax.resolve import from_config
+from shortcut_jax.resolve import from_config, objective_settings
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
@@ -27,10 +27,6 @@ from shortcut_jax.settings import ConfigError, compare, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view, from_items, to_items
 
 USAGE = "usage: python -m shortcut_jax.train --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: weights or losses are not finite."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -158,7 +154,7 @@ class Run:
         """Checks, shows and writes the metrics of a step. Raises TrainingError after too many skipped steps."""
         skipped = int(metrics["skipped"])
         if skipped > self.settings.max_skipped:
-            raise TrainingError(
+            raise command.TrainingError(
                 f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
                 f"finite, {skipped} steps in a row (max_skipped {self.settings.max_skipped}); nothing of them was kept"
             )
@@ -173,7 +169,7 @@ class Run:
     def save(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
         """Starts a checkpoint of a state that is known to be finite."""
         if not np.isfinite(float(metrics["param_norm"])):
-            raise TrainingError(f"step {step}: the weights are not finite, so they were not saved")
+            raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
         if step in self.checkpoints.steps():
             return
         counters = {name: int(getattr(state, name)) for name in ("step", "skipped", "skipped_total")}
@@ -310,9 +306,10 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         + (f", resuming at step {start}" if start else "")
         + ("" if start >= s.steps else "; compiling the first step")
     )
-    untaught = [m for m in s.student_steps if s.jumps * m not in s.student_steps]
+    untaught = objective_settings(s).student.untaught
     if s.objective != "flow" and untaught and not start:
-        say(f"student step counts {untaught} are taught by untaught steps: {s.jumps} x them is not in student_steps")
+        counts = ", ".join(map(str, untaught))
+        say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
 
 
 if __name__ == "__main__":

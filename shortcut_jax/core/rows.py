@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
 
@@ -43,9 +44,10 @@ def merge_kinds(self_tree: Any, flow_tree: Any, group: RowGroup) -> Any:
     """The inverse of `split_kinds`."""
 
     def merge(a: Array, b: Array) -> Array:
-        a = a.reshape(-1, group.self_rows, *a.shape[1:])
-        b = b.reshape(-1, group.flow_rows, *b.shape[1:])
-        both = jax.numpy.concatenate([a, b], axis=1)
+        groups = (a.shape[0] + b.shape[0]) // group.size
+        a = a.reshape(groups, group.self_rows, *a.shape[1:])
+        b = b.reshape(groups, group.flow_rows, *b.shape[1:])
+        both = jnp.concatenate([a, b], axis=1)
         return both.reshape(-1, *both.shape[2:])
 
     return jax.tree.map(merge, self_tree, flow_tree)

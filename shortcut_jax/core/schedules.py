@@ -47,8 +47,8 @@ class StudentSteps:
 
     @property
     def untaught(self) -> tuple[int, ...]:
-        """The counts m whose finer count 2 m is absent, so that nothing trains the steps their targets are made of."""
-        return tuple(m for m in self.counts if 2 * m not in self.counts)
+        """The counts m whose finer count J m is absent, so that nothing trains the steps their targets are made of."""
+        return tuple(m for m in self.counts if self.jumps * m not in self.counts)
 
 
 class Intervals(NamedTuple):

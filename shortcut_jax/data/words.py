@@ -14,7 +14,9 @@ def word_vector(word: str, width: int) -> np.ndarray:
     """
     raw = hashlib.shake_256(word.encode("utf-8")).digest(4 * width)
     uniform = (np.frombuffer(raw, "<u4").astype(np.float64) + 0.5) / 2**32
-    return (np.sqrt(12.0) * (uniform - 0.5)).astype(np.float32)
+    vector = (np.sqrt(12.0) * (uniform - 0.5)).astype(np.float32)
+    vector.flags.writeable = False
+    return vector
 
 
 def positions(num_tokens: int, width: int) -> np.ndarray:

@@ -47,7 +47,6 @@ class LinearOptions:
         return self.constrain(stored, tuple(None if n == "shard" else n for n in self.names))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
     """X @ kernel + bias over the last `in_dims` axes of x, in the compute dtype.
 
@@ -55,12 +54,17 @@ def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) 
     the kernel's gradient is reduced between devices in `reduce_dtype` (a cast before the gather would otherwise make
     that reduction bfloat16 too, silently).
     """
+    # Cast out here, so that the derivative with respect to x comes back in x's dtype.
+    return _linear(x.astype(options.compute_dtype), kernel, bias, options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
     return _forward(x, kernel, bias, options)[0]
 
 
 def _forward(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> tuple[Array, Any]:
     n = options.in_dims
-    x = x.astype(options.compute_dtype)
     contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     y = jax.lax.dot_general(x, options.gathered(kernel), (contract, ((), ())))
     if bias is not None:
@@ -81,7 +85,7 @@ def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array,
     return dx, dkernel, dbias
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:

@@ -134,6 +134,10 @@ def _shortcut_self_examples(rows: Rows, averages: Averages, settings: ObjectiveS
 
 def _mixed(self_examples: Callable[..., Examples]) -> Callable[..., Examples]:
     def examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
+        if not settings.rows.self_rows:
+            return flow_examples(rows, averages, settings)
+        if not settings.rows.flow_rows:
+            return self_examples(rows, averages, settings)
         self_part, flow_part = split_kinds(rows, settings.rows)
         return merge_kinds(
             self_examples(self_part, averages, settings), flow_examples(flow_part, averages, settings), settings.rows

@@ -73,7 +73,7 @@ def test_logit_normal_timesteps_have_standard_normal_logits():
 
 
 def test_unknown_timestep_kind_raises():
-    with pytest.raises(ValueError, match="'cosine'.*uniform"):
+    with pytest.raises(ValueError, match=r"'cosine'.*uniform"):
         draw_timesteps(jax.random.key(0), 2, "cosine")
 
 

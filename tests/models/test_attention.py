@@ -30,8 +30,12 @@ def test_auto_takes_the_fastest_backend_that_fits(platform, dtype, head_size, ex
 
 @pytest.mark.parametrize(
     ("backend", "platform", "dtype", "head_size"),
-    [("xla", "gpu", "bfloat16", 128), ("xla", "tpu", "float32", 16), ("cudnn", "gpu", "float16", 64)]
-    + [("pallas", "tpu", "bfloat16", 64)],
+    [
+        ("xla", "gpu", "bfloat16", 128),
+        ("xla", "tpu", "float32", 16),
+        ("cudnn", "gpu", "float16", 64),
+        ("pallas", "tpu", "bfloat16", 64),
+    ],
 )
 def test_a_backend_asked_for_by_name_is_kept_where_it_runs(backend, platform, dtype, head_size):
     assert choose_backend(backend, platform, dtype, head_size) == backend
