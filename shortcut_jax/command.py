@@ -56,22 +56,30 @@ def parse(
     """
     try:
         rest = values(list(argv))
+        # A config that could not be loaded tells so only when it is asked for.
+        options = types.SimpleNamespace(**{name: values[name].value for name in values})
+        for value in vars(options).values():
+            hasattr(value, "items")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         raise UsageError(_one_line(error)) from error
-    if values["help"].value:
+    if options.help:
         print(f"{usage}\n{values.get_help()}")
         raise SystemExit(0)
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}; {usage}")
     for name in required:
-        if values[name].value is None:
+        if getattr(options, name) is None:
             raise UsageError(f"--{name} is missing; {usage}")
-    return types.SimpleNamespace(**{name: values[name].value for name in values})
+    return options
 
 
 def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
-    return " ".join(lines)[:400] or type(error).__name__
+    text = str(error.args[0] if len(error.args) == 1 else error).replace("\\n", "\n").replace("\\'", "'")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = " ".join(lines).split(" Other fields present")[0].strip("'\"")
+    if isinstance(error, KeyError | AttributeError):
+        line = f"unknown config key: {line}"
+    return line or type(error).__name__
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:

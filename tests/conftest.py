@@ -48,6 +48,8 @@ SMALL_RUN = {
     "eval.batch_size": 20,
     "eval.columns": 4,
     "eval.seeds": "(0,1)",
+    "optimizer.warmup_steps": 0,
+    "optimizer.learning_rate": 0.02,
     "log_every": 1,
     "mesh.data": 1,
 }
