@@ -12,10 +12,19 @@ from shortcut_jax.core.latents import PATCH, image_ids, text_ids
 from shortcut_jax.core.types import Batch
 from shortcut_jax.data.records import latent_size
 from shortcut_jax.data.words import encode_words
+from shortcut_jax.models.attention import unsharded
 from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import Flux, FluxConfig
-from shortcut_jax.resolve import global_batch, mesh_shape, model_config, step_settings
-from shortcut_jax.runtime.sharding import batch_sharding, make_constrain, make_mesh, replicated, tree_shardings
+from shortcut_jax.models.linear import no_constraint
+from shortcut_jax.resolve import check_tensor, global_batch, mesh_shape, model_config, step_settings
+from shortcut_jax.runtime.sharding import (
+    batch_sharding,
+    make_constrain,
+    make_mesh,
+    make_per_shard,
+    replicated,
+    tree_shardings,
+)
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.optim import make_optimizer
 from shortcut_jax.steps.state import TrainState, init_state
@@ -44,7 +53,10 @@ class Assembly:
         model = model_config(settings, devices[0].platform)
         self.mesh_shape = shape
         self.mesh = make_mesh(shape, devices)
-        self.model = dataclasses.replace(model, constrain=make_constrain(self.mesh))
+        check_tensor(model, shape)
+        self.model = dataclasses.replace(
+            model, constrain=make_constrain(self.mesh), per_shard=make_per_shard(self.mesh)
+        )
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -114,7 +126,8 @@ def init_params(cfg: FluxConfig, key: jax.Array) -> Any:
     optional = (one() if cfg.guidance else None, one() if cfg.step_size else None)
     inputs = (one(4, cfg.channels), one(), one(1, cfg.text_width), one(cfg.pooled_width))
     # Without constraints: a batch of one row does not divide over a mesh.
-    model = Flux(dataclasses.replace(cfg, constrain=FluxConfig.constrain, attention="xla"))
+    plain = dataclasses.replace(cfg, constrain=no_constraint, per_shard=unsharded, attention="xla")
+    model = Flux(plain)
     return model.init(key, *inputs, image_ids(4, 4), text_ids(1), *optional)["params"]
 
 

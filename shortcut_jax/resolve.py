@@ -174,6 +174,14 @@ def mesh_shape(s: Settings, num_devices: int) -> MeshShape:
     return typing.cast(MeshShape, shape)
 
 
+def check_tensor(cfg: FluxConfig, shape: MeshShape) -> None:
+    """Raises ConfigError where the tensor axis does not divide the heads."""
+    _require(
+        cfg.heads % shape.tensor == 0,
+        f"mesh.tensor is {shape.tensor}, but it splits the model's {cfg.heads} heads: choose a divisor of {cfg.heads}",
+    )
+
+
 def global_batch(s: Settings, shape: MeshShape) -> int:
     """Rows of a step on a mesh.
 

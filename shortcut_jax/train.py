@@ -1,6 +1,7 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ USAGE = "usage: python -m shortcut_jax.train --config=configs/digits.py [--confi
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and trains, or compiles only with `--dry_run`. Returns the exit code."""
     from absl import flags
+    from ml_collections import config_flags
 
     values = command.new_flags()
     command.define_config(values, "config", "Config file.", argv)
@@ -52,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
         raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)
     distributed.initialize()
-    # The name that absl gives to the flag's own value: the path of the file.
-    name = Path(str(values["config"].serialize()).split("=", 1)[1]).stem
+    name = Path(config_flags.get_config_filename(values["config"])).stem
     workdir = Path(options.workdir or f"runs/{name}-{settings.objective}")
     return train(Assembly(settings), workdir, options.stop_at)
 
@@ -75,19 +76,24 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
-    state, start = restore_or_init(assembly, checkpoints)
-    write_record(workdir, config, assembly)
-    announce(assembly, workdir, start)
-
-    stop = min(stop_at or settings.steps, settings.steps)
     log = MetricLog(workdir)
-    run = Run(assembly, workdir, checkpoints, log, source, config)
     try:
-        if start < stop:
-            state, code = run.loop(state, start, stop)
-            if code or stop < settings.steps:
-                return code
-        run.finish(state)
+        state, start = restore_or_init(assembly, checkpoints)
+        write_record(workdir, config, assembly)
+        announce(assembly, workdir, start)
+        stop = min(stop_at or settings.steps, settings.steps)
+        run = Run(assembly, workdir, checkpoints, log, source, config)
+        with distributed.Interruptions() as interruptions:
+            if start < stop:
+                state = run.loop(state, start, stop, interruptions)
+            if stop == settings.steps:
+                run.finish(state, interruptions)
+    except distributed.Interrupted as interrupted:
+        (signal,) = interrupted.args
+        checkpoints.wait()
+        newest = max(checkpoints.steps())
+        say(f"\n{signal.name}: saved step {newest} in {checkpoints.folder}; the same command resumes it")
+        return distributed.EXIT_CODES[signal]
     finally:
         log.close()
         checkpoints.close()
@@ -115,18 +121,19 @@ class Run:
         known = [source[i]["caption"].decode("utf-8") for i in range(min(len(source), 256))]
         self.captions = grid_captions(e.captions, known, e.columns)
 
-    def loop(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, int]:
-        """Steps `start` ... `stop - 1`. Returns the state and the exit code."""
+    def loop(self, state: TrainState, start: int, stop: int, interruptions: distributed.Interruptions) -> TrainState:
+        """Steps `start` ... `stop - 1`. Raises Interrupted, the state saved, after a signal."""
         s, assembly = self.settings, self.assembly
         sharding = batch_sharding(assembly.mesh)
         rows = process_rows(sharding, assembly.batch_size)
         encode = text_encoder(s, assembly.model)
         samples = make_samples(self.source, encode, s.data.caption_dropout, s.seed)
         data = batches(samples, rows, assembly.batch_size, start, stop)
-        bar = tqdm(total=s.steps, initial=start, unit="step", disable=jax.process_index() > 0, dynamic_ncols=True)
+        shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+        bar = tqdm(total=s.steps, initial=start, unit="step", dynamic_ncols=True, **shown)
         meter = Meter(assembly)
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        with distributed.Interruptions() as interruptions, bar:
+        with bar:
             for step in range(start + 1, stop + 1):
                 batch = to_global(next(data), rows, sharding, assembly.batch_size)
                 state, metrics = assembly.train_step(state, batch)
@@ -143,12 +150,10 @@ class Run:
                 if _due(step, s.sample_every) and not last:
                     self.show(step, state)
                 if signal:
-                    self.checkpoints.wait()
-                    say(f"\n{signal.name}: saved step {step} in {self.checkpoints.folder}; the same command resumes it")
-                    return state, interruptions.EXIT_CODES[signal]
+                    raise distributed.Interrupted(signal)
         self.checkpoints.wait()
         say(f"saved step {stop} in {self.checkpoints.folder}")
-        return state, 0
+        return state
 
     def record(self, step: int, metrics: dict[str, jax.Array], meter: "Meter", bar: tqdm) -> None:
         """Checks, shows and writes the metrics of a step. Raises TrainingError after too many skipped steps."""
@@ -186,16 +191,24 @@ class Run:
             folder.mkdir(exist_ok=True)
             picture.save(folder / f"step_{step:08d}.png")
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self, state: TrainState, interruptions: distributed.Interruptions) -> None:
         """The end of a run: the last sample grid, the loss curve, the judged table, the report."""
         s, e = self.settings, self.settings.eval
         self.show(s.steps, state)
         if not e.views:
             return
-        say("judging the samples")
+        if "label" not in self.source[0]:
+            say("no table: the data set has no labels to judge captions by")
+            return
+
+        def tell(line: str) -> None:
+            say(line)
+            interruptions.check()
+
+        tell("judging the samples")
         views = {view: choose_view(state, view) for view in e.views}
         reference = make_reference([self.source[i] for i in range(len(self.source))])
-        scores = judge(self.generator, views, e.images, e.steps, e.seeds, e.guidance, reference, say)
+        scores = judge(self.generator, views, e.images, e.steps, e.seeds, e.guidance, reference, tell)
         if jax.process_index() != 0:
             return
         grid = f"samples/step_{s.steps:08d}.png"

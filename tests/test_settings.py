@@ -42,6 +42,11 @@ def test_the_free_mesh_axis_takes_what_remains():
         mesh_shape(from_config(tiny_config(mesh__data=-1, mesh__fsdp=-1)), 8)
 
 
+def test_the_tensor_axis_has_to_divide_the_heads():
+    with pytest.raises(ConfigError, match=r"mesh\.tensor is 4, but it splits the model's 2 heads"):
+        tiny_assembly(4, mesh__tensor=4)
+
+
 def test_the_batch_may_follow_the_devices():
     settings = from_config(tiny_config(batch_size=None, batch_per_device=8, mesh__fsdp=-1, mesh__tensor=2))
     assert global_batch(settings, mesh_shape(settings, 16)) == 64

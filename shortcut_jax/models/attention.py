@@ -1,9 +1,14 @@
 """Attention, in one function with a choice of backend."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
+
+Kernel = Callable[[Array, Array, Array], Array]
+PerShard = Callable[[Kernel], Kernel]
 
 BACKENDS = ("auto", "xla", "cudnn", "pallas")
 _PALLAS_BLOCK = 128
@@ -40,10 +45,18 @@ def choose_backend(backend: str, platform: str, dtype: str, head_size: int) -> s
     return backend
 
 
-def attend(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, backend: str) -> Array:
-    """Full softmax attention of all L tokens, without a mask, as Flux attends; softmax in float32. [B, L, H, K]."""
+def unsharded(kernel: Kernel) -> Kernel:
+    """The identity: what `attend` uses where no mesh is given."""
+    return kernel
+
+
+def attend(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, backend: str, per_shard: PerShard = unsharded) -> Array:
+    """Full softmax attention of all L tokens, without a mask, as Flux attends; softmax in float32. [B, L, H, K].
+
+    `per_shard` lets every device run a Pallas kernel on its own rows and heads, for the partitioner cannot split one.
+    """
     if backend == "pallas":
-        return _pallas_tpu(q_BLHK, k_BLHK, v_BLHK)
+        return per_shard(_pallas_tpu)(q_BLHK, k_BLHK, v_BLHK)
     return jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, implementation="cudnn" if backend == "cudnn" else "xla")
 
 

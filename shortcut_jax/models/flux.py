@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from shortcut_jax.core.rotary import rotary_phases, rotate, sinusoidal_embedding
 from shortcut_jax.core.types import Array
-from shortcut_jax.models.attention import attend
+from shortcut_jax.models.attention import PerShard, attend, unsharded
 from shortcut_jax.models.linear import Constrain, Initializer, Linear, no_constraint, xavier_uniform
 
 TIME_FEATURES = 256
@@ -57,6 +57,8 @@ class FluxConfig:
       attention: `xla`, `cudnn` or `pallas` (see `attention.choose_backend`).
       scan_unroll: blocks a loop iteration of the compiled program holds.
       constrain: applies a sharding by logical axis names; the identity by default.
+      per_shard: wraps a function of q, k, v so that each device runs it on its own rows and heads; the identity by
+        default. Kernels that the partitioner cannot split go through it.
     """
 
     double_blocks: int
@@ -78,6 +80,7 @@ class FluxConfig:
     attention: str = "xla"
     scan_unroll: int = 1
     constrain: Constrain = no_constraint
+    per_shard: PerShard = unsharded
 
     @property
     def head_size(self) -> int:
@@ -170,7 +173,7 @@ class HeadProjections(nn.Module):
 
 
 def _attention(cfg: FluxConfig, q: Array, k: Array, v: Array, rope: tuple[Array, Array]) -> Array:
-    out_BLHK = attend(rotate(q, *rope), rotate(k, *rope), v, cfg.attention)
+    out_BLHK = attend(rotate(q, *rope), rotate(k, *rope), v, cfg.attention, cfg.per_shard)
     return checkpoint_name(cfg.constrain(out_BLHK, ("batch", None, "heads", None)), ATTENTION)
 
 

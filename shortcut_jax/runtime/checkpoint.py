@@ -5,12 +5,13 @@ a step's folder appears under its name only when it is complete.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from shortcut_jax.runtime.distributed import say
 
@@ -73,35 +74,37 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] for name in items}
 
-    def newest_readable(self, read: Callable[[int], Result], error: type[Exception] = CheckpointError) -> Result:
+    def newest_readable(self, read: Callable[[int], Result]) -> Result:
         """The result of `read(step)` for the newest step for which it works.
 
-        A damaged checkpoint is named in a warning, passed over, and (unless read-only) set aside under another name, so
-        that training can write that step again; nothing is deleted.
+        A damaged checkpoint is named and passed over. Once an older one was read, it is (unless read-only) set aside
+        under another name, so that training can write that step again; nothing is deleted.
 
         Raises:
           CheckpointError: none can be read.
         """
-        reasons = []
+        failed: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return read(step)
-            except error:
-                raise
+                result = read(step)
             except Exception as failure:  # Orbax, TensorStore and JSON each raise their own kinds.
-                reasons.append(f"step {step}: {str(failure).strip().splitlines()[0][:200]}")
+                failed[step] = str(failure).strip().splitlines()[0][:200]
                 say(f"the checkpoint of step {step} in {self.folder} is damaged: falling back to the one before")
-                self._set_aside(step)
-        why = "; ".join(reasons) or "there is none"
+                continue
+            if failed and not self._read_only:
+                self._set_aside(failed)
+            return result
+        why = "; ".join(f"step {step}: {reason}" for step, reason in failed.items()) or "there is none"
         raise CheckpointError(f"no readable checkpoint in {self.folder}: {why}")
 
-    def _set_aside(self, step: int) -> None:
-        if self._read_only:
-            return
-        if jax.process_index() == 0:
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        for step in steps:
             aside = self.folder.parent / f"damaged-checkpoint-{step}"
-            (self.folder / str(step)).rename(aside)
+            if jax.process_index() == 0:
+                (self.folder / str(step)).rename(aside)
             say(f"the damaged checkpoint was moved to {aside}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
 

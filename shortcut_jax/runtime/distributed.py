@@ -33,20 +33,29 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+"""Exit codes of a run that was interrupted and saved: EX_TEMPFAIL, and the shell's code for Ctrl-C."""
+
+
+class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
+    """Raised by `Interruptions.check`; its argument is the signal."""
+
+
 class Interruptions:
     """Turns SIGTERM and the first Ctrl-C into a flag that the loop reads; a second Ctrl-C stops at once.
+
+    With several processes JAX's coordination service takes SIGTERM instead, so that all of them stop at one step.
 
     Attributes:
       received: the signal, or None.
     """
 
-    EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # noqa: RUF012
-
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "Interruptions":
-        self._previous = {s: signal.signal(s, self._handle) for s in self.EXIT_CODES}
+        handled = EXIT_CODES if jax.process_count() == 1 else {}
+        self._previous = {s: signal.signal(s, self._handle) for s in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,6 +74,9 @@ class Interruptions:
             return self.received
         from jax.experimental import multihost_utils
 
-        # JAX's coordination service passes a SIGTERM on to all processes and names one step for all of them.
-        stop = multihost_utils.reached_preemption_sync_point(step)
-        return (self.received or signal.SIGTERM) if stop else None
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal came: for work after the last save, which needs no saving of its own."""
+        if self.received is not None:
+            raise Interrupted(self.received)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shortcut_jax.core.tree import first_match, flat_paths, path_name
 from shortcut_jax.core.types import Array
+from shortcut_jax.models.attention import PerShard
 from shortcut_jax.models.linear import Constrain, Names
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -109,6 +110,12 @@ def make_constrain(mesh: Mesh) -> Constrain:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit_spec(mesh, spec, x.shape)))
 
     return constrain
+
+
+def make_per_shard(mesh: Mesh) -> PerShard:
+    """Wraps a kernel of q, k, v [B, L, H, K] so that each device runs it on its own rows and heads."""
+    spec = P(BATCH_AXES, None, "tensor", None)
+    return lambda kernel: jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

@@ -88,3 +88,21 @@ def test_bfloat16_attention_returns_bfloat16_with_a_float32_softmax():
     assert out.dtype == jnp.bfloat16
     mean = np.asarray(v, np.float64).mean(axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(out, np.float64), np.broadcast_to(mean, out.shape), rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [128, 160])
+def test_the_tpu_kernel_equals_xla_also_where_tokens_are_padded(tokens):
+    from jax.experimental.pallas import tpu
+
+    q, k, v = (jax.random.normal(key, (1, tokens, 2, 128)) for key in jax.random.split(jax.random.key(0), 3))
+    expected = attend(q, k, v, "xla")
+    calls = []
+
+    def per_shard(kernel):
+        calls.append(kernel)
+        return kernel
+
+    with tpu.force_tpu_interpret_mode():
+        actual = jax.jit(lambda q, k, v: attend(q, k, v, "pallas", per_shard))(q, k, v)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+    assert len(calls) == 1

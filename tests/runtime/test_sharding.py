@@ -16,6 +16,7 @@ from shortcut_jax.runtime.sharding import (
     fit_spec,
     make_constrain,
     make_mesh,
+    make_per_shard,
     process_rows,
     to_global,
     tree_shardings,
@@ -178,6 +179,19 @@ def test_specs_drop_axes_that_do_not_divide():
     assert fit_spec(mesh, (("data", "fsdp"),), (16, 5)) == PartitionSpec(("data", "fsdp"), None)
     constrain = make_constrain(mesh)
     assert jax.jit(lambda x: constrain(x, ("batch", None)))(jnp.ones((3, 2))).shape == (3, 2)
+
+
+def test_a_kernel_runs_on_each_device_with_its_own_rows_and_heads():
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    q_BLHK = jnp.arange(8.0 * 3 * 4 * 2).reshape(8, 3, 4, 2)
+    shapes = []
+
+    def kernel(q, k, v):
+        shapes.append(q.shape)
+        return q + 2 * k - v
+
+    np.testing.assert_array_equal(jax.jit(make_per_shard(mesh)(kernel))(q_BLHK, q_BLHK, q_BLHK), 2 * q_BLHK)
+    assert set(shapes) == {(2, 3, 2, 2)}
 
 
 def test_a_process_reads_exactly_the_rows_of_its_devices():
