@@ -34,6 +34,12 @@ def tiny_assembly(num_devices=1, **changes):
     return Assembly(from_config(tiny_config(**changes)), jax.devices()[:num_devices])
 
 
+def relative(a, b):
+    """The norm of the difference of two trees over the norm of the second."""
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(t))]) for t in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
 def random_batch(assembly, seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda s: jax.device_put(rng.standard_normal(s.shape, np.float32), s.sharding)

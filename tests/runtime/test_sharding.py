@@ -23,7 +23,7 @@ from shortcut_jax.runtime.sharding import (
 )
 from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
 from shortcut_jax.steps.views import make_velocity
-from tests.helpers import noisy_state, random_batch, tiny_assembly
+from tests.helpers import noisy_state, random_batch, relative, tiny_assembly
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -32,11 +32,6 @@ def _on(mesh, **changes):
     data, fsdp, tensor = mesh
     count = data * fsdp * tensor
     return tiny_assembly(count, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes)
-
-
-def _relative(a, b):
-    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(t))]) for t in (a, b))
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def _loss_and_gradients(assembly):
@@ -74,14 +69,14 @@ def test_eight_devices_equal_one(mesh, one_device, highest_precision):
     assembly = _on(mesh)
     sharded_loss, sharded_grads = _loss_and_gradients(assembly)
     assert abs(float(sharded_loss) - float(loss)) <= 1e-5 * abs(float(loss))
-    assert _relative(sharded_grads, grads) <= 1e-5
+    assert relative(sharded_grads, grads) <= 1e-5
     sharded_state, sharded_metrics = _three_steps(assembly)
-    assert _relative(sharded_state.params, state.params) <= 1e-5
-    assert _relative(sharded_state.ema.fast, state.ema.fast) <= 1e-5
-    assert _relative(sharded_state.ema.slow, state.ema.slow) <= 1e-5
+    assert relative(sharded_state.params, state.params) <= 1e-5
+    assert relative(sharded_state.ema.fast, state.ema.fast) <= 1e-5
+    assert relative(sharded_state.ema.slow, state.ema.slow) <= 1e-5
     assert abs(float(sharded_metrics["loss"]) - float(metrics["loss"])) <= 1e-4 * float(metrics["loss"])
     # Not vacuous: the steps moved the weights far beyond the tolerance, and the state really is split.
-    assert _relative(state.params, noisy_state(tiny_assembly()).params) > 1e-2
+    assert relative(state.params, noisy_state(tiny_assembly()).params) > 1e-2
     kernel = sharded_state.params["single_blocks"]["mlp_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[1:] == (32 // mesh[1], 128 // mesh[2])
 
@@ -113,15 +108,31 @@ def test_row_split_and_accumulation_move_no_activation_under_fsdp():
         assert {shape for _, shape in c.arrays} <= _kernel_shapes(assembly), c.line
 
 
-@pytest.mark.slow
-def test_no_collective_has_the_global_batch_in_its_shape_under_full_fsdp():
+@pytest.fixture(scope="module")
+def full_fsdp():
     # A batch size that is no other dimension of the model.
-    assembly, hlo = _partitioned((1, 8, 1), batch_size=96)
+    return _partitioned((1, 8, 1), batch_size=96, model__compute_dtype="bfloat16", grad_reduce_dtype="float32")
+
+
+@pytest.mark.slow
+def test_no_collective_has_the_global_batch_in_its_shape_under_full_fsdp(full_fsdp):
+    assembly, hlo = full_fsdp
     found = collectives(hlo)
     assert any(c.kind == "all-gather" for c in found)
     for c in found:
         assert all(96 not in shape for _, shape in c.arrays), c.line
     assert all(96 not in shape for shape in _kernel_shapes(assembly))
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_in_the_compute_dtype_and_gradients_reduced_in_theirs(full_fsdp):
+    assembly, hlo = full_fsdp
+    found = collectives(hlo)
+    kernels = {s for s in _kernel_shapes(assembly) if len(s) > 1}
+    gathered = {dtype for c in found if c.kind == "all-gather" for dtype, shape in c.arrays if shape in kernels}
+    assert gathered == {"bf16"}
+    reduced = {dtype for c in found if c.kind == "all-reduce" for dtype, shape in c.arrays if shape in kernels}
+    assert reduced == {"f32"}
 
 
 @pytest.mark.slow
@@ -139,16 +150,6 @@ def test_a_sliced_sharded_batch_would_be_caught():
     take = jax.jit(lambda x: x[:8] * 2.0, out_shardings=batch_sharding(mesh))
     kinds = count_kinds(partitioned_hlo(take.lower(rows)))
     assert {"collective-permute", "all-gather", "all-to-all"} & set(kinds)
-
-
-def test_weights_are_gathered_in_the_compute_dtype_and_gradients_reduced_in_theirs():
-    assembly, hlo = _partitioned((1, 8, 1), model__compute_dtype="bfloat16", grad_reduce_dtype="float32")
-    found = collectives(hlo)
-    kernels = {s for s in _kernel_shapes(assembly) if len(s) > 1}
-    gathered = {dtype for c in found if c.kind == "all-gather" for dtype, shape in c.arrays if shape in kernels}
-    assert gathered == {"bf16"}
-    reduced = {dtype for c in found if c.kind == "all-reduce" for dtype, shape in c.arrays if shape in kernels}
-    assert reduced == {"f32"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
-from tests.helpers import noisy_state, random_batch, tiny_assembly
+from tests.helpers import noisy_state, random_batch, relative, tiny_assembly
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +58,19 @@ def test_a_non_finite_step_changes_nothing_but_the_counters_and_the_next_one_rec
     assert np.isfinite(metrics["loss"])
 
 
-def test_draws_differ_between_steps_and_seeds(scfm):
-    losses = set()
-    for step, seed in ((0, 0), (1, 0), (0, 1)):
-        assembly = scfm if seed == 0 else tiny_assembly(seed=1)
-        state = noisy_state(scfm)._replace(step=jnp.int32(step))
-        losses.add(float(assembly.train_step(state, random_batch(scfm))[1]["loss"]))
+def test_draws_differ_between_steps(scfm):
+    batch = random_batch(scfm)
+    losses = {
+        float(scfm.train_step(noisy_state(scfm)._replace(step=jnp.int32(k)), batch)[1]["loss"]) for k in (0, 1, 2)
+    }
     assert len(losses) == 3
 
 
 def test_micro_batches_give_the_same_update_as_one_batch(scfm, highest_precision):
     split = tiny_assembly(accumulate=2)
     one, two = (a.train_step(noisy_state(a), random_batch(a)) for a in (scfm, split))
-    for path, value in flat_paths(one[0].params).items():
-        np.testing.assert_allclose(flat_paths(two[0].params)[path], value, rtol=1e-4, atol=1e-6)
+    assert relative(two[0].params, one[0].params) <= 1e-5
+    assert relative(two[0].ema, one[0].ema) <= 1e-5
     for name, value in one[1].items():
         np.testing.assert_allclose(two[1][name], value, rtol=1e-4, err_msg=name)
 
