@@ -24,5 +24,5 @@ def get_config() -> ConfigDict:
     c.optimizer.schedule = "cosine"
     c.ema.warmup = True
     c.data.caption_dropout = 0.05
-    c.student_weights = (2.0, 2.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0)
+    c.student_weights = (1.0, 1.4, 2.0, 2.0, 2.5, 2.5, 3.5, 3.5)
     return c
