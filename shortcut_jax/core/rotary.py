@@ -40,7 +40,9 @@ def rotate(x_BLHK: Array, cos_Lk: Array, sin_Lk: Array) -> Array:
 def sinusoidal_embedding(scalar_B: Array, size: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Array:
     """Flux's embedding of a timestep or guidance scale: cosines, then sines, of scale * scalar; [B, size], float32."""
     half = size // 2
-    # In float32, as the reference: a guidance scale times 1000 gives phases that show the last digit of a frequency.
-    frequencies = np.exp(np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / half)
+    # The exponent is rounded to float32, as the reference rounds it, and its exponential is exact: a guidance scale
+    # times 1000 gives phases that show the last digit of a frequency.
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     phases = (scale * scalar_B.astype(jnp.float32))[:, None] * jnp.asarray(frequencies)[None]
     return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1)
