@@ -5,7 +5,8 @@ Hardware: two CPU cores. The README's comparison is the same with `--config.step
 
 Student step counts (a conjecture, not an ablation): with equal weights the large counts, whose many intervals share one
 weight, are hardly trained, and the small counts learn from them. Caption accuracy at 3 steps, slow EMA, one noise seed:
-0.922 with equal weights (4,000 steps, caption dropout 0.1), 0.889 with (2, 2, 3, 2, 1, 1, 1, 1), 0.966 with the weights below (5,000 steps each). The
+0.922 with equal weights (4,000 steps, caption dropout 0.1), 0.889 with (2, 2, 3, 2, 1, 1, 1, 1), 0.966 with the
+weights below (5,000 steps each). The
 price is paid at 1 step: Frechet distance 1.76, 1.45 and 2.87.
 """
 
