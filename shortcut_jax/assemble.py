@@ -95,12 +95,8 @@ class Assembly:
         shardings = tree_shardings(self.mesh, shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-    def init_params(self, key: jax.Array) -> Any:
-        """Fresh weights (pure; jit it with shardings)."""
-        return init_params(self.model, key)
-
     def _init(self, key: jax.Array) -> TrainState:
-        return init_state(self.init_params(key), make_optimizer(self.settings.optimizer, self.settings.steps))
+        return init_state(init_params(self.model, key), make_optimizer(self.settings.optimizer, self.settings.steps))
 
     def init_state(self) -> TrainState:
         """The state before the first step, each device computing its own shards."""

@@ -3,6 +3,7 @@
 Every run is judged on the same captions, noise seeds and sampling grid; the first one is the baseline of the ratios.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         names = [Path(w).name for w in options.workdir]
 
     data = pipelines[0].settings.data
-    source = open_source(data if options.data_dir is None else type(data)(**{**vars(data), "dir": options.data_dir}))
+    source = open_source(data if options.data_dir is None else dataclasses.replace(data, dir=options.data_dir))
     reference = make_reference(source)
     scores: dict[str, list[Score]] = {}
     for name, pipeline in zip(names, pipelines, strict=True):

@@ -11,7 +11,7 @@ from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.sharding import MeshShape
 from shortcut_jax.settings import ConfigError, EvalSettings, Settings, build, flatten, to_dict
-from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings
+from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
 from shortcut_jax.steps.optim import SCHEDULES
 from shortcut_jax.steps.train_step import StepSettings
 from shortcut_jax.steps.views import VIEWS
@@ -188,7 +188,7 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
     Raises:
       ConfigError: the rows of a shard are not a multiple of micro-batches x group size.
     """
-    group = 1 if s.objective == "flow" else s.rows.size
+    group = row_group(objective_settings(s)).size
     batch = s.batch_size if s.batch_size is not None else (s.batch_per_device or 0) * shape.batch_shards
     unit = shape.batch_shards * s.accumulate * group
     _require(
