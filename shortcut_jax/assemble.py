@@ -17,6 +17,7 @@ from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import Flux, FluxConfig
 from shortcut_jax.models.linear import no_constraint
 from shortcut_jax.resolve import check_tensor, global_batch, mesh_shape, model_config, step_settings
+from shortcut_jax.runtime.metrics import peak_flops
 from shortcut_jax.runtime.sharding import (
     batch_sharding,
     make_constrain,
@@ -75,6 +76,12 @@ class Assembly:
         s = self.settings
         jumped = 0 if s.objective == "flow" else self.batch_size * s.rows.self_rows // s.rows.size * s.jumps
         return step_flops(self.model, self.num_image_tokens, s.data.text_tokens, self.batch_size, jumped)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Peak FLOP/s of all devices together, where their kind is known."""
+        peak = peak_flops(self.mesh.devices.flat[0])
+        return peak * self.mesh_shape.devices if peak else None
 
     @cached_property
     def batch_shapes(self) -> Batch:

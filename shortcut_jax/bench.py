@@ -17,7 +17,6 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.metrics import peak_flops
 
 USAGE = "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm] [--steps=20]"
 
@@ -104,8 +103,7 @@ def table(contenders: Sequence[Contender]) -> str:
     for c in contenders:
         seconds = statistics.median(c.seconds)
         flops = c.assembly.flops / seconds
-        peak = peak_flops(device)
-        mfu = f", MFU {flops / (peak * jax.device_count()):.1%}" if peak else ""
+        mfu = f", MFU {flops / c.assembly.peak_flops:.1%}" if c.assembly.peak_flops else ""
         ratio = statistics.median(a / b for a, b in zip(c.seconds, first.seconds, strict=True))
         versus = "" if c is first else f", {ratio:.3f} x the time of {first.name}"
         lines.append(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
 from tests.helpers import tiny_assembly
 
+ALL_DEVICES = jax.devices()
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
@@ -197,21 +199,20 @@ def test_the_pod_config_without_its_data_says_what_is_missing(capfd):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, arguments):
+def test_two_processes_equal_one(tmp_path, arguments, monkeypatch):
     """Two processes of two devices each, joined over loopback, against one process of four devices."""
     common = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images": "()"}
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count={}")
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    address = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:29517", "JAX_NUM_PROCESSES": "2"}
 
-    def start(workdir, devices, **env):
-        argv = [sys.executable, "-m", "shortcut_jax.train", *arguments(workdir, **common)[1:]]
-        variables = {**os.environ, "XLA_FLAGS": flags.format(devices), **env}
+    def start(index):
+        argv = [sys.executable, "-m", "shortcut_jax.train", *arguments(tmp_path / "two", **common)[1:]]
+        variables = {**os.environ, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index), **address}
         return subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True)
 
-    single = start(tmp_path / "one", 4)
-    _, err = single.communicate(timeout=300)
-    assert single.returncode == 0, err
-    address = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:29517", "JAX_NUM_PROCESSES": "2"}
-    pair = [start(tmp_path / "two", 2, JAX_PROCESS_ID=str(i), **address) for i in range(2)]
+    pair = [start(index) for index in range(2)]
+    monkeypatch.setattr(jax, "devices", lambda *args: ALL_DEVICES[:4])
+    assert train.main(arguments(tmp_path / "one", **common)) == 0
     for process in pair:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err

@@ -1,6 +1,7 @@
 """Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,32 @@ PEAK_FLOPS = (
 def peak_flops(device: Any) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where it is unknown (such as a CPU)."""
     return next((peak for kind, peak in PEAK_FLOPS if device.device_kind.startswith(kind)), None)
+
+
+class Meter:
+    """Images and FLOPs a second, the compilation of the first step left out."""
+
+    def __init__(self, rows: int, flops: int, peak: float | None):
+        """Takes the rows and model FLOPs of a step, and the peak FLOP/s of all devices together where it is known."""
+        self._rows, self._flops, self._peak = rows, flops, peak
+        self._step: int | None = None
+        self._time = 0.0
+
+    def seen(self, step: int) -> None:
+        """Starts the clock when the first step is known to be done."""
+        if self._step is None:
+            self._step, self._time = step, time.perf_counter()
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Rates since the last call: images a second, model FLOP/s, and MFU where the peak is known."""
+        if self._step is None or step == self._step:
+            return {}
+        now = time.perf_counter()
+        seconds = (now - self._time) / (step - self._step)
+        self._step, self._time = step, now
+        flops = self._flops / seconds
+        rates = {"images_per_second": self._rows / seconds, "model_flops_per_second": flops}
+        return rates | ({"mfu": flops / self._peak} if self._peak else {})
 
 
 class MetricLog:

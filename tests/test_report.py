@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from shortcut_jax.data.records import DataSettings, open_source
+from shortcut_jax.report import Score, cell, grid_captions, make_reference, score, table
+
+
+@pytest.fixture(scope="module")
+def source(data_dir):
+    return open_source(DataSettings(dir=data_dir))
+
+
+@pytest.fixture(scope="module")
+def reference(source):
+    return make_reference(source)
+
+
+def test_the_data_judged_as_samples_have_no_distance_and_their_own_captions(source, reference):
+    real = np.stack([record["image"] for record in source])
+    judged = score(lambda params, captions, steps, seed: real, None, "slow", 4, reference, 0, (0, 1))
+    assert judged.images == len(source) == 1797
+    np.testing.assert_allclose(judged.distances, [0.0, 0.0], atol=1e-5)
+    assert min(judged.accuracies) > 0.99
+
+
+def test_pictures_of_the_wrong_digits_keep_their_distance_but_lose_the_captions(source, reference):
+    real = np.stack([record["image"] for record in source])
+    shuffled = np.random.default_rng(0).permutation(real)
+    judged = score(lambda *args, **kwargs: shuffled, None, "slow", 4, reference, 0, (0,))
+    assert judged.distances[0] == pytest.approx(0.0, abs=1e-5)
+    assert 0.05 < judged.accuracies[0] < 0.15
+
+
+def test_half_the_brightness_has_the_distance_of_its_closed_form(source, reference):
+    # x / 2 halves mean and standard deviations: |m / 2|^2 + tr(S / 4), up to the rounding of the pixels.
+    real = np.stack([record["image"] for record in source])
+    darker = (real * 0.5).astype(np.uint8)
+    judged = score(lambda *args, **kwargs: darker, None, "slow", 4, reference, 0, (0,))
+    pixels = real.reshape(len(real), -1) / 127.5
+    expected = (np.sum(pixels.mean(0) ** 2) + np.sum(pixels.var(0, ddof=1))) / 4
+    assert judged.distances[0] == pytest.approx(expected, rel=0.01)
+
+
+def test_each_seed_and_an_even_spread_of_captions_reach_the_generator(reference):
+    calls = []
+
+    def generate(params, captions, steps, seed):
+        calls.append((params, len(captions), steps, seed))
+        return np.random.default_rng(seed).integers(0, 255, (len(captions), 8, 8, 1), dtype=np.uint8)
+
+    judged = score(generate, "weights", "fast", 3, reference, 50, (5, 9))
+    assert calls == [("weights", 50, 3, 5), ("weights", 50, 3, 9)]
+    assert judged.images == 50 and judged.distances[0] != judged.distances[1]
+
+
+def test_a_table_has_a_row_a_view_and_a_column_a_step_count():
+    scores = [
+        Score("online", 1, 512, (2.0,), (0.5,)),
+        Score("online", 4, 512, (1.0,), (0.75,)),
+        Score("slow", 1, 1797, (0.5, 0.7), (0.9, 1.0)),
+        Score("slow", 4, 1797, (0.1, 0.1), (1.0, 1.0)),
+    ]
+    assert table(scores).splitlines() == [
+        "| view (images) | 1 step             | 4 steps            |",
+        "| ------------- | ------------------ | ------------------ |",
+        "| online (512)  | 2.00 / 0.500       | 1.00 / 0.750       |",
+        "| slow (1797)   | 0.60 ±0.10 / 0.950 | 0.10 ±0.00 / 1.000 |",
+    ]
+    assert cell(scores[0]) == "2.00 / 0.500"
+
+
+def test_grid_captions_are_the_chosen_ones_or_the_first_different_ones():
+    assert grid_captions(("a", "b"), ["c"], 3) == ["a", "b", "a"]
+    assert grid_captions((), ["x", "x", "y", "z"], 2) == ["x", "y"]
