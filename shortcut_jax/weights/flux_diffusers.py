@@ -1,14 +1,6 @@
 """The table of diffusers' `FluxTransformer2DModel`."""
 
-from shortcut_jax.weights.rules import Rule, kernel, reordered, split_input, vector
-
-
-def _linear(source: str, target: str, in_dims: int = 1) -> list[Rule]:
-    """A layer whose output may hold several parts one after another, which is what a reshape to [parts, ...] reads."""
-    return [
-        Rule((f"{source}.weight",), (f"{target}/kernel",), kernel(in_dims)),
-        Rule((f"{source}.bias",), (f"{target}/bias",), vector()),
-    ]
+from shortcut_jax.weights.rules import Rule, kernel, linear, reordered, split_input, vector
 
 
 def _qkv(block: str, names: tuple[str, str, str], norms: tuple[str, str], target: str) -> list[Rule]:
@@ -23,33 +15,33 @@ def _qkv(block: str, names: tuple[str, str, str], norms: tuple[str, str], target
 
 def _embedder(source: str, target: str) -> list[Rule]:
     source = f"time_text_embed.{source}"
-    return _linear(f"{source}.linear_1", f"{target}/in_layer") + _linear(f"{source}.linear_2", f"{target}/out_layer")
+    return linear(f"{source}.linear_1", f"{target}/in_layer") + linear(f"{source}.linear_2", f"{target}/out_layer")
 
 
 _D, _S = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _QKV = ("to_q", "to_k", "to_v")
 
 RULES: tuple[Rule, ...] = tuple(
-    _linear("x_embedder", "img_in")
-    + _linear("context_embedder", "txt_in")
+    linear("x_embedder", "img_in")
+    + linear("context_embedder", "txt_in")
     + _embedder("timestep_embedder", "time_in")
     + _embedder("guidance_embedder", "guidance_in")
     + _embedder("text_embedder", "pooled_in")
     # Double blocks: image stream, then text stream.
-    + _linear(f"{_D}.norm1.linear", "double_blocks/img_modulation/linear")
+    + linear(f"{_D}.norm1.linear", "double_blocks/img_modulation/linear")
     + _qkv(_D, _QKV, ("norm_q", "norm_k"), "double_blocks/img_attn")
-    + _linear(f"{_D}.attn.to_out.0", "double_blocks/img_attn_out", in_dims=2)
-    + _linear(f"{_D}.ff.net.0.proj", "double_blocks/img_mlp_in")
-    + _linear(f"{_D}.ff.net.2", "double_blocks/img_mlp_out")
-    + _linear(f"{_D}.norm1_context.linear", "double_blocks/txt_modulation/linear")
+    + linear(f"{_D}.attn.to_out.0", "double_blocks/img_attn_out", in_dims=2)
+    + linear(f"{_D}.ff.net.0.proj", "double_blocks/img_mlp_in")
+    + linear(f"{_D}.ff.net.2", "double_blocks/img_mlp_out")
+    + linear(f"{_D}.norm1_context.linear", "double_blocks/txt_modulation/linear")
     + _qkv(_D, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"), "double_blocks/txt_attn")
-    + _linear(f"{_D}.attn.to_add_out", "double_blocks/txt_attn_out", in_dims=2)
-    + _linear(f"{_D}.ff_context.net.0.proj", "double_blocks/txt_mlp_in")
-    + _linear(f"{_D}.ff_context.net.2", "double_blocks/txt_mlp_out")
+    + linear(f"{_D}.attn.to_add_out", "double_blocks/txt_attn_out", in_dims=2)
+    + linear(f"{_D}.ff_context.net.0.proj", "double_blocks/txt_mlp_in")
+    + linear(f"{_D}.ff_context.net.2", "double_blocks/txt_mlp_out")
     # Single blocks: `proj_out` reads the concatenation of attention and MLP.
-    + _linear(f"{_S}.norm.linear", "single_blocks/modulation/linear")
+    + linear(f"{_S}.norm.linear", "single_blocks/modulation/linear")
     + _qkv(_S, _QKV, ("norm_q", "norm_k"), "single_blocks/attn")
-    + _linear(f"{_S}.proj_mlp", "single_blocks/mlp_in")
+    + linear(f"{_S}.proj_mlp", "single_blocks/mlp_in")
     + [
         Rule(
             (f"{_S}.proj_out.weight",), ("single_blocks/attn_out/kernel", "single_blocks/mlp_out/kernel"), split_input()
@@ -59,5 +51,5 @@ RULES: tuple[Rule, ...] = tuple(
         Rule(("norm_out.linear.weight",), ("final_modulation/linear/kernel",), reordered(kernel(), axis=1)),
         Rule(("norm_out.linear.bias",), ("final_modulation/linear/bias",), reordered(vector(), axis=0)),
     ]
-    + _linear("proj_out", "final_linear")
+    + linear("proj_out", "final_linear")
 )

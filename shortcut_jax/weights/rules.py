@@ -40,6 +40,14 @@ class Rule:
     transform: Transform
 
 
+def linear(source: str, target: str, in_dims: int = 1) -> list[Rule]:
+    """The rows of a layer, weight and bias. Several parts one after another in its output become axes by reshaping."""
+    return [
+        Rule((f"{source}.weight",), (f"{target}/kernel",), kernel(in_dims)),
+        Rule((f"{source}.bias",), (f"{target}/bias",), vector()),
+    ]
+
+
 def kernel(in_dims: int = 1, parts: int = 1) -> Transform:
     """Weights [out, in], one a part, as one kernel [*in, parts, *out] (no part axis for a single part)."""
 
@@ -86,6 +94,33 @@ def split_input() -> Transform:
 
     def backward(targets: Arrays) -> Arrays:
         return [np.concatenate([t.reshape(-1, t.shape[-1]) for t in targets]).T]
+
+    return Transform(forward, backward)
+
+
+def split_output() -> Transform:
+    """One weight [a + b, in] as two kernels, [in, *a] and [in, *b]."""
+
+    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
+        first = int(np.prod(shapes[0][1:]))
+        columns = sources[0].T
+        return [columns[:, :first].reshape(shapes[0]), columns[:, first:].reshape(shapes[1])]
+
+    def backward(targets: Arrays) -> Arrays:
+        return [np.concatenate([t.reshape(len(t), -1).T for t in targets])]
+
+    return Transform(forward, backward)
+
+
+def split_vector() -> Transform:
+    """One bias [a + b] as two, *a and *b."""
+
+    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
+        first = int(np.prod(shapes[0]))
+        return [sources[0][:first].reshape(shapes[0]), sources[0][first:].reshape(shapes[1])]
+
+    def backward(targets: Arrays) -> Arrays:
+        return [np.concatenate([t.reshape(-1) for t in targets])]
 
     return Transform(forward, backward)
 
