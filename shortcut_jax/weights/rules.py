@@ -76,6 +76,17 @@ def vector(parts: int = 1) -> Transform:
     return Transform(forward, backward)
 
 
+def array() -> Transform:
+    """An array as it is, such as an embedding table."""
+
+    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
+        if sources[0].shape != tuple(shapes[0]):
+            raise ValueError(f"{sources[0].shape} is not {tuple(shapes[0])}")
+        return sources
+
+    return Transform(forward, lambda targets: targets)
+
+
 def reordered(inner: Transform, axis: int) -> Transform:
     """`inner`, with the parts along `axis` of its one target reversed: (scale, shift) becomes (shift, scale)."""
     return Transform(
