@@ -48,6 +48,14 @@ def linear(source: str, target: str, in_dims: int = 1) -> list[Rule]:
     ]
 
 
+def norm(source: str, target: str) -> list[Rule]:
+    """The rows of a norm with scale and bias."""
+    return [
+        Rule((f"{source}.weight",), (f"{target}/scale",), vector()),
+        Rule((f"{source}.bias",), (f"{target}/bias",), vector()),
+    ]
+
+
 def kernel(in_dims: int = 1, parts: int = 1) -> Transform:
     """Weights [out, in], one a part, as one kernel [*in, parts, *out] (no part axis for a single part)."""
 
@@ -85,6 +93,18 @@ def array() -> Transform:
         return sources
 
     return Transform(forward, lambda targets: targets)
+
+
+def conv() -> Transform:
+    """A convolution's weight [out, in, h, w] as a kernel [h, w, in, out]."""
+
+    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
+        moved = sources[0].transpose(2, 3, 1, 0)
+        if moved.shape != tuple(shapes[0]):
+            raise ValueError(f"{moved.shape} is not {tuple(shapes[0])}")
+        return [moved]
+
+    return Transform(forward, lambda targets: [targets[0].transpose(3, 2, 0, 1)])
 
 
 def reordered(inner: Transform, axis: int) -> Transform:

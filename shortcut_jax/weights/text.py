@@ -1,6 +1,6 @@
 """The tables of the text encoders in `transformers` checkpoints: T5's encoder and CLIP's text tower."""
 
-from shortcut_jax.weights.rules import Rule, array, kernel, linear, vector
+from shortcut_jax.weights.rules import Rule, array, kernel, linear, norm, vector
 
 _T5 = "encoder.block.{i}.layer"
 _ATTENTION = f"{_T5}.0.SelfAttention"
@@ -23,22 +23,15 @@ T5_RULES: tuple[Rule, ...] = (
 _CLIP = "text_model.encoder.layers.{i}"
 
 
-def _norm(source: str, target: str) -> list[Rule]:
-    return [
-        Rule((f"{source}.weight",), (f"{target}/scale",), vector()),
-        Rule((f"{source}.bias",), (f"{target}/bias",), vector()),
-    ]
-
-
 CLIP_RULES: tuple[Rule, ...] = (
     Rule(("text_model.embeddings.token_embedding.weight",), ("token_embedding",), array()),
     Rule(("text_model.embeddings.position_embedding.weight",), ("position_embedding",), array()),
     Rule(tuple(f"{_CLIP}.self_attn.{n}_proj.weight" for n in "qkv"), ("encoder_blocks/qkv/kernel",), kernel(parts=3)),
     Rule(tuple(f"{_CLIP}.self_attn.{n}_proj.bias" for n in "qkv"), ("encoder_blocks/qkv/bias",), vector(parts=3)),
-    *_norm(f"{_CLIP}.layer_norm1", "encoder_blocks/attn_norm"),
+    *norm(f"{_CLIP}.layer_norm1", "encoder_blocks/attn_norm"),
     *linear(f"{_CLIP}.self_attn.out_proj", "encoder_blocks/attn_out", in_dims=2),
-    *_norm(f"{_CLIP}.layer_norm2", "encoder_blocks/mlp_norm"),
+    *norm(f"{_CLIP}.layer_norm2", "encoder_blocks/mlp_norm"),
     *linear(f"{_CLIP}.mlp.fc1", "encoder_blocks/mlp_in"),
     *linear(f"{_CLIP}.mlp.fc2", "encoder_blocks/mlp_out"),
-    *_norm("text_model.final_layer_norm", "final_norm"),
+    *norm("text_model.final_layer_norm", "final_norm"),
 )
