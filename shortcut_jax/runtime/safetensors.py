@@ -1,0 +1,178 @@
+"""Safetensors files, read lazily and written in any order, so that a model need not fit in memory.
+
+The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header {name: {dtype, shape,
+data_offsets}}, then the data. The safetensors library validates each file; reading and writing go through memory maps
+here because its numpy interface knows no float8 and writes only what is in memory at once.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""Names of the format and what they are in numpy."""
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class SafetensorsError(ValueError):
+    """A file that cannot be read; the message names it and the reason."""
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors of one or several files by name, each a read-only view of its file: nothing is read until it is used.
+
+    Attributes:
+      metadata: the free-text entries of the files' headers.
+    """
+
+    def __init__(self, files: list[Path]):
+        """Reads and validates the headers.
+
+        Raises:
+          SafetensorsError: a file is missing, cut off, not of this format, or of an unknown dtype; a name is in two.
+        """
+        self._tensors: dict[str, np.ndarray] = {}
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            header, start = _read_header(file)
+            self.metadata |= header.pop("__metadata__", {})
+            data = np.memmap(file, mode="r", dtype=np.uint8, offset=start) if header else np.zeros(0, np.uint8)
+            for name, entry in header.items():
+                if name in self._tensors:
+                    raise SafetensorsError(f"{file}: {name} is in another file of this checkpoint too")
+                if entry["dtype"] not in DTYPES:
+                    raise SafetensorsError(f"{file}: {name} has dtype {entry['dtype']}, which cannot be read")
+                first, last = entry["data_offsets"]
+                self._tensors[name] = data[first:last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _read_header(file: Path) -> tuple[dict, int]:
+    """The header and where the data begin, once the library has found the file sound."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise SafetensorsError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise SafetensorsError(f"{file} is cut off or not a safetensors file: {error}") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return json.loads(stream.read(length)), 8 + length
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: the file itself, or the shards that a folder's index names.
+
+    Raises:
+      SafetensorsError: a folder without safetensors files, or an index that names a shard which is not there.
+    """
+    if path.is_file() and not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else [path]
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise SafetensorsError(f"{indices[0]} is not an index of shards: {error}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise SafetensorsError(f"{indices[0]} names {', '.join(missing)}, which is not there: download it again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SafetensorsError(f"no safetensors file in {folder}")
+    return files
+
+
+class Writer:
+    """One file, its tensors written in any order. A context manager: complete at its end, or not there at all."""
+
+    def __init__(self, file: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+        """Lays out the file for tensors of the given dtypes and shapes; space is taken at once.
+
+        Raises:
+          OSError: no space is left, or the folder cannot be written.
+        """
+        self._file, self._partial = file, file.with_name(f".{file.name}.partial")
+        codes = {dtype: code for code, dtype in DTYPES.items()}
+        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+        self._places: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
+        end = 0
+        for name, (dtype, shape) in specs.items():
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            self._places[name] = (end, dtype, tuple(shape))
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._left = set(specs)
+        self._stream = self._partial.open("wb")
+        try:
+            os.posix_fallocate(self._stream.fileno(), 0, self._start + end)
+            self._stream.write(len(text).to_bytes(8, "little") + text)
+        except OSError:
+            self._discard()
+            raise
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Writes a tensor at its place, cast to its dtype."""
+        place, dtype, shape = self._places[name]
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}, but {shape} was announced")
+        self._stream.seek(self._start + place)
+        self._stream.write(np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8).data)
+        self._left.discard(name)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self._left:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._partial.rename(self._file)
+            return
+        self._discard()
+        if kind is None:
+            raise ValueError(f"never written: {', '.join(sorted(self._left)[:5])}")
+
+    def _discard(self) -> None:
+        self._stream.close()
+        with contextlib.suppress(FileNotFoundError):
+            self._partial.unlink()
