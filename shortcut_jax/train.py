@@ -137,7 +137,7 @@ def loop(
     meter = Meter(assembly.batch_size, assembly.flops, assembly.peak_flops)
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    with tqdm(total=s.steps, initial=start, unit="step", dynamic_ncols=True, **shown) as bar:
+    with tqdm(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0, **shown) as bar:
         for step in range(start + 1, stop + 1):
             batch = to_global(next(data), rows, sharding, assembly.batch_size)
             state, metrics = assembly.train_step(state, batch)
@@ -168,7 +168,9 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
             f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
             f"finite, {skipped} steps in a row (max_skipped {s.max_skipped}); nothing of them was kept"
         )
-    meter.seen(step)
+    if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
+        bar.initial, bar.start_t = step, time.time()
+        bar.last_print_t = bar.start_t
     if not _due(step, s.log_every):
         return
     values = {name: float(value) for name, value in metrics.items()} | meter.rates(step)

@@ -39,10 +39,12 @@ class Meter:
         self._step: int | None = None
         self._time = 0.0
 
-    def seen(self, step: int) -> None:
-        """Starts the clock when the first step is known to be done."""
-        if self._step is None:
+    def seen(self, step: int) -> bool:
+        """Starts the clock when the first step is known to be done; tells whether this was it."""
+        first = self._step is None
+        if first:
             self._step, self._time = step, time.perf_counter()
+        return first
 
     def rates(self, step: int) -> dict[str, float]:
         """Rates since the last call: images a second, model FLOP/s, and MFU where the peak is known."""
