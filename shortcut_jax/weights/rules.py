@@ -4,7 +4,8 @@ PyTorch stores a linear layer as [out, in]; here a kernel is [*in, *out] with pa
 with `{i}` stands for one block each; its targets carry a leading depth axis.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,70 +157,135 @@ def split_vector() -> Transform:
     return Transform(forward, backward)
 
 
-def _expand(rule: Rule, depths: Mapping[str, int]) -> list[list[str]]:
-    """The source names of each block of a rule, or one list for a rule without blocks."""
-    if "{i}" not in rule.sources[0]:
-        return [list(rule.sources)]
-    depth = depths.get(rule.targets[0].split("/")[0], 0)
-    return [[name.format(i=i) for name in rule.sources] for i in range(depth)]
+def check(
+    source_shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares names and shapes of a checkpoint with what a model needs, without reading a value.
+
+    Args:
+      source_shapes: shapes by PyTorch name.
+      rules: the table.
+      shapes: shape of every parameter wanted, by path.
+
+    Raises:
+      ConversionError: a source name is missing or left over, a parameter has no row, or shapes disagree.
+    """
+    depths, wanted = _depths(shapes), _wanted(rules, shapes)
+    names = {name for r in wanted for block in _expand(r, depths) for name in block}
+    _compare("missing from the checkpoint", names - set(source_shapes), set(source_shapes) - names)
+    _compare("in the checkpoint, but not in this model", set(source_shapes) - names, names)
+    for rule in wanted:
+        inner = [_block_shape(rule, shapes[t]) for t in rule.targets]
+        for block in _expand(rule, depths):
+            given = [source_shapes[name] for name in block]
+            try:
+                made = rule.transform.forward([_blank(shape) for shape in given], inner)
+            except ValueError:
+                made = []
+            if [x.shape for x in made] != inner:
+                raise ConversionError(
+                    f"{', '.join(block)} of shape {', '.join(map(str, given))} does not fit "
+                    f"{', '.join(rule.targets)} of shape {', '.join(map(str, inner))}"
+                )
+
+
+def convert(
+    source: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Converts PyTorch arrays by name to parameters by path, one parameter at a time.
+
+    Each block's array is read when its place is filled, so that lazy sources cost the memory of one parameter.
+
+    Raises:
+      ConversionError: see `check`, which comes before anything is read.
+    """
+    check({name: tuple(value.shape) for name, value in source.items()}, rules, shapes)
+    depths = _depths(shapes)
+    for rule in _wanted(rules, shapes):
+        inner = [_block_shape(rule, shapes[t]) for t in rule.targets]
+        blocks = _expand(rule, depths)
+        for k, target in enumerate(rule.targets):
+            dtype = source[blocks[0][0]].dtype
+            value = np.empty((len(blocks), *inner[k]), dtype)
+            for i, block in enumerate(blocks):
+                value[i] = rule.transform.forward([source[name] for name in block], inner)[k]
+            yield target, value if _has_blocks(rule) else value[0]
 
 
 def to_flax(
     source: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Converts PyTorch arrays by name to parameters by path.
-
-    Args:
-      source: arrays by PyTorch name.
-      rules: the table.
-      shapes: shape of every parameter wanted, by path.
-
-    Raises:
-      ConversionError: a source name is missing or left over, a parameter has no row, or sizes disagree.
-    """
-    depths = {path.split("/")[0]: shape[0] for path, shape in shapes.items() if "_blocks/" in path}
-    wanted = [r for r in rules if r.targets[0] in shapes]
-    names = [name for r in wanted for block in _expand(r, depths) for name in block]
-    _compare("missing from the checkpoint", set(names) - set(source))
-    _compare("in the checkpoint, but not in this model", set(source) - set(names))
-    _compare("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})
-    result: dict[str, np.ndarray] = {}
-    for rule in wanted:
-        blocks = "{i}" in rule.sources[0]
-        inner = [shapes[t][1:] if blocks else shapes[t] for t in rule.targets]
-        try:
-            converted = [rule.transform.forward([source[n] for n in block], inner) for block in _expand(rule, depths)]
-        except ValueError as error:
-            sizes = [tuple(source[n.format(i=0)].shape) for n in rule.sources]
-            raise ConversionError(f"{rule.sources[0]} of shape {sizes} does not fit {inner}: {error}") from error
-        for k, target in enumerate(rule.targets):
-            result[target] = np.stack([c[k] for c in converted]) if blocks else converted[0][k]
-    return result
+    """All of `convert` at once."""
+    return dict(convert(source, rules, shapes))
 
 
-def to_torch(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """The inverse of `to_flax`, derived from the same rows.
+def torch_shapes(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint that `export` makes of parameters of these shapes."""
+    return {name: value.shape for name, value in export({path: _blank(shape) for path, shape in shapes.items()}, rules)}
+
+
+def export(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `convert`, derived from the same rows: PyTorch names and arrays (views where possible).
 
     Raises:
       ConversionError: a parameter has no row.
     """
-    wanted = [r for r in rules if r.targets[0] in params]
-    _compare("parameters without a row in the table", set(params) - {t for r in wanted for t in r.targets})
-    depths = {path.split("/")[0]: value.shape[0] for path, value in params.items() if "_blocks/" in path}
-    result: dict[str, np.ndarray] = {}
-    for rule in wanted:
-        blocks = "{i}" in rule.sources[0]
+    shapes = {path: tuple(value.shape) for path, value in params.items()}
+    depths = _depths(shapes)
+    for rule in _wanted(rules, shapes):
+        targets = [params[t] for t in rule.targets]
         for i, names in enumerate(_expand(rule, depths)):
-            arrays = [np.asarray(params[t][i] if blocks else params[t]) for t in rule.targets]
-            result |= {n: np.ascontiguousarray(a) for n, a in zip(names, rule.transform.backward(arrays), strict=True)}
-    return result
+            arrays = [t[i] for t in targets] if _has_blocks(rule) else targets
+            yield from zip(names, rule.transform.backward(arrays), strict=True)
 
 
-def _compare(what: str, names: set[str]) -> None:
-    if names:
-        listed = sorted(names)
-        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-        raise ConversionError(f"{what}: {', '.join(listed[:5])}{more}")
+def to_torch(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
+    """All of `export` at once, as contiguous arrays."""
+    return {name: np.ascontiguousarray(value) for name, value in export(params, rules)}
+
+
+def _has_blocks(rule: Rule) -> bool:
+    return "{i}" in rule.sources[0]
+
+
+def _block_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[1:] if _has_blocks(rule) else shape)
+
+
+def _blank(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of any size that takes one byte."""
+    return np.broadcast_to(np.zeros((), np.int8), shape)
+
+
+def _depths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Blocks of each stack, by its name."""
+    return {path.split("/")[0]: shape[0] for path, shape in shapes.items() if "_blocks/" in path}
+
+
+def _wanted(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+    """The rows of parameters that a model has; a parameter without a row is an error."""
+    wanted = [r for r in rules if r.targets[0] in shapes]
+    _compare("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})
+    return wanted
+
+
+def _expand(rule: Rule, depths: Mapping[str, int]) -> list[list[str]]:
+    """The source names of each block of a rule, or one list for a rule without blocks."""
+    if not _has_blocks(rule):
+        return [list(rule.sources)]
+    depth = depths.get(rule.targets[0].split("/")[0], 0)
+    return [[name.format(i=i) for name in rule.sources] for i in range(depth)]
+
+
+def _compare(what: str, names: Set[str], others: Set[str] = frozenset()) -> None:
+    """Raises where `names` are not empty, with the nearest of `others` behind the first one."""
+    if not names:
+        return
+    listed = sorted(names)
+    nearest = difflib.get_close_matches(listed[0], sorted(others), n=1)
+    hint = f" (nearest known name for the first: {nearest[0]})" if nearest else ""
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise ConversionError(f"{what}: {', '.join(listed[:5])}{more}{hint}")
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
