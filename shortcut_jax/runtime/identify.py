@@ -1,0 +1,205 @@
+"""What a checkpoint is, told from its names and shapes alone: which models, by which table, of which geometry."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.t5 import T5Config
+from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.weights import flux_bfl, flux_diffusers, text, vae
+from shortcut_jax.weights.rules import ConversionError, Rule
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+ROTARY_AXES = {128: (16, 56, 56), 64: (8, 28, 28)}
+"""Rotary axes by head size, where no config tells them."""
+
+OTHER_CHANNELS = {
+    384: "FLUX.1 Fill (latents, masked image and mask)",
+    128: "FLUX.1 Canny or Depth (latents and a control image)",
+}
+"""Relatives of Flux by the width of their image input."""
+
+
+class Found(NamedTuple):
+    """One model in a checkpoint.
+
+    Attributes:
+      kind: `flux`, `vae`, `t5` or `clip`.
+      layout: whose names: `bfl`, `diffusers` or `transformers`.
+      prefix: what stands before each of its names.
+      config: its geometry.
+      rules: its table.
+    """
+
+    kind: str
+    layout: str
+    prefix: str
+    config: Any
+    rules: tuple[Rule, ...]
+
+    def __str__(self) -> str:
+        where = f", under {self.prefix}" if self.prefix else ""
+        return f"{describe(self)} in the layout of {self.layout}{where}"
+
+
+def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Found]:
+    """Every model found among the names, the transformer first.
+
+    Args:
+      shapes: shapes by name.
+      hints: entries of the checkpoint's own config.json; only what shapes cannot tell is read from it.
+
+    Raises:
+      ConversionError: nothing is recognised, or a relative of Flux that is not supported.
+    """
+    found = []
+    for sign, make in _SIGNS:
+        prefixes = [name.removesuffix(sign) for name in shapes if name.endswith(sign)]
+        if prefixes:
+            prefix = min(prefixes, key=len)
+            own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            found.append(make(prefix, own, hints or {}))
+    if not found:
+        examples = ", ".join(sorted(shapes)[:3]) or "nothing"
+        raise ConversionError(
+            f"this is not a Flux transformer, its autoencoder, a T5 encoder or a CLIP text tower: it holds {examples}"
+        )
+    return found
+
+
+def describe(found: Found) -> str:
+    """A model in words: `FLUX.1 transformer with guidance, 19 + 38 blocks of width 3072`."""
+    c = found.config
+    if found.kind == "flux":
+        guidance = "with" if c.guidance else "without"
+        return f"Flux transformer {guidance} guidance, {c.double_blocks} + {c.single_blocks} blocks of width {c.width}"
+    if found.kind == "vae":
+        return f"autoencoder with {c.latent_channels} latent channels"
+    name = "T5 encoder" if found.kind == "t5" else "CLIP text tower"
+    return f"{name}, {c.blocks} blocks of width {c.width}"
+
+
+def _count(shapes: Shapes, stack: str) -> int:
+    """Blocks of a stack whose names begin with `stack.NUMBER.`."""
+    numbers = {int(n.split(".")[stack.count(".") + 1]) for n in shapes if n.startswith(f"{stack}.")}
+    return max(numbers) + 1 if numbers else 0
+
+
+def _flux(layout: str, image_in: str, norm: str, stacks: tuple[str, str], names: tuple[str, str, str]) -> Callable:
+    text_in, pooled_in, guidance_in = names
+    rules = flux_bfl.RULES if layout == "bfl" else flux_diffusers.RULES
+
+    def make(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
+        width, channels = shapes[image_in]
+        head_size = shapes[norm][0]
+        if channels in OTHER_CHANNELS:
+            raise ConversionError(
+                f"this is {OTHER_CHANNELS[channels]}, which is not supported: use FLUX.1 dev or schnell"
+            )
+        axes: tuple[int, ...] = tuple(hints.get("axes_dims_rope", ROTARY_AXES.get(head_size, ())))
+        if sum(axes) != head_size:
+            raise ConversionError(f"the rotary axes of head size {head_size} are not known, and {axes} do not fit it")
+        config = FluxConfig(
+            double_blocks=_count(shapes, stacks[0]),
+            single_blocks=_count(shapes, stacks[1]),
+            width=width,
+            heads=width // head_size,
+            axes=axes,
+            channels=channels,
+            text_width=shapes[text_in][1],
+            pooled_width=shapes[pooled_in][1],
+            guidance=guidance_in in shapes,
+        )
+        return Found("flux", layout, prefix, config, rules)
+
+    return make
+
+
+def _vae(layout: str) -> Callable:
+    def make(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
+        stack = "encoder.down" if layout == "bfl" else "encoder.down_blocks"
+        conv = f"{stack}.{{}}.block.0.conv1.weight" if layout == "bfl" else f"{stack}.{{}}.resnets.0.conv1.weight"
+        levels = _count(shapes, stack)
+        inside = conv.format(0).rsplit(".0.conv1", 1)[0]
+        default = VaeConfig()
+        config = VaeConfig(
+            channels=shapes["encoder.conv_in.weight"][1],
+            latent_channels=shapes["decoder.conv_in.weight"][1],
+            widths=tuple(shapes[conv.format(i)][0] for i in range(levels)),
+            level_blocks=_count(shapes, inside),
+            groups=hints.get("norm_num_groups", default.groups),
+            scale=hints.get("scaling_factor", default.scale),
+            shift=hints.get("shift_factor", default.shift),
+        )
+        table = vae.bfl_rules if layout == "bfl" else vae.diffusers_rules
+        return Found("vae", layout, prefix, config, table(levels, config.level_blocks))
+
+    return make
+
+
+def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
+    block = "encoder.block.0.layer"
+    buckets, heads = shapes[f"{block}.0.SelfAttention.relative_attention_bias.weight"]
+    inner, width = shapes[f"{block}.0.SelfAttention.q.weight"]
+    config = T5Config(
+        vocab=shapes["shared.weight"][0],
+        width=width,
+        blocks=_count(shapes, "encoder.block"),
+        heads=heads,
+        head_size=inner // heads,
+        hidden=shapes[f"{block}.1.DenseReluDense.wi_0.weight"][0],
+        buckets=buckets,
+        max_distance=hints.get("relative_attention_max_distance", T5Config().max_distance),
+    )
+    return Found("t5", "transformers", prefix, config, text.T5_RULES)
+
+
+def _clip(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
+    layer = "text_model.encoder.layers"
+    hidden, width = shapes[f"{layer}.0.mlp.fc1.weight"]
+    end = hints.get("eos_token_id", 2)
+    config = ClipConfig(
+        vocab=shapes["text_model.embeddings.token_embedding.weight"][0],
+        width=width,
+        blocks=_count(shapes, layer),
+        heads=hints.get("num_attention_heads", width // 64),
+        hidden=hidden,
+        max_tokens=shapes["text_model.embeddings.position_embedding.weight"][0],
+        end_token=None if end == 2 else end,
+    )
+    return Found("clip", "transformers", prefix, config, text.CLIP_RULES)
+
+
+_SIGNS: tuple[tuple[str, Callable[[str, Shapes, Mapping[str, Any]], Found]], ...] = (
+    (
+        "double_blocks.0.img_attn.qkv.weight",
+        _flux(
+            "bfl",
+            "img_in.weight",
+            "double_blocks.0.img_attn.norm.query_norm.scale",
+            ("double_blocks", "single_blocks"),
+            ("txt_in.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.weight"),
+        ),
+    ),
+    (
+        "transformer_blocks.0.attn.add_q_proj.weight",
+        _flux(
+            "diffusers",
+            "x_embedder.weight",
+            "transformer_blocks.0.attn.norm_q.weight",
+            ("transformer_blocks", "single_transformer_blocks"),
+            (
+                "context_embedder.weight",
+                "time_text_embed.text_embedder.linear_1.weight",
+                "time_text_embed.guidance_embedder.linear_1.weight",
+            ),
+        ),
+    ),
+    ("encoder.mid.attn_1.q.weight", _vae("bfl")),
+    ("encoder.mid_block.attentions.0.to_q.weight", _vae("diffusers")),
+    ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", _t5),
+    ("text_model.embeddings.token_embedding.weight", _clip),
+)
+"""A name that only one kind of model has, and how its geometry is read."""

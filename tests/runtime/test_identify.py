@@ -1,0 +1,79 @@
+import re
+
+import pytest
+
+from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.presets import preset
+from shortcut_jax.models.t5 import T5Config
+from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.runtime.identify import identify
+from shortcut_jax.weights import flux_bfl, flux_diffusers
+from shortcut_jax.weights.rules import ConversionError, torch_shapes
+from shortcut_jax.weights.text import CLIP_RULES, T5_RULES
+from shortcut_jax.weights.vae import bfl_rules, diffusers_rules
+from tests.weights.test_full_size import CASES, _flux
+
+CONFIGS = {"vae": VaeConfig(), "t5": T5Config(), "clip": ClipConfig()}
+TABLES = {
+    "bfl": flux_bfl.RULES,
+    "diffusers": flux_diffusers.RULES,
+    "vae-bfl": bfl_rules(4, 2),
+    "vae-diffusers": diffusers_rules(4, 2),
+    "t5": T5_RULES,
+    "clip": CLIP_RULES,
+}
+
+
+def _theirs(kind, table):
+    return torch_shapes(_flux(kind) if kind.startswith("flux") else CASES[kind]()[1], TABLES[table])
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-600m", "flux-30m"])
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+def test_a_transformer_is_known_by_its_names_and_its_geometry_by_its_shapes(name, layout):
+    (found,) = identify(_theirs(name, layout))
+    assert (found.kind, found.layout, found.prefix, found.rules) == ("flux", layout, "", TABLES[layout])
+    assert found.config == preset(name)
+
+
+@pytest.mark.parametrize("table", ["vae-bfl", "vae-diffusers", "t5", "clip"])
+def test_encoders_are_known_with_the_geometry_of_their_release(table):
+    kind = table.split("-")[0]
+    (found,) = identify(_theirs(kind, table))
+    assert found.kind == kind and found.config == CONFIGS[kind]
+    # Transforms are made anew for each table: names tell.
+    names = lambda rules: [(rule.sources, rule.targets) for rule in rules]
+    assert names(found.rules) == names(TABLES[table])
+
+
+def test_prefixes_and_several_models_in_one_file():
+    parts = {
+        "model.diffusion_model.": _theirs("flux-dev", "bfl"),
+        "vae.": _theirs("vae", "vae-bfl"),
+        "text_encoders.t5xxl.transformer.": _theirs("t5", "t5"),
+        "text_encoders.clip_l.transformer.": _theirs("clip", "clip"),
+    }
+    joined = {f"{prefix}{name}": shape for prefix, names in parts.items() for name, shape in names.items()}
+    found = identify(joined)
+    assert [(f.kind, f.prefix) for f in found] == list(zip(("flux", "vae", "t5", "clip"), parts, strict=True))
+    assert found[0].config == preset("flux-dev")
+    assert "Flux transformer with guidance, 19 + 38 blocks of width 3072" in str(found[0])
+
+
+def test_a_config_tells_what_shapes_cannot():
+    shapes = torch_shapes(_flux("tiny"), flux_diffusers.RULES)
+    with pytest.raises(ConversionError, match="rotary axes of head size 16 are not known"):
+        identify(shapes)
+    assert identify(shapes, {"axes_dims_rope": [4, 6, 6]})[0].config == preset("tiny")
+    assert identify(_theirs("clip", "clip"), {"eos_token_id": 49407})[0].config.end_token == 49407
+
+
+def test_relatives_and_strangers_are_named():
+    for channels, name in ((384, "Fill"), (128, "Canny or Depth")):
+        shapes = _theirs("flux-dev", "bfl") | {"img_in.weight": (3072, channels)}
+        with pytest.raises(ConversionError, match=name):
+            identify(shapes)
+    with pytest.raises(ConversionError, match=re.escape("it holds model.layers.0.weight")):
+        identify({"model.layers.0.weight": (3, 3)})
+    with pytest.raises(ConversionError, match="it holds nothing"):
+        identify({})
