@@ -1,0 +1,125 @@
+"""Opening what Flux users own: single files, shards, diffusers folders, whole pipelines; lazily, and named."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from shortcut_jax.runtime.identify import Found, identify
+from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, shard_files
+from shortcut_jax.weights.rules import ConversionError
+
+PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+"""Folders of a diffusers pipeline that hold weights."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
+"""Last parts of the names of scales beside float8 weights; those of inputs belong to float8 matrix products."""
+
+_FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+
+
+class Pretrained(NamedTuple):
+    """One model of a checkpoint.
+
+    Attributes:
+      found: what it is.
+      tensors: its tensors by the names of its layout, without prefix, read when used.
+      notes: what the reader should be told about them.
+    """
+
+    found: Found
+    tensors: Mapping[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+class _Part(Mapping[str, np.ndarray]):
+    """The tensors under a prefix; float8 ones are widened to float32 and multiplied by their scale as they are read."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], prefix: str):
+        self._tensors, self._prefix = tensors, prefix
+        names = (n.removeprefix(prefix) for n in tensors if n.startswith(prefix))
+        self._names = [n for n in names if n.rsplit(".", 1)[-1] not in (*SCALES, "scaled_fp8")]
+
+    @property
+    def float8(self) -> int:
+        """How many of them are float8."""
+        return sum(self._tensors[self._prefix + n].dtype in _FLOAT8 for n in self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return {n: self._tensors[self._prefix + n].shape for n in self._names}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        value = self._tensors[self._prefix + name]
+        if value.dtype not in _FLOAT8:
+            return value
+        layer = self._prefix + name.rsplit(".", 1)[0]
+        scales = [self._tensors[f"{layer}.{s}"] for s in SCALES[:2] if f"{layer}.{s}" in self._tensors]
+        wide = value.astype(np.float32)
+        return wide * scales[0].astype(np.float32) if scales and name.endswith(".weight") else wide
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_pretrained(path: Path) -> list[Pretrained]:
+    """The models in a file, an index of shards, a folder of shards or a pipeline folder.
+
+    Raises:
+      SafetensorsError: a file is missing, damaged or of a format that is refused.
+      ConversionError: it is none of the supported models.
+    """
+    if path.is_dir() and (path / "model_index.json").is_file():
+        folders = [path / name for name in PIPELINE_FOLDERS if (path / name).is_dir()]
+        return [model for folder in folders for model in _open(folder)]
+    return _open(path)
+
+
+def _open(path: Path) -> list[Pretrained]:
+    _refuse(path)
+    tensors = LazyTensors(shard_files(path))
+    if any("bitsandbytes" in name for name in tensors):
+        raise ConversionError(
+            f"{path} is quantised to NF4, which is not supported: take the bfloat16 or float8 release"
+        )
+    models = []
+    for found in identify({name: value.shape for name, value in tensors.items()}, _hints(path)):
+        part = _Part(tensors, found.prefix)
+        notes = (f"{part.float8} float8 tensors are widened to float32",) if part.float8 else ()
+        models.append(Pretrained(found, part, notes))
+    return models
+
+
+def _refuse(path: Path) -> None:
+    """Names files that are never read: pickles can run code, and GGUF is quantised."""
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    if not files:
+        raise SafetensorsError(f"{path} is not there" if not path.exists() else f"{path} is empty")
+    if any(f.name.endswith((".safetensors", ".safetensors.index.json")) for f in files):
+        return
+    for file in files:
+        if file.suffix == ".gguf":
+            raise ConversionError(f"{file} is GGUF, which is quantised and not supported: take a safetensors release")
+        if file.suffix in PICKLES:
+            target = file.with_suffix(".safetensors").name
+            raise ConversionError(
+                f"{file} is a pickle, which could run any code, so it is not opened. Where you trust it: "
+                f"""python -c "import torch, safetensors.torch as s; """
+                f"""s.save_file(torch.load('{file.name}', weights_only=True), '{target}')\""""
+            )
+
+
+def _hints(path: Path) -> dict[str, Any]:
+    """The config.json beside the weights, if there is one."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise ConversionError(f"{config} is not JSON: {error}") from error

@@ -1,0 +1,98 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime.pretrained import open_pretrained
+from shortcut_jax.runtime.safetensors import SafetensorsError, Writer
+from shortcut_jax.weights import flux_bfl, flux_diffusers
+from shortcut_jax.weights.rules import ConversionError, to_flax, to_torch
+
+AXES = {"axes_dims_rope": [4, 6, 6]}
+
+
+@pytest.fixture(scope="module")
+def params():
+    import jax
+
+    from shortcut_jax.assemble import init_params
+
+    shapes = flat_paths(jax.eval_shape(lambda key: init_params(preset("tiny"), key), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return {k: rng.standard_normal(v.shape, np.float32) for k, v in shapes.items()}
+
+
+def _save(file, values):
+    with Writer(file, {k: (v.dtype, v.shape) for k, v in values.items()}, {}) as writer:
+        for name, value in values.items():
+            writer.write(name, value)
+
+
+def _opened_equals(path, params, kind="flux"):
+    (model,) = open_pretrained(path)
+    assert model.found.kind == kind and model.notes == ()
+    back = to_flax(model.tensors, model.found.rules, {k: v.shape for k, v in params.items()})
+    assert all(np.array_equal(back[k], params[k]) for k in params)
+
+
+def test_a_comfy_file_and_a_sharded_folder_hold_the_same_model(tmp_path, params):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    comfy = {f"model.diffusion_model.{k}": v for k, v in to_torch(params, flux_bfl.RULES).items()}
+    _save(tmp_path / "comfy.safetensors", comfy)
+    _opened_equals(tmp_path / "comfy.safetensors", params)
+
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(AXES))
+    tensors = to_torch(params, flux_diffusers.RULES)
+    names = sorted(tensors)
+    files = {"m-1.safetensors": names[::2], "m-2.safetensors": names[1::2]}
+    for file, part in files.items():
+        _save(folder / file, {n: tensors[n] for n in part})
+    index = {"weight_map": {n: file for file, part in files.items() for n in part}}
+    (folder / "m.safetensors.index.json").write_text(json.dumps(index))
+    _opened_equals(folder, params)
+    _opened_equals(folder / "m.safetensors.index.json", params)
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    _opened_equals(tmp_path / "pipeline", params)
+
+
+def test_float8_weights_are_widened_by_their_scales_and_it_is_told(tmp_path, params):
+    tensors = to_torch(params, flux_bfl.RULES)
+    stored, expected = {}, {}
+    for name, value in tensors.items():
+        if name.endswith("weight") and "blocks" in name:
+            scale = np.float32(np.abs(value).max() / 448)
+            stored[name] = (value / scale).astype(ml_dtypes.float8_e4m3fn)
+            stored[name.replace(".weight", ".scale_weight")] = scale.reshape(())
+            expected[name] = stored[name].astype(np.float32) * scale
+        else:
+            stored[name] = expected[name] = value
+    stored["scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
+    _save(tmp_path / "f8.safetensors", stored)
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    (model,) = open_pretrained(tmp_path / "f8.safetensors")
+    assert set(model.tensors) == set(tensors)
+    assert model.notes == (f"{sum('scale_weight' in n for n in stored)} float8 tensors are widened to float32",)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(model.tensors[name], value, err_msg=name)
+        assert np.linalg.norm(value - tensors[name]) <= 0.05 * np.linalg.norm(tensors[name])
+
+
+def test_what_is_refused_is_named_with_the_way_out(tmp_path):
+    for name, error, message in (
+        ("flux.gguf", ConversionError, "is GGUF, which is quantised"),
+        ("flux.ckpt", ConversionError, r"is a pickle.*save_file\(torch.load\('flux.ckpt', weights_only=True\)"),
+        ("flux.txt", SafetensorsError, "cut off or not a safetensors file"),
+    ):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        with pytest.raises(error, match=message):
+            open_pretrained(tmp_path / name)
+    with pytest.raises(SafetensorsError, match="nowhere is not there"):
+        open_pretrained(tmp_path / "nowhere")
+    _save(tmp_path / "nf4.safetensors", {"a.weight.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)})
+    with pytest.raises(ConversionError, match="quantised to NF4"):
+        open_pretrained(tmp_path / "nf4.safetensors")
