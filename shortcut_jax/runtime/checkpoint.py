@@ -4,13 +4,15 @@ Items are pytrees (`params`, `fast`, `slow`, `optimizer`) and `meta`, a JSON dic
 a step's folder appears under its name only when it is complete.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 
 from shortcut_jax.runtime.distributed import say
@@ -43,7 +45,8 @@ class Checkpoints:
             create=not read_only,
             enable_async_checkpointing=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, META), options=options)
+        with _quiet():  # Orbax warns that what is to be read only is read only.
+            self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, META), options=options)
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
@@ -106,6 +109,16 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def stored_config(folder: Path) -> dict[str, Any] | None:
