@@ -39,13 +39,13 @@ class Checkpoints:
         """Opens the folder, and makes it unless `read_only`; `keep` newest steps survive a save (all, if None)."""
         self.folder = folder.resolve()
         self._read_only = read_only
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            read_only=read_only,
-            create=not read_only,
-            enable_async_checkpointing=not read_only,
-        )
         with _quiet():  # Orbax warns that what is to be read only is read only.
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                read_only=read_only,
+                create=not read_only,
+                enable_async_checkpointing=not read_only,
+            )
             self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, META), options=options)
 
     def steps(self) -> list[int]:
