@@ -1,0 +1,91 @@
+import dataclasses
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.presets import preset
+from shortcut_jax.models.t5 import T5Config
+from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.runtime.converted import (
+    ConvertedError,
+    Stored,
+    complete_or_absent,
+    read_params,
+    read_record,
+    write_params,
+    write_record,
+)
+from shortcut_jax.runtime.sharding import MeshShape, make_mesh
+
+VALUES = {
+    "some_blocks/qkv/kernel": np.arange(2 * 8 * 3, dtype=np.float32).reshape(2, 8, 3),
+    "img_in/kernel": np.linspace(-1, 1, 16).reshape(4, 4).astype(ml_dtypes.bfloat16),
+}
+
+
+def test_parameters_written_one_by_one_are_read_into_shards_in_their_own_dtype(tmp_path):
+    write_params(tmp_path / "flux", iter(VALUES.items()))
+    mesh = make_mesh(MeshShape(1, 4, 2))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in VALUES.items()}
+    shapes = {
+        "some_blocks": {"qkv": {"kernel": abstract["some_blocks/qkv/kernel"]}},
+        "img_in": {"kernel": abstract["img_in/kernel"]},
+    }
+    stored = Stored("flux", preset("tiny"), "test", tmp_path / "flux")
+    params = read_params(stored, shapes)
+    qkv, img_in = params["some_blocks"]["qkv"]["kernel"], params["img_in"]["kernel"]
+    np.testing.assert_array_equal(qkv, VALUES["some_blocks/qkv/kernel"])
+    np.testing.assert_array_equal(np.asarray(img_in, np.float32), VALUES["img_in/kernel"].astype(np.float32))
+    assert img_in.dtype == ml_dtypes.bfloat16
+    assert qkv.sharding.shard_shape(qkv.shape) == (2, 2, 3)
+
+
+def test_the_record_gives_each_geometry_back(tmp_path):
+    configs = {
+        "flux": dataclasses.replace(preset("flux-dev"), compute_dtype="bfloat16", remat="full"),
+        "vae": VaeConfig(widths=(8, 16), scale=0.5),
+        "t5": T5Config(blocks=3),
+        "clip": ClipConfig(end_token=7),
+    }
+    write_record(tmp_path, [Stored(kind, config, f"{kind}.safetensors", tmp_path) for kind, config in configs.items()])
+    read = {m.kind: m for m in read_record(tmp_path)}
+    assert read["flux"].config == preset("flux-dev")  # how it was computed is not part of what it is
+    assert all(read[kind].config == configs[kind] for kind in ("vae", "t5", "clip"))
+    assert read["t5"].origin == "t5.safetensors" and read["t5"].folder == tmp_path / "t5"
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConvertedError, match=r"models\.json cannot be read"):
+        read_record(tmp_path)
+    (tmp_path / "models.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(ConvertedError, match="has format version 99, not 1"):
+        read_record(tmp_path)
+    with pytest.raises(ConvertedError, match=r"the flux model in .* cannot be read"):
+        read_params(Stored("flux", preset("tiny"), "test", tmp_path / "flux"), {})
+
+
+def test_a_folder_is_complete_or_absent(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), complete_or_absent(target, overwrite=False) as folder:
+        (folder / "part").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".out.partial").mkdir()  # left by a kill
+    with complete_or_absent(target, overwrite=False) as folder:
+        (folder / "part").write_text("whole")
+        assert not target.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ConvertedError, match="is there already"), complete_or_absent(target, overwrite=False):
+        pytest.fail("not reached")
+    with pytest.raises(RuntimeError, match="broken"), complete_or_absent(target, overwrite=True):
+        raise RuntimeError("broken")
+    assert (target / "part").read_text() == "whole"
+    with complete_or_absent(target, overwrite=True):
+        pass
+    assert not (target / "part").exists()
