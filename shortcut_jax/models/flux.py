@@ -183,13 +183,16 @@ def _attn_out(cfg: FluxConfig, name: str, fan_in: int, use_bias: bool) -> Linear
     return _linear(cfg, name, (cfg.width,), names, kernel_init=init, in_dims=2, use_bias=use_bias)
 
 
-def _mlp(cfg: FluxConfig, prefix: str, x_BLD: Array, fan_out: int, fan_in: int) -> Array:
-    """GELU MLP. Fans are arguments because Flux's single block fuses these kernels with attention's."""
+def _mlp(cfg: FluxConfig, prefix: str, x_BLD: Array, fan_out: int, fan_in: int, low_BLr: Array | None = None) -> Array:
+    """GELU MLP. Fans are arguments because Flux's single block fuses these kernels with attention's.
+
+    So does its adapter, if there is one: `low_BLr` is what attention's output adds to that of the MLP's second layer.
+    """
     init_in, init_out = xavier_uniform(cfg.width, fan_out), xavier_uniform(fan_in, cfg.width)
     hidden_BLF = _linear(cfg, f"{prefix}mlp_in", (cfg.hidden,), ("shard", "mlp"), kernel_init=init_in)(x_BLD)
     hidden_BLF = checkpoint_name(cfg.constrain(hidden_BLF, ("batch", None, "mlp")), MLP_IN)
     layer = _linear(cfg, f"{prefix}mlp_out", (cfg.width,), ("mlp", "shard"), kernel_init=init_out)
-    return layer(nn.gelu(hidden_BLF, approximate=True))
+    return layer(nn.gelu(hidden_BLF, approximate=True), low_BLr)
 
 
 class DoubleBlock(nn.Module):
@@ -235,9 +238,10 @@ class SingleBlock(nn.Module):
         shift, scale, gate = Modulation(cfg, 3, name="modulation")(vec_BD)
         normed_BLD = modulate(x_BLD, shift, scale)
         q, k, v = HeadProjections(cfg, fan_out, name="attn")(normed_BLD)
-        out_BLD = _attn_out(cfg, "attn_out", fan_in, use_bias=False)(_attention(cfg, q, k, v, rope))
-        # The one output bias lives with mlp_out.
-        out_BLD = out_BLD + _mlp(cfg, "", normed_BLD, fan_out, fan_in)
+        attn_BLHK = _attention(cfg, q, k, v, rope)
+        attn_out = _attn_out(cfg, "attn_out", fan_in, use_bias=False)
+        # The one output bias, and the b of an adapter, live with mlp_out.
+        out_BLD = attn_out(attn_BLHK) + _mlp(cfg, "", normed_BLD, fan_out, fan_in, attn_out.low(attn_BLHK))
         return cfg.constrain(x_BLD + gate[:, None] * out_BLD, ("batch", None, None)), None
 
 
@@ -247,7 +251,7 @@ def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str) ->
         block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
     stack = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0, "lora_scale": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=length,

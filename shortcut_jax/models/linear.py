@@ -95,7 +95,11 @@ def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
 
 
 class Linear(nn.Module):
-    """A linear layer with parameters `kernel` [*in, *out] and `bias` [*out].
+    """A linear layer with parameters `kernel` [*in, *out] and `bias` [*out], and an adapter where there is one.
+
+    An adapter is low-rank factors in the collection `lora`: `a` [*in, r] and `b` [r, *out], or [*in, parts, r] and
+    [r, parts, *out] where each part of the output (its first axis) has factors of its own. Its `scale` is in the
+    collection `lora_scale`, one a part. The layer then adds scale * (x a) b, computed in the compute dtype.
 
     Attributes:
       out: the output axes, for instance (3, heads, head size).
@@ -116,9 +120,26 @@ class Linear(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, low: Array | None = None) -> Array:
+        """The layer of x; `low` is what another layer's input adds to this one's before they pass one b together."""
         shape = (*x.shape[x.ndim - self.in_dims :], *self.out)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, tuple(self.out), self.param_dtype) if self.use_bias else None
         options = LinearOptions(self.names, self.in_dims, self.compute_dtype, self.reduce_dtype, self.constrain)
-        return linear(x, kernel, bias, options)
+        y = linear(x, kernel, bias, options)
+        own = self.low(x)
+        if own is None or not self.has_variable("lora", "b"):
+            return y
+        low = own if low is None else own + low
+        low = low * self.get_variable("lora_scale", "scale")[..., None].astype(self.compute_dtype)
+        b: Array = self.get_variable("lora", "b").astype(self.compute_dtype)
+        if low.ndim == x.ndim - self.in_dims + 1:
+            return y + jnp.tensordot(low, b, 1)
+        return y + jnp.einsum("...pr,rpk->...pk", low, b.reshape(*b.shape[:2], -1)).reshape(y.shape)
+
+    def low(self, x: Array) -> Array | None:
+        """The input times `a`, [..., r] or [..., parts, r]; None without an adapter."""
+        if not self.has_variable("lora", "a"):
+            return None
+        a: Array = self.get_variable("lora", "a").astype(self.compute_dtype)
+        return jnp.tensordot(x.astype(self.compute_dtype), a, self.in_dims)

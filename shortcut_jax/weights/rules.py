@@ -26,10 +26,12 @@ class Transform:
     Attributes:
       forward: (sources, target shapes) -> targets.
       backward: targets -> sources.
+      reverses: whether the parts of the output lie the other way round in the source.
     """
 
     forward: Callable[[Arrays, Shapes], Arrays]
     backward: Callable[[Arrays], Arrays]
+    reverses: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def reordered(inner: Transform, axis: int) -> Transform:
     return Transform(
         lambda sources, shapes: [np.flip(inner.forward(sources, shapes)[0], axis)],
         lambda targets: inner.backward([np.flip(targets[0], axis)]),
+        reverses=True,
     )
 
 

@@ -1,0 +1,217 @@
+import inspect
+import json
+
+import numpy as np
+import pytest
+
+from shortcut_jax.weights import flux_diffusers
+from shortcut_jax.weights.lora import Factors, Merged, expand, stack
+from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read, to_kohya, to_peft
+from shortcut_jax.weights.rules import ConversionError, to_torch
+from tests.helpers import relative
+from tests.weights.lora_cases import CFG, RANKS, apply_flux, collections, random_modules
+
+
+def _same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, f in expected.items():
+        assert actual[name].alpha == f.alpha, name
+        np.testing.assert_array_equal(actual[name].down, f.down, err_msg=name)
+        np.testing.assert_array_equal(actual[name].up, f.up, err_msg=name)
+
+
+def _reference(params):
+    """A diffusers transformer with these weights."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    geometry = dict(num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, in_channels=4)
+    widths = dict(joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+    model = FluxTransformer2DModel(**geometry, **widths).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in to_torch(params, flux_diffusers.RULES).items()})
+    return model
+
+
+def _run_reference(model):
+    """The output for the inputs of `apply_flux`."""
+    import torch
+
+    from shortcut_jax.core.latents import image_ids, text_ids
+
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32))
+    x, txt, vec = draw(2, 8, 4), draw(2, 3, 64), draw(2, 64)
+    ids = (torch.from_numpy(np.array(i)) for i in (image_ids(4, 8), text_ids(3)))
+    args = dict(zip(("img_ids", "txt_ids"), ids, strict=True))
+    t, guidance = torch.tensor([0.9, 0.2]), torch.tensor([3.5, 1.0])
+    with torch.no_grad():
+        return model(x, txt, vec, t, **args, guidance=guidance).sample.numpy()
+
+
+def _torch(tensors):
+    import torch
+
+    return {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["all", "some modules", "several ranks"])
+def test_a_peft_file_goes_out_as_it_came(name, shapes):
+    modules = random_modules(shapes, **RANKS[name])
+    tensors, metadata = to_peft(modules)
+    assert is_lora(tensors) and (METADATA_KEY in metadata) == (name == "several ranks")
+    config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata.get(METADATA_KEY, "{}")).items()}
+    back, notes = read(tensors, shapes, config)
+    _same(back, modules)
+    again, header = to_peft(back)
+    assert notes == () and header == metadata and list(again) == list(tensors)
+    assert all(np.array_equal(again[k], v) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["all", "several ranks"])
+def test_diffusers_loads_what_we_write_with_the_same_output(name, params, shapes, highest_precision, caplog):
+    # PEFT finds a module by the end of its name, so the last layer would take the blocks' `proj_out` with it.
+    modules = random_modules(shapes, **RANKS[name])
+    tensors, metadata = to_peft(modules)
+    model = _reference(params)
+    config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    model.load_lora_adapter(_torch(tensors), metadata=config)
+    assert "unexpected" not in caplog.text and "missing" not in caplog.text
+    actual = apply_flux(CFG, params, collections(modules, shapes))
+    assert relative(actual, _run_reference(model)) <= 1e-5
+    assert relative(actual, _run_reference(_reference(params))) > 1e-2
+
+
+def _kohya_conversion():
+    """Diffusers' own kohya -> PEFT conversion, whose source fixes the widths of Flux, for ours."""
+    import torch
+    from diffusers.loaders import lora_conversion_utils as utils
+
+    function = utils._convert_kohya_flux_lora_to_diffusers
+    source = inspect.getsource(function)
+    assert "dims=[3072, 3072, 3072, 12288]" in source
+    names = {**vars(utils), "torch": torch}
+    exec(source.replace("dims=[3072, 3072, 3072, 12288]", "dims=[32, 32, 32, 128]"), names)
+    return names[function.__name__]
+
+
+@pytest.mark.parametrize("name", ["all", "some modules", "several ranks"])
+def test_kohya_names_are_those_that_diffusers_splits_back(name, shapes):
+    modules = random_modules(shapes, **RANKS[name])
+    tensors, _ = to_kohya(modules, shapes)
+    theirs = _kohya_conversion()(_torch(tensors))
+    # Outside the blocks diffusers' conversion forgets the prefix, and final layers' alphas.
+    found = {k.removeprefix("transformer."): v.numpy() for k, v in theirs.items()}
+    for module, f in modules.items():
+        down, up = (found.pop(f"{module}.{half}.weight") for half in ("lora_A", "lora_B"))
+        scale = 1.0 if module in ("norm_out.linear", "proj_out") else f.scale
+        np.testing.assert_allclose(up @ down, scale * f.up @ f.down, rtol=1e-4, atol=1e-5, err_msg=module)
+        if name == "all":
+            assert len(down) == 3
+    assert not any(v.any() for v in found.values())  # what is left are the zeros of parts without an adapter
+
+
+def test_fused_files_are_split_back_bit_for_bit(shapes):
+    modules = random_modules(shapes, alpha=5.0)
+    tensors, _ = to_kohya(modules, shapes)
+    assert tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (4 * 3, 32)
+    assert tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].shape == (96, 3 * 3)
+    assert tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 15.0  # alpha / rank is kept
+    back, _ = read(tensors, shapes)
+    _same(back, modules)
+    dotted = {k.replace("lora_unet_img_in", "diffusion_model.img_in"): v for k, v in tensors.items()}
+    _same(read(dotted, shapes)[0], modules)
+
+
+def test_a_fresh_adapter_survives_fusing(shapes):
+    modules = {k: f._replace(up=np.zeros_like(f.up)) for k, f in random_modules(shapes).items()}
+    _same(read(to_kohya(modules, shapes)[0], shapes)[0], modules)
+
+
+def test_parts_of_unequal_rank_and_scale_are_fused_to_the_same_function(params, shapes):
+    modules = random_modules(shapes, **RANKS["several ranks"])
+    back, _ = read(to_kohya(modules, shapes)[0], shapes)
+    one, two = Merged(params, modules, shapes), Merged(params, back, shapes)
+    for path in params:
+        np.testing.assert_allclose(one[path], two[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_a_fused_file_with_one_a_is_copied_to_its_parts_and_goes_out_unchanged(params, shapes):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    tensors = {
+        "lora_unet_single_blocks_1_linear1.lora_down.weight": draw(4, 32),
+        "lora_unet_single_blocks_1_linear1.lora_up.weight": draw(3 * 32 + 128, 4),
+        "lora_unet_single_blocks_1_linear1.alpha": np.float32(2.0),
+        "lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight": draw(3, 32),
+        "lora_unet_double_blocks_0_txt_attn_qkv.lora_up.weight": draw(96, 3),
+        "lora_unet_double_blocks_0_txt_attn_qkv.alpha": np.float32(3.0),
+    }
+    modules, _ = read(tensors, shapes)
+    assert len(modules) == 7 and {f.scale for f in modules.values()} == {0.5, 1.0}
+    again, _ = to_kohya(modules, shapes)
+    assert again.keys() == tensors.keys()
+    assert all(np.array_equal(again[k], v) for k, v in tensors.items())
+    merged = Merged(params, modules, shapes)
+    down, up = (tensors[f"lora_unet_single_blocks_1_linear1.lora_{half}.weight"] for half in ("down", "up"))
+    delta = 0.5 * (up @ down).T
+    qkv = merged["single_blocks/attn/qkv/kernel"] - params["single_blocks/attn/qkv/kernel"]
+    mlp = merged["single_blocks/mlp_in/kernel"] - params["single_blocks/mlp_in/kernel"]
+    np.testing.assert_allclose(qkv[1].reshape(32, 96), delta[:, :96], atol=1e-5)
+    np.testing.assert_allclose(mlp[1], delta[:, 96:], atol=1e-5)
+    assert not qkv[0].any() and not mlp[0].any()
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.", "base_model.model.transformer.", ""])
+def test_prefixes_and_older_spellings_are_read(prefix, shapes):
+    modules = random_modules(shapes)
+    tensors = {k.replace("transformer.", prefix, 1): v for k, v in to_peft(modules)[0].items()}
+    _same(read(tensors, shapes)[0], modules)
+    older = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in tensors.items()}
+    _same(read(older, shapes)[0], modules)
+    named = {k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}
+    _same(read(named, shapes)[0], modules)
+
+
+def test_alphas_come_from_tensors_then_from_the_config(shapes):
+    keep = lambda n: n.endswith("to_q")
+    modules = random_modules(shapes, rank=4, keep=keep)
+    tensors, _ = to_peft(modules)
+    config = {"lora_alpha": 8, "alpha_pattern": {"single_transformer_blocks.0.attn.to_q": 2}}
+    back, _ = read(tensors, shapes, config)
+    assert back["transformer_blocks.0.attn.to_q"].alpha == 8
+    assert back["single_transformer_blocks.0.attn.to_q"].alpha == 2
+    assert read(tensors, shapes, {"lora_alpha": 8, "use_rslora": True})[0]["transformer_blocks.0.attn.to_q"].scale == 4
+    tensors["transformer.transformer_blocks.0.attn.to_q.alpha"] = np.float32(1.0)
+    assert read(tensors, shapes, config)[0]["transformer_blocks.0.attn.to_q"].alpha == 1.0
+
+
+def test_what_cannot_be_used_is_named(shapes):
+    keep = lambda n: n == "transformer_blocks.0.attn.to_q"
+    tensors, _ = to_peft(random_modules(shapes, keep=keep))
+    a = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    for change, message in (
+        (
+            {"transformer.transformer_blocks.0.attn.to_q.dora_scale": np.ones(3)},
+            "dora_scale is not part of a plain LoRA",
+        ),
+        ({"lora_unet_img_in.hada_w1_a": np.ones(3)}, "hada_w1_a is not part of a plain LoRA"),
+        ({a: None}, r"no A \(lora_down\) for transformer\.transformer_blocks\.0\.attn\.to_q"),
+        ({a.replace("to_q", "to_z"): np.ones((3, 32))}, "to_z, which is not a layer of this base; nearest known name"),
+        ({a: np.ones((3, 48), "f")}, "maps 48 channels to 32, the base's layer 32 to 32"),
+    ):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        with pytest.raises(ConversionError, match=message):
+            read(changed, shapes)
+    with pytest.raises(ConversionError, match="DoRA"):
+        read(tensors, shapes, {"use_dora": True})
+    wide = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": np.ones((3, 32), "f")}
+    wide["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = np.ones((99, 3), "f")
+    with pytest.raises(ConversionError, match="maps 32 channels to 99, the base's layer 32 to 96"):
+        read(wide, shapes)
+    _, notes = read({**tensors, "lora_te1_x.lora_down.weight": np.ones(3)}, shapes)
+    assert notes == ("1 tensors of text encoder adapters are left out: only the transformer's are used",)
+
+
+def test_arrays_of_a_real_base_are_named_by_layer(shapes):
+    modules = {next(n for n, _, _ in expand(shapes)): Factors(np.ones((2, 4), "f"), np.ones((32, 2), "f"), 2.0)}
+    assert set(stack(modules, shapes)) == {"img_in/a", "img_in/b"}
