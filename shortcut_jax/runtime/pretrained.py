@@ -10,6 +10,7 @@ import numpy as np
 
 from shortcut_jax.runtime.identify import Found, identify
 from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, shard_files
+from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import ConversionError
 
 PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -18,6 +19,9 @@ PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
 """Last parts of the names of scales beside float8 weights; those of inputs belong to float8 matrix products."""
+
+_NO_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
+"""Ends of names beside a CLIP text tower that are not used by it."""
 
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
@@ -36,28 +40,29 @@ class Pretrained(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Part(Mapping[str, np.ndarray]):
-    """The tensors under a prefix; float8 ones are widened to float32 and multiplied by their scale as they are read."""
+class _Part(Params):
+    """One model's tensors by the names of its table; float8 ones are widened by their scale as they are read."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], prefix: str):
-        self._tensors, self._prefix = tensors, prefix
-        names = (n.removeprefix(prefix) for n in tensors if n.startswith(prefix))
-        self._names = [n for n in names if n.rsplit(".", 1)[-1] not in (*SCALES, "scaled_fp8")]
+    def __init__(self, tensors: LazyTensors, names: Mapping[str, str]):
+        """Takes a file's tensors, and the name in it of each name here."""
+        self._tensors, self._names = tensors, names
 
     @property
     def float8(self) -> int:
         """How many of them are float8."""
-        return sum(self._tensors[self._prefix + n].dtype in _FLOAT8 for n in self._names)
+        return sum(self._tensors.spec(n).dtype in _FLOAT8 for n in self._names.values())
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name."""
-        return {n: self._tensors[self._prefix + n].shape for n in self._names}
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        spec = self._tensors.spec(self._names[name])
+        return Spec(np.dtype(np.float32), spec.shape) if spec.dtype in _FLOAT8 else spec
 
     def __getitem__(self, name: str) -> np.ndarray:
-        value = self._tensors[self._prefix + name]
+        own = self._names[name]
+        value = self._tensors[own]
         if value.dtype not in _FLOAT8:
             return value
-        layer = self._prefix + name.rsplit(".", 1)[0]
+        layer = own.rsplit(".", 1)[0]
         scales = [self._tensors[f"{layer}.{s}"] for s in SCALES[:2] if f"{layer}.{s}" in self._tensors]
         wide = value.astype(np.float32)
         return wide * scales[0].astype(np.float32) if scales and name.endswith(".weight") else wide
@@ -83,18 +88,62 @@ def open_pretrained(path: Path) -> list[Pretrained]:
 
 
 def _open(path: Path) -> list[Pretrained]:
+    tensors = open_tensors(path)
+    names = _table_names(tensors)
+    shapes = {name: tensors.spec(own).shape for name, own in names.items()}
+    models: list[Pretrained] = []
+    taken: set[str] = set()
+    for found in identify(shapes, _hints(path)):
+        own = {n.removeprefix(found.prefix): o for n, o in names.items() if n.startswith(found.prefix)}
+        part = _Part(tensors, own)
+        taken.update(own.values())
+        notes = (f"{part.float8} float8 tensors are widened to float32",) if part.float8 else ()
+        models.append(Pretrained(found, part, notes))
+    left = sorted(set(tensors) - taken)
+    left = [n for n in left if n.rsplit(".", 1)[-1] not in (*SCALES, "scaled_fp8")]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        models[0] = models[0]._replace(
+            notes=(*models[0].notes, f"not part of these models and left out: {', '.join(left[:5])}{more}")
+        )
+    return models
+
+
+def open_tensors(path: Path) -> LazyTensors:
+    """The tensors of a file, an index of shards or a folder of shards.
+
+    Raises:
+      SafetensorsError: a file is missing or damaged.
+      ConversionError: a format that is refused.
+    """
     _refuse(path)
     tensors = LazyTensors(shard_files(path))
     if any("bitsandbytes" in name for name in tensors):
         raise ConversionError(
             f"{path} is quantised to NF4, which is not supported: take the bfloat16 or float8 release"
         )
-    models = []
-    for found in identify({name: value.shape for name, value in tensors.items()}, _hints(path)):
-        part = _Part(tensors, found.prefix)
-        notes = (f"{part.float8} float8 tensors are widened to float32",) if part.float8 else ()
-        models.append(Pretrained(found, part, notes))
-    return models
+    return tensors
+
+
+def _table_names(tensors: LazyTensors) -> dict[str, str]:
+    """The names that our tables use -> the names in the file, less what is no weight of its own.
+
+    Writers of text encoders differ: T5's embedding is stored once, twice or under its encoder's name, newer libraries
+    drop CLIP's `text_model.`, and CLIP's projection and buffers are no part of the tower.
+    """
+    names = {n: n for n in tensors if n.rsplit(".", 1)[-1] not in (*SCALES, "scaled_fp8")}
+    for name in list(names):
+        stem, embedding = name.removesuffix("encoder.embed_tokens.weight"), "shared.weight"
+        if stem != name:
+            own = names.pop(name)
+            names.setdefault(stem + embedding, own)
+    sign = "embeddings.token_embedding.weight"
+    tower = next((n.removesuffix(sign) for n in names if n.endswith(sign)), None)
+    if tower is not None and not tower.endswith("text_model."):
+        names = {
+            f"{tower}text_model.{n.removeprefix(tower)}" if n.startswith(tower) else n: o for n, o in names.items()
+        }
+    return {n: o for n, o in names.items() if not n.endswith(_NO_WEIGHTS)}
 
 
 def _refuse(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Safetensors files, read lazily and written in any order, so that a model need not fit in memory.
 
 The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header {name: {dtype, shape,
-data_offsets}}, then the data. The safetensors library validates each file; reading and writing go through memory maps
-here because its numpy interface knows no float8 and writes only what is in memory at once.
+data_offsets}}, then the data. The safetensors library validates each file; reading and writing are done here because
+its numpy interface knows no float8 and writes only what is in memory at once.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from types import TracebackType
 
 import ml_dtypes
 import numpy as np
+
+from shortcut_jax.weights.params import Params, Spec, raw
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -38,8 +40,8 @@ class SafetensorsError(ValueError):
     """A file that cannot be read; the message names it and the reason."""
 
 
-class LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors of one or several files by name, each a read-only view of its file: nothing is read until it is used.
+class LazyTensors(Params):
+    """Tensors of one or several files by name, each read when it is asked for.
 
     Attributes:
       metadata: the free-text entries of the files' headers.
@@ -51,28 +53,34 @@ class LazyTensors(Mapping[str, np.ndarray]):
         Raises:
           SafetensorsError: a file is missing, cut off, not of this format, or of an unknown dtype; a name is in two.
         """
-        self._tensors: dict[str, np.ndarray] = {}
+        self._places: dict[str, tuple[Path, int, Spec]] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             header, start = _read_header(file)
             self.metadata |= header.pop("__metadata__", {})
-            data = np.memmap(file, mode="r", dtype=np.uint8, offset=start) if header else np.zeros(0, np.uint8)
             for name, entry in header.items():
-                if name in self._tensors:
+                if name in self._places:
                     raise SafetensorsError(f"{file}: {name} is in another file of this checkpoint too")
                 if entry["dtype"] not in DTYPES:
                     raise SafetensorsError(f"{file}: {name} has dtype {entry['dtype']}, which cannot be read")
-                first, last = entry["data_offsets"]
-                self._tensors[name] = data[first:last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+                spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._places[name] = (file, start + entry["data_offsets"][0], spec)
+
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        return self._places[name][2]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+        file, start, spec = self._places[name]
+        # Not a memory map, whose pages would count as this process's memory.
+        data = np.fromfile(file, np.uint8, spec.nbytes, offset=start)
+        return data.view(spec.dtype).reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._places)
 
 
 def _read_header(file: Path) -> tuple[dict, int]:
@@ -119,7 +127,7 @@ def shard_files(path: Path) -> list[Path]:
 class Writer:
     """One file, its tensors written in any order. A context manager: complete at its end, or not there at all."""
 
-    def __init__(self, file: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+    def __init__(self, file: Path, specs: Mapping[str, Spec], metadata: dict[str, str]):
         """Lays out the file for tensors of the given dtypes and shapes; space is taken at once.
 
         Raises:
@@ -128,13 +136,13 @@ class Writer:
         self._file, self._partial = file, file.with_name(f".{file.name}.partial")
         codes = {dtype: code for code, dtype in DTYPES.items()}
         header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-        self._places: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[int, Spec]] = {}
         end = 0
-        for name, (dtype, shape) in specs.items():
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-            self._places[name] = (end, dtype, tuple(shape))
-            end += size
+        for name, spec in specs.items():
+            offsets = [end, end + spec.nbytes]
+            header[name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            self._places[name] = (end, spec)
+            end = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
@@ -149,11 +157,12 @@ class Writer:
 
     def write(self, name: str, value: np.ndarray) -> None:
         """Writes a tensor at its place, cast to its dtype."""
-        place, dtype, shape = self._places[name]
+        place, (dtype, shape) = self._places[name]
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}, but {shape} was announced")
         self._stream.seek(self._start + place)
-        self._stream.write(np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8).data)
+        value = raw(value.astype(dtype, copy=False))
+        self._stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         self._left.discard(name)
 
     def __enter__(self) -> "Writer":

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shortcut_jax.weights import flux_diffusers
+from shortcut_jax.weights.params import Params, Spec, common_dtype, spec_of
 from shortcut_jax.weights.rules import ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -168,8 +169,7 @@ def stack(modules: Modules, shapes: Shapes) -> dict[str, np.ndarray]:
         if not found:
             continue
         parts, rank = units[0].parts, max(f.rank for _, _, f in found)
-        dtypes = {x.dtype for _, _, f in found for x in (f.down, f.up)}
-        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        dtype = common_dtype({x.dtype for _, _, f in found for x in (f.down, f.up)})
         layers = [layer(t, parts, shapes) for t in targets]
         blocks = layers[0].depth or 1
         widths = [math.prod(x.inputs) for x in layers]
@@ -222,7 +222,7 @@ def scales(record: Record, shapes: Shapes) -> dict[str, np.ndarray]:
     return result
 
 
-class Merged(Mapping[str, np.ndarray]):
+class Merged(Params):
     """A base with adapters added to its kernels, one parameter computed as it is read; added in float32."""
 
     def __init__(self, base: Mapping[str, np.ndarray], modules: Modules, shapes: Shapes):
@@ -231,6 +231,10 @@ class Merged(Mapping[str, np.ndarray]):
         self._arrays = stack(modules, shapes)
         self._scales = scales(record_of(modules), shapes)
         self._homes = {t: targets[-1] for targets, _ in GROUPS for t in targets}
+
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        return spec_of(self._base, name)
 
     def __getitem__(self, path: str) -> np.ndarray:
         value, target = self._base[path], path.removesuffix("/kernel")

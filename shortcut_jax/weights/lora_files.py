@@ -15,6 +15,7 @@ import numpy as np
 
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora import UNITS, Factors, Modules, Shapes, Unit, check, expand, layer, sizes
+from shortcut_jax.weights.params import common_dtype
 from shortcut_jax.weights.rules import ConversionError
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -165,8 +166,7 @@ def _fuse(found: list[Factors | None], widths: list[tuple[int, int]]) -> Factors
         return Factors(first.down, np.concatenate([f.up for f in present]), first.alpha)
     rank = max(f.rank for f in present)
     equal = all(f.scale == first.scale for f in present)
-    dtypes = {x.dtype for f in present for x in (f.down, f.up)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtype = common_dtype({x.dtype for f in present for x in (f.down, f.up)})
     down = np.zeros((count * rank, widths[0][0]), dtype)
     up = np.zeros((sum(out for _, out in widths), count * rank), dtype)
     row = 0

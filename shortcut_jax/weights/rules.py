@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from shortcut_jax.weights.params import Params, Spec, common_dtype, raw, shapes_of, spec_of, specs_of
+
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 
@@ -192,34 +194,52 @@ def check(
                 )
 
 
-def convert(
-    source: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Converts PyTorch arrays by name to parameters by path, one parameter at a time.
+class Converted(Params):
+    """A PyTorch checkpoint as parameters by path, in the order of the table.
 
-    Each block's array is read when its place is filled, so that lazy sources cost the memory of one parameter.
-
-    Raises:
-      ConversionError: see `check`, which comes before anything is read.
+    Each parameter is made when it is asked for, from one block at a time, so that lazy sources cost the memory of one
+    parameter. Blocks of several dtypes become float32.
     """
-    check({name: tuple(value.shape) for name, value in source.items()}, rules, shapes)
-    depths = _depths(shapes)
-    for rule in _wanted(rules, shapes):
-        inner = [_block_shape(rule, shapes[t]) for t in rule.targets]
-        blocks = _expand(rule, depths)
-        for k, target in enumerate(rule.targets):
-            dtype = source[blocks[0][0]].dtype
-            value = np.empty((len(blocks), *inner[k]), dtype)
-            for i, block in enumerate(blocks):
-                value[i] = rule.transform.forward([source[name] for name in block], inner)[k]
-            yield target, value if _has_blocks(rule) else value[0]
+
+    def __init__(self, source: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]):
+        """Takes arrays by PyTorch name, a table, and the shape of every parameter wanted, by path.
+
+        Raises:
+          ConversionError: see `check`, which comes before anything is read.
+        """
+        check(shapes_of(source), rules, shapes)
+        self._source, self._shapes, self._depths = source, shapes, _depths(shapes)
+        self._places = {target: (rule, k) for rule in _wanted(rules, shapes) for k, target in enumerate(rule.targets)}
+
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        rule, _ = self._places[name]
+        sources = [s for block in _expand(rule, self._depths) for s in block]
+        return Spec(common_dtype({spec_of(self._source, s).dtype for s in sources}), tuple(self._shapes[name]))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        rule, k = self._places[name]
+        inner = [_block_shape(rule, self._shapes[t]) for t in rule.targets]
+        dtype = self.spec(name).dtype
+        value = np.empty(self._shapes[name], dtype)
+        there = raw(value) if _has_blocks(rule) else raw(value)[None]
+        for i, block in enumerate(_expand(rule, self._depths)):
+            arrays = [raw(self._source[s].astype(dtype, copy=False)) for s in block]
+            there[i] = rule.transform.forward(arrays, inner)[k]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def to_flax(
     source: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """All of `convert` at once."""
-    return dict(convert(source, rules, shapes))
+    """All of `Converted` at once."""
+    return dict(Converted(source, rules, shapes))
 
 
 def torch_shapes(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
@@ -227,19 +247,34 @@ def torch_shapes(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -
     return {name: value.shape for name, value in export({path: _blank(shape) for path, shape in shapes.items()}, rules)}
 
 
+def torch_specs(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, Spec]:
+    """Names, dtypes and shapes of the checkpoint that `export` makes, without reading a parameter."""
+    specs = specs_of(params)
+    shapes = torch_shapes({path: spec.shape for path, spec in specs.items()}, rules)
+    depths, dtypes = _depths(shapes_of(params)), {}
+    for rule in _wanted(rules, specs):
+        dtype = common_dtype({specs[t].dtype for t in rule.targets})
+        dtypes.update({name: dtype for block in _expand(rule, depths) for name in block})
+    return {name: Spec(dtypes[name], shape) for name, shape in shapes.items()}
+
+
 def export(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `convert`, derived from the same rows: PyTorch names and arrays (views where possible).
+    """The inverse of `Converted`, derived from the same rows: PyTorch names and arrays (views where possible).
 
     Raises:
       ConversionError: a parameter has no row.
     """
-    shapes = {path: tuple(value.shape) for path, value in params.items()}
+    shapes = shapes_of(params)
     depths = _depths(shapes)
     for rule in _wanted(rules, shapes):
         targets = [params[t] for t in rule.targets]
+        dtype = common_dtype({t.dtype for t in targets})
+        bits = [raw(t.astype(dtype, copy=False)) for t in targets]
         for i, names in enumerate(_expand(rule, depths)):
-            arrays = [t[i] for t in targets] if _has_blocks(rule) else targets
-            yield from zip(names, rule.transform.backward(arrays), strict=True)
+            arrays = [t[i] for t in bits] if _has_blocks(rule) else bits
+            for name, value in zip(names, rule.transform.backward(arrays), strict=True):
+                yield name, value.view(dtype)
+        del targets, bits, arrays, value  # before the next ones are read
 
 
 def to_torch(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
@@ -265,7 +300,7 @@ def _depths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {path.split("/")[0]: shape[0] for path, shape in shapes.items() if "_blocks/" in path}
 
 
-def _wanted(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+def _wanted(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> list[Rule]:
     """The rows of parameters that a model has; a parameter without a row is an error."""
     wanted = [r for r in rules if r.targets[0] in shapes]
     _compare("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})

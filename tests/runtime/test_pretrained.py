@@ -9,6 +9,7 @@ from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.pretrained import open_pretrained
 from shortcut_jax.runtime.safetensors import SafetensorsError, Writer
 from shortcut_jax.weights import flux_bfl, flux_diffusers
+from shortcut_jax.weights.params import Spec
 from shortcut_jax.weights.rules import ConversionError, to_flax, to_torch
 
 AXES = {"axes_dims_rope": [4, 6, 6]}
@@ -26,7 +27,7 @@ def params():
 
 
 def _save(file, values):
-    with Writer(file, {k: (v.dtype, v.shape) for k, v in values.items()}, {}) as writer:
+    with Writer(file, {k: Spec(v.dtype, v.shape) for k, v in values.items()}, {}) as writer:
         for name, value in values.items():
             writer.write(name, value)
 

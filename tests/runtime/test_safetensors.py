@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, Writer, shard_files
+from shortcut_jax.weights.params import Spec
 
 VALUES = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -12,11 +13,11 @@ VALUES = {
     "c": np.linspace(-2, 2, 5).astype(ml_dtypes.float8_e4m3fn),
     "d": np.float16(3.5).reshape(()),
 }
-SPECS = {k: (v.dtype, v.shape) for k, v in VALUES.items()}
+SPECS = {k: Spec(v.dtype, v.shape) for k, v in VALUES.items()}
 
 
 def _write(file, values=VALUES, order=None):
-    with Writer(file, {k: (v.dtype, v.shape) for k, v in values.items()}, {"format": "pt"}) as writer:
+    with Writer(file, {k: Spec(v.dtype, v.shape) for k, v in values.items()}, {"format": "pt"}) as writer:
         for name in order or values:
             writer.write(name, values[name])
 

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from shortcut_jax.weights.rules import ConversionError, Rule, check, convert, kernel, linear, split_output, vector
+from shortcut_jax.weights.rules import ConversionError, Converted, Rule, check, kernel, linear, split_output, vector
 
 RULES = (
     *linear("first", "first"),
@@ -46,7 +46,7 @@ class Counting(dict):
 
 def test_values_go_where_the_transforms_say():
     source = _source()
-    result = dict(convert(source, RULES, SHAPES))
+    result = dict(Converted(source, RULES, SHAPES))
     x = np.random.default_rng(1).standard_normal((5, 4)).astype("f")
     for i in range(2):
         q = np.einsum("bd,dhk->bhk", x, result["some_blocks/qk/kernel"][i, :, 0]).reshape(5, 6)
@@ -59,7 +59,8 @@ def test_values_go_where_the_transforms_say():
 
 def test_one_parameter_is_read_at_a_time():
     source = Counting(_source())
-    stream = convert(source, RULES, SHAPES)
+    stream = iter(Converted(source, RULES, SHAPES).items())
+    source.reads.clear()
     assert next(stream)[0] == "first/kernel"
     assert set(source.reads) == {"first.weight"}
     assert next(stream)[0] == "first/bias" and next(stream)[0] == "some_blocks/qk/kernel"
@@ -82,4 +83,4 @@ def test_what_does_not_fit_is_named_before_a_value_is_read(change, message):
     with pytest.raises(ConversionError, match=re.escape(message)):
         check({k: v.shape for k, v in source.items()}, RULES, SHAPES)
     with pytest.raises(ConversionError, match=re.escape(message)):
-        next(convert(source, RULES, SHAPES))
+        Converted(source, RULES, SHAPES)

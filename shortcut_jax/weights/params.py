@@ -1,0 +1,74 @@
+"""Arrays by name whose shapes are known before a value is read, so that a model need not fit in memory."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Spec(NamedTuple):
+    """What an array will be."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Params(Mapping[str, np.ndarray]):
+    """Arrays by name, each read (or computed) when it is asked for."""
+
+    @abstractmethod
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape of an array, without reading it."""
+
+
+def spec_of(arrays: Mapping[str, np.ndarray], name: str) -> Spec:
+    """The spec of one of several arrays, lazy or not."""
+    if isinstance(arrays, Params):
+        return arrays.spec(name)
+    return Spec(arrays[name].dtype, tuple(arrays[name].shape))
+
+
+def specs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Spec]:
+    """The specs of arrays, lazy or not."""
+    return {name: spec_of(arrays, name) for name in arrays}
+
+
+def shapes_of(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays, lazy or not."""
+    return {name: spec_of(arrays, name).shape for name in arrays}
+
+
+def common_dtype(dtypes: set[np.dtype]) -> np.dtype:
+    """The dtype of arrays that become one: theirs where it is the same, else float32."""
+    return next(iter(dtypes)) if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def raw(x: np.ndarray) -> np.ndarray:
+    """The same bits as whole numbers, whatever the strides: numpy moves those far faster than bfloat16 or float8."""
+    return x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" and x.dtype.itemsize <= 2 else x
+
+
+class Cast(Params):
+    """Floating-point arrays in another dtype."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], dtype: np.dtype):
+        self._arrays, self._dtype = arrays, dtype
+
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        return Spec(self._dtype, spec_of(self._arrays, name).shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name].astype(self._dtype, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
