@@ -68,10 +68,37 @@ def shift_time(t: Array, shift: Array | float) -> Array:
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
+@dataclass(frozen=True)
+class ShiftRule:
+    """The timestep shift a model is sampled with, by the number of image tokens; the defaults are FLUX.1's.
+
+    Attributes:
+      dynamic: whether the shift is exp(mu), mu on the line through `base_shift` and `max_shift`; else it is `shift`.
+      shift: the fixed shift.
+      base_shift: mu at `base_tokens`.
+      max_shift: mu at `max_tokens`.
+      base_tokens: see `base_shift`.
+      max_tokens: see `max_shift`.
+    """
+
+    dynamic: bool = True
+    shift: float = 1.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+
+    def at(self, num_tokens: int) -> float:
+        """The shift for `num_tokens` image tokens."""
+        if not self.dynamic:
+            return self.shift
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_shift + slope * (num_tokens - self.base_tokens))
+
+
 def resolution_shift(num_tokens: int) -> float:
     """Flux's resolution-dependent shift exp(mu): mu is linear, 0.5 at 256 image tokens and 1.15 at 4096."""
-    slope = (1.15 - 0.5) / (4096 - 256)
-    return math.exp(0.5 + slope * (num_tokens - 256))
+    return ShiftRule().at(num_tokens)
 
 
 def sampling_grid(num_steps: Array | int, max_steps: int, shift: float = 1.0) -> Array:

@@ -6,17 +6,20 @@ A folder appears under its name only when it is complete.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.models.clip import ClipConfig
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.weights.lora import Record
+from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import nest
 
 RECORD = "models.json"
@@ -28,12 +31,38 @@ class ConvertedError(RuntimeError):
     """A converted checkpoint that cannot be read or written; the message names it and the reason."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraInfo:
+    """What adapters are.
+
+    Attributes:
+      base: the geometry of the network they belong to.
+      modules: rank and alpha of each module.
+    """
+
+    base: FluxConfig
+    modules: Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a pipeline is sampled.
+
+    Attributes:
+      shift: of the timesteps.
+      text_tokens: the length that prompts are padded to for T5.
+    """
+
+    shift: ShiftRule = dataclasses.field(default_factory=ShiftRule)
+    text_tokens: int = 512
+
+
 class Stored(NamedTuple):
     """One model of a converted checkpoint.
 
     Attributes:
-      kind: `flux`, `vae`, `t5` or `clip`.
-      config: its geometry.
+      kind: `flux`, `vae`, `t5`, `clip` or `lora`.
+      config: its geometry; `LoraInfo` for adapters.
       origin: what it was made from.
       folder: the Orbax pytree.
     """
@@ -68,23 +97,95 @@ def complete_or_absent(target: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def write_params(folder: Path, params: Iterator[tuple[str, np.ndarray]]) -> None:
+def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes a model's parameters as an Orbax pytree, one at a time: the memory of the largest one is enough."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     for path, value in params:
         ocp.partial.save(folder, nest({path: value}))
+        del value  # before the next one is made
     ocp.partial.finalize(folder)
 
 
-def write_record(folder: Path, models: list[Stored]) -> None:
-    """Writes what the models of a folder are."""
+class OrbaxParams(Params):
+    """The parameters in an Orbax pytree by path: one at a time as numpy arrays, or all at once on devices."""
+
+    def __init__(self, folder: Path, item: str | None = None):
+        """Reads what is stored; `item` names a pytree of a composite checkpoint.
+
+        Raises:
+          ConvertedError: it cannot be read.
+        """
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        self._folder, self._item = folder, item
+        with self._reading():
+            tree = ocp.checkpointables_metadata(folder).metadata[item] if item else ocp.metadata(folder).metadata
+            self._specs = {k: Spec(np.dtype(v.dtype), tuple(v.shape)) for k, v in _flatten(tree)}
+
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        return self._specs[name]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        value = self._load(nest({name: np.empty(self._specs[name].shape, self._specs[name].dtype)}))
+        for key in name.split("/"):
+            value = value[key]
+        return np.asarray(value)
+
+    def place(self, shapes: Any) -> Any:
+        """All parameters as nested dicts of arrays on devices, each device reading its own shards.
+
+        Args:
+          shapes: the parameters as `jax.ShapeDtypeStruct` with their shardings, nested.
+
+        Raises:
+          ConvertedError: the files are damaged or do not fit.
+        """
+        return self._load(shapes)
+
+    def _load(self, abstract: Any) -> Any:
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with self._reading(), ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            if self._item:
+                return ocp.load(self._folder, abstract, checkpointable_name=self._item)
+            return ocp.load(self._folder, abstract)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore each raise their own kinds.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            name = f"{self._folder}/{self._item}" if self._item else self._folder
+            raise ConvertedError(f"{name} cannot be read: {reason}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_record(folder: Path, models: list[Stored], sampling: Sampling) -> None:
+    """Writes what the models of a folder are, and how they are sampled."""
     entries = {m.kind: {"config": _geometry(m.config), "origin": m.origin} for m in models}
-    (folder / RECORD).write_text(json.dumps({"format_version": FORMAT_VERSION, "models": entries}, indent=2) + "\n")
+    record = {"format_version": FORMAT_VERSION, "models": entries, "sampling": dataclasses.asdict(sampling)}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_record(folder: Path) -> list[Stored]:
-    """The models of a converted checkpoint.
+def read_record(folder: Path) -> tuple[list[Stored], Sampling]:
+    """The models of a converted checkpoint, and how they are sampled.
 
     Raises:
       ConvertedError: it is not one, or of a later format.
@@ -94,38 +195,26 @@ def read_record(folder: Path) -> list[Stored]:
         record = json.loads(path.read_text())
         if record["format_version"] != FORMAT_VERSION:
             raise ConvertedError(f"{path} has format version {record['format_version']}, not {FORMAT_VERSION}")
-        return [
+        models = [
             Stored(kind, _config(kind, entry["config"]), entry["origin"], folder / kind)
             for kind, entry in record["models"].items()
         ]
+        sampling = record["sampling"]
+        return models, Sampling(ShiftRule(**sampling["shift"]), sampling["text_tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConvertedError(f"{path} cannot be read: {error}") from error
 
 
-def read_params(stored: Stored, shapes: Any) -> Any:
-    """A model's parameters, each device reading its own shards.
-
-    Args:
-      stored: the model.
-      shapes: the parameters as `jax.ShapeDtypeStruct` with their shardings, nested.
-
-    Raises:
-      ConvertedError: the files are damaged or do not fit.
-    """
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    try:
-        return ocp.load(stored.folder, shapes)
-    except Exception as error:  # Orbax and TensorStore each raise their own kinds.
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ConvertedError(f"the {stored.kind} model in {stored.folder} cannot be read: {reason}") from error
-
-
 def _geometry(config: Any) -> dict[str, Any]:
     """The fields of a config that are numbers or lists of them: not how, but what is computed."""
+    if isinstance(config, LoraInfo):
+        return {"base": _geometry(config.base), "modules": config.modules}
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {k: v for k, v in values.items() if isinstance(v, bool | int | float | tuple) or v is None}
 
 
 def _config(kind: str, values: dict[str, Any]) -> Any:
+    if kind == "lora":
+        modules = {name: (int(rank), float(alpha)) for name, (rank, alpha) in values["modules"].items()}
+        return LoraInfo(_config("flux", values["base"]), modules)
     return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

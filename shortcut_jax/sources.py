@@ -1,0 +1,199 @@
+"""Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from shortcut_jax.core.schedules import ShiftRule
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.models.clip import ClipText
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.t5 import T5Encoder
+from shortcut_jax.models.vae import Autoencoder
+from shortcut_jax.resolve import from_config, model_config
+from shortcut_jax.runtime.checkpoint import stored_config
+from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
+from shortcut_jax.runtime.identify import Found, describe
+from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
+from shortcut_jax.weights.lora import Modules, unstack
+from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
+from shortcut_jax.weights.params import Spec, specs_of
+from shortcut_jax.weights.rules import ConversionError, Converted, nest
+
+KINDS = ("flux", "vae", "clip", "t5")
+
+
+class Model(NamedTuple):
+    """One model of a source.
+
+    Attributes:
+      kind: one of `KINDS`.
+      config: its geometry.
+      params: by path, read when they are used.
+      origin: what it is, in words.
+      notes: what the reader should be told.
+    """
+
+    kind: str
+    config: Any
+    params: Mapping[str, np.ndarray]
+    origin: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Dtypes and shapes by path."""
+        return specs_of(self.params)
+
+
+def abstract_params(kind: str, config: Any) -> dict[str, Any]:
+    """The parameters of a model as abstract arrays, nested."""
+    from shortcut_jax.assemble import init_params
+
+    key, tokens = jax.random.key(0), np.zeros((1, 2), np.int32)
+    if kind == "flux":
+        return jax.eval_shape(lambda k: init_params(config, k), key)
+    if kind == "vae":
+        side = config.factor
+        example: Any = np.zeros((1, side, side, config.channels), np.float32)
+        return jax.eval_shape(Autoencoder(config).init, key, example)["params"]
+    module: Any = T5Encoder(config) if kind == "t5" else ClipText(config)
+    return jax.eval_shape(module.init, key, tokens)["params"]
+
+
+def open_models(path: Path, view: str = "slow") -> list[Model]:
+    """The models in a PyTorch checkpoint, a converted folder or a training workdir; nothing but headers is read.
+
+    Args:
+      path: a file, or a folder.
+      view: of a workdir: `online`, `fast` or `slow`.
+
+    Raises:
+      SafetensorsError, ConversionError, ConvertedError: it is none of these, damaged, or does not fit its table.
+    """
+    if (path / RECORD).is_file():
+        stored, _ = read_record(path)
+        return [
+            Model(m.kind, m.config, OrbaxParams(m.folder), f"{m.kind} of {path} ({m.origin})")
+            for m in stored
+            if m.kind in KINDS
+        ]
+    if (path / "checkpoints").is_dir():
+        return [_open_workdir(path, view)]
+    return [_open_found(m.found, m.tensors, m.notes) for m in open_pretrained(path)]
+
+
+def _open_found(found: Found, tensors: Mapping[str, np.ndarray], notes: tuple[str, ...]) -> Model:
+    shapes = {k: tuple(v.shape) for k, v in flat_paths(abstract_params(found.kind, found.config)).items()}
+    return Model(found.kind, found.config, Converted(tensors, found.rules, shapes), str(found), notes)
+
+
+def _open_workdir(workdir: Path, view: str) -> Model:
+    folder = workdir / "checkpoints"
+    config = stored_config(folder)
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    if config is None or not steps:
+        raise ConvertedError(f"no checkpoint in {folder}: train first, or name another workdir")
+    network = dataclasses.replace(model_config(from_config(config), "cpu", check_backend=False), attention="xla")
+    errors = []
+    for step in reversed(steps):
+        try:
+            params = OrbaxParams(folder / str(step), "params" if view == "online" else view)
+        except ConvertedError as error:
+            errors.append(str(error))
+            continue
+        skipped = (f"the checkpoint of step {s} is damaged and passed over" for s in steps if s > step)
+        origin = f"{view} weights of step {step} in {workdir}: {_words(network)}"
+        return Model("flux", network, params, origin, tuple(skipped))
+    raise ConvertedError(f"no readable checkpoint in {folder}: {errors[0]}")
+
+
+def _words(config: FluxConfig) -> str:
+    return describe(Found("flux", "", "", config, ()))
+
+
+def sampling_of(path: Path, models: list[Model]) -> Sampling:
+    """How the pipeline in a source is sampled: as it says, or as FLUX.1 dev (with guidance) or schnell is."""
+    if (path / RECORD).is_file():
+        return read_record(path)[1]
+    guided = next((m.config.guidance for m in models if m.kind == "flux"), True)
+    length = 512 if guided else 256
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return Sampling(ShiftRule(dynamic=guided), length)
+    c, d = json.loads(file.read_text()), ShiftRule()
+    rule = ShiftRule(
+        c.get("use_dynamic_shifting", False),
+        c.get("shift", d.shift),
+        c.get("base_shift", d.base_shift),
+        c.get("max_shift", d.max_shift),
+        c.get("base_image_seq_len", d.base_tokens),
+        c.get("max_image_seq_len", d.max_tokens),
+    )
+    return Sampling(rule, length)
+
+
+def holds_lora(path: Path) -> bool:
+    """Whether a source holds adapters."""
+    if (path / RECORD).is_file():
+        return any(m.kind == "lora" for m in read_record(path)[0])
+    if (path / "checkpoints").is_dir() or (path / "model_index.json").is_file():
+        return False
+    return is_lora(open_tensors(path))
+
+
+def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
+    """The adapters in a LoRA file, a PEFT folder or a converted folder, and what the reader should be told.
+
+    Raises:
+      SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, or of another base.
+    """
+    shapes = {k: tuple(v.shape) for k, v in flat_paths(abstract_params("flux", base)).items()}
+    if (path / RECORD).is_file():
+        stored = next(m for m in read_record(path)[0] if m.kind == "lora")
+        own = {k: tuple(v.shape) for k, v in flat_paths(abstract_params("flux", stored.config.base)).items()}
+        return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own), ()
+    tensors = open_tensors(path)
+    if not is_lora(tensors):
+        raise ConversionError(f"{path} holds no LoRA: its names have neither lora_A nor lora_down")
+    config: dict[str, Any] = {}
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if METADATA_KEY in tensors.metadata:
+        header = json.loads(tensors.metadata[METADATA_KEY])
+        config = {k.removeprefix("transformer."): v for k, v in header.items()}
+    elif beside.is_file():
+        config = json.loads(beside.read_text())
+    return read(tensors, shapes, config)
+
+
+def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:
+    """Parameters on devices as nested dicts, without the whole model in host memory.
+
+    Args:
+      params: by path, of a `Model`.
+      shapes: what is wanted, as nested `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes.
+
+    Raises:
+      ConvertedError: the files are damaged.
+    """
+    wanted = flat_paths(shapes)
+    if isinstance(params, OrbaxParams):
+        # Orbax reads the stored dtype; each device then casts its shards.
+        stored = {
+            k: jax.ShapeDtypeStruct(w.shape, params.spec(k).dtype, sharding=w.sharding) for k, w in wanted.items()
+        }
+        placed = flat_paths(params.place(nest(stored)))
+        return nest({k: placed[k].astype(w.dtype) for k, w in wanted.items()})
+    result = {}
+    for name, w in wanted.items():
+        value = params[name]
+        result[name] = jax.make_array_from_callback(
+            w.shape, w.sharding, lambda index, v=value, d=w.dtype: v[index].astype(d)
+        )
+        del value
+    return nest(result)
