@@ -182,18 +182,13 @@ def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:
       ConvertedError: the files are damaged.
     """
     wanted = flat_paths(shapes)
-    if isinstance(params, OrbaxParams):
-        # Orbax reads the stored dtype; each device then casts its shards.
-        stored = {
-            k: jax.ShapeDtypeStruct(w.shape, params.spec(k).dtype, sharding=w.sharding) for k, w in wanted.items()
-        }
-        placed = flat_paths(params.place(nest(stored)))
-        return nest({k: placed[k].astype(w.dtype) for k, w in wanted.items()})
-    result = {}
-    for name, w in wanted.items():
-        value = params[name]
-        result[name] = jax.make_array_from_callback(
-            w.shape, w.sharding, lambda index, v=value, d=w.dtype: v[index].astype(d)
-        )
-        del value
-    return nest(result)
+    if not isinstance(params, OrbaxParams):
+        return nest({name: _shard(params[name], w) for name, w in wanted.items()})
+    # Orbax reads the stored dtype; each device then casts its shards.
+    stored = {k: jax.ShapeDtypeStruct(w.shape, params.spec(k).dtype, sharding=w.sharding) for k, w in wanted.items()}
+    placed = flat_paths(params.place(nest(stored)))
+    return nest({k: placed[k].astype(w.dtype) for k, w in wanted.items()})
+
+
+def _shard(value: np.ndarray, wanted: Any) -> jax.Array:
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: value[index].astype(wanted.dtype))

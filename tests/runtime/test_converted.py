@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.models.clip import ClipConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.runtime.converted import (
     ConvertedError,
+    LoraInfo,
+    OrbaxParams,
+    Sampling,
     Stored,
     complete_or_absent,
-    read_params,
     read_record,
     write_params,
     write_record,
@@ -37,8 +40,11 @@ def test_parameters_written_one_by_one_are_read_into_shards_in_their_own_dtype(t
         "some_blocks": {"qkv": {"kernel": abstract["some_blocks/qkv/kernel"]}},
         "img_in": {"kernel": abstract["img_in/kernel"]},
     }
-    stored = Stored("flux", preset("tiny"), "test", tmp_path / "flux")
-    params = read_params(stored, shapes)
+    lazy = OrbaxParams(tmp_path / "flux")
+    assert {k: lazy.spec(k) for k in lazy} == {k: (v.dtype, v.shape) for k, v in VALUES.items()}
+    for name, value in VALUES.items():
+        np.testing.assert_array_equal(lazy[name].view("u1"), value.view("u1"))
+    params = lazy.place(shapes)
     qkv, img_in = params["some_blocks"]["qkv"]["kernel"], params["img_in"]["kernel"]
     np.testing.assert_array_equal(qkv, VALUES["some_blocks/qkv/kernel"])
     np.testing.assert_array_equal(np.asarray(img_in, np.float32), VALUES["img_in/kernel"].astype(np.float32))
@@ -53,10 +59,15 @@ def test_the_record_gives_each_geometry_back(tmp_path):
         "t5": T5Config(blocks=3),
         "clip": ClipConfig(end_token=7),
     }
-    write_record(tmp_path, [Stored(kind, config, f"{kind}.safetensors", tmp_path) for kind, config in configs.items()])
-    read = {m.kind: m for m in read_record(tmp_path)}
+    configs["lora"] = LoraInfo(preset("tiny"), {"proj_out": (4, 2.0)})
+    sampling = Sampling(ShiftRule(dynamic=False, shift=3.0), 256)
+    models = [Stored(kind, config, f"{kind}.safetensors", tmp_path) for kind, config in configs.items()]
+    write_record(tmp_path, models, sampling)
+    models, read_sampling = read_record(tmp_path)
+    assert read_sampling == sampling
+    read = {m.kind: m for m in models}
     assert read["flux"].config == preset("flux-dev")  # how it was computed is not part of what it is
-    assert all(read[kind].config == configs[kind] for kind in ("vae", "t5", "clip"))
+    assert all(read[kind].config == configs[kind] for kind in ("vae", "t5", "clip", "lora"))
     assert read["t5"].origin == "t5.safetensors" and read["t5"].folder == tmp_path / "t5"
 
 
@@ -66,8 +77,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "models.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(ConvertedError, match="has format version 99, not 1"):
         read_record(tmp_path)
-    with pytest.raises(ConvertedError, match=r"the flux model in .* cannot be read"):
-        read_params(Stored("flux", preset("tiny"), "test", tmp_path / "flux"), {})
+    with pytest.raises(ConvertedError, match=r"/flux cannot be read"):
+        OrbaxParams(tmp_path / "flux")
 
 
 def test_a_folder_is_complete_or_absent(tmp_path):
