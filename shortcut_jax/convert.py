@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
@@ -310,4 +311,5 @@ def _copy_tokenizers(job: Job, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # conversion happens on the host, whatever else there is
     command.run(main)

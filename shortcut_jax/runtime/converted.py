@@ -3,14 +3,16 @@
 A folder appears under its name only when it is complete.
 """
 
+import ctypes
 import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from shortcut_jax.core.schedules import ShiftRule
@@ -25,6 +27,7 @@ from shortcut_jax.weights.rules import nest
 RECORD = "models.json"
 FORMAT_VERSION = 1
 _BATCH_BYTES = 2**27  # a save of Orbax has a cost of its own
+_CHUNK_BYTES = 2**26
 CONFIGS: dict[str, type] = {"flux": FluxConfig, "vae": VaeConfig, "t5": T5Config, "clip": ClipConfig}
 
 
@@ -99,19 +102,37 @@ def complete_or_absent(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a model's parameters as an Orbax pytree, a few at a time: the largest one sets the memory."""
+    """Writes a model's parameters as an Orbax pytree, a few at a time: the largest one sets the memory.
+
+    Orbax copies numpy arrays before it writes them, but not arrays of JAX on the host; and it writes in chunks, so that
+    a device can later read its shard alone.
+    """
     import orbax.checkpoint.experimental.v1 as ocp
 
-    waiting: dict[str, np.ndarray] = {}
-    for path, value in params:
-        waiting[path] = value
-        del value  # lives on in `waiting` only
-        if sum(v.nbytes for v in waiting.values()) >= _BATCH_BYTES:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    host = jax.local_devices(backend="cpu")[0]
+    waiting: dict[str, jax.Array] = {}
+
+    def save() -> None:
+        with context:
             ocp.partial.save(folder, nest(waiting))
-            waiting = {}
-    if waiting:
-        ocp.partial.save(folder, nest(waiting))
+        waiting.clear()
+        _give_back()
+
+    for path, value in params:
+        if waiting and value.nbytes + sum(v.nbytes for v in waiting.values()) > _BATCH_BYTES:
+            save()
+        waiting[path] = jax.device_put(value, host, may_alias=True)
+        del value  # lives on in `waiting` only
+    save()
     ocp.partial.finalize(folder)
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system: glibc keeps the buffers of compression, as much as a whole tensor."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class OrbaxParams(Params):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax.weights.params import Params, Spec, common_dtype, raw, shapes_of, spec_of, specs_of
+from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, raw, shapes_of, spec_of, specs_of
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
@@ -221,7 +221,7 @@ class Converted(Params):
         rule, k = self._places[name]
         inner = [_block_shape(rule, self._shapes[t]) for t in rule.targets]
         dtype = self.spec(name).dtype
-        value = np.empty(self._shapes[name], dtype)
+        value = empty(self._shapes[name], dtype)
         there = raw(value) if _has_blocks(rule) else raw(value)[None]
         for i, block in enumerate(_expand(rule, self._depths)):
             arrays = [raw(self._source[s].astype(dtype, copy=False)) for s in block]
