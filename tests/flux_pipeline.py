@@ -8,7 +8,8 @@ from shortcut_jax.runtime.converted import Stored, complete_or_absent, write_par
 CLIP_TOKENS = 16
 """Positions of the small CLIP: a prompt of a few words is cut, as one beyond 77 tokens is by the released one."""
 
-WORDS = "a cat dog red blue green small large photo of the on with seven two handwritten digit in and holding".split()
+TEXT = "a cat dog red blue green small large photo of the on with seven two handwritten digit in and holding"
+WORDS = TEXT.split()
 
 
 def make_pipeline(folder, guidance=True):
