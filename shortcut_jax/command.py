@@ -9,7 +9,10 @@ from absl import flags, logging
 
 from shortcut_jax.data.records import DataError
 from shortcut_jax.runtime.checkpoint import CheckpointError
+from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.safetensors import SafetensorsError
 from shortcut_jax.settings import ConfigError
+from shortcut_jax.weights.rules import ConversionError
 
 
 class UsageError(ValueError):
@@ -26,6 +29,9 @@ EXPECTED_ERRORS: tuple[type[Exception], ...] = (
     ConfigError,
     DataError,
     CheckpointError,
+    ConversionError,
+    ConvertedError,
+    SafetensorsError,
     flags.Error,
 )
 """Errors that are told as one line, without a traceback."""

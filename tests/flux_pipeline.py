@@ -4,6 +4,7 @@ import json
 
 from shortcut_jax import sources
 from shortcut_jax.runtime.converted import Stored, complete_or_absent, write_params, write_record
+from shortcut_jax.runtime.tokenizers import LAYOUTS, copy_tokenizer
 
 CLIP_TOKENS = 16
 """Positions of the small CLIP: a prompt of a few words is cut, as one beyond 77 tokens is by the released one."""
@@ -43,6 +44,8 @@ def convert_pipeline(source, target):
     with complete_or_absent(target, overwrite=False) as partial:
         for model in models:
             write_params(partial / model.kind, model.params.items())
+        for name in LAYOUTS:
+            copy_tokenizer(source / name, partial / name)
         stored = [Stored(m.kind, m.config, m.origin, partial / m.kind) for m in models]
         write_record(partial, stored, sources.sampling_of(source, models))
     return target
