@@ -76,7 +76,7 @@ class Tokenizer:
         import transformers
 
         self.name = _check(folder).name
-        cls: Any = transformers.CLIPTokenizer if folder.name == CLIP else transformers.T5TokenizerFast
+        cls: Any = transformers.CLIPTokenizer if folder.name == CLIP else transformers.T5Tokenizer
         try:
             self._tokenizer = cls.from_pretrained(folder, local_files_only=True)
             self.vocab = max(self._tokenizer.get_vocab().values()) + 1
