@@ -105,9 +105,16 @@ class Assembly:
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(init_params(self.model, key), make_optimizer(self.settings.optimizer, self.settings.steps))
 
-    def init_state(self) -> TrainState:
-        """The state before the first step, each device computing its own shards."""
+    def init_state(self, params: Any = None) -> TrainState:
+        """The state before the first step, from the given weights (which are donated) or from random ones.
+
+        Each device computes its own shards.
+        """
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        if params is not None:
+            optimizer = make_optimizer(self.settings.optimizer, self.settings.steps)
+            start = lambda given: init_state(given, optimizer)
+            return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
         return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.settings.seed))
 
     @cached_property

@@ -57,6 +57,7 @@ def _check(s: Settings) -> None:
     _one_of("data.store", s.data.store, ("pixels", "latents"))
     _one_of("data.text_encoder", s.data.text_encoder, ("words", "stored"))
     _one_of("eval.view", s.eval.view, VIEWS)
+    _one_of("init_view", s.init_view, VIEWS)
     values = flatten(to_dict(s))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         _one_of(name, values[name], DTYPES)

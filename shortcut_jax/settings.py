@@ -101,6 +101,8 @@ class Settings:
       objective: scfm, flow or shortcut.
       steps: training steps.
       seed: seed of initial weights, data order and every random draw.
+      init_from: checkpoint to start from instead of random weights: whatever `sources.open_models` reads.
+      init_view: weights of it, where it is a training workdir: online, fast or slow.
       batch_size: global batch, rows a step; give this or `batch_per_device`.
       batch_per_device: rows a step for each device along the mesh axes data and fsdp.
       accumulate: micro-batches a step.
@@ -122,6 +124,8 @@ class Settings:
     objective: str = "scfm"
     steps: int = 1000
     seed: int = 0
+    init_from: str | None = None
+    init_view: str = "slow"
     batch_size: int | None = None
     batch_per_device: int | None = None
     accumulate: int = 1

@@ -18,6 +18,7 @@ from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.pipeline import batches, make_samples
 from shortcut_jax.data.records import check_available, open_source
 from shortcut_jax.generate import Generator
+from shortcut_jax.initial import load_initial, open_initial
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
 from shortcut_jax.resolve import from_config, objective_settings
 from shortcut_jax.runtime import distributed
@@ -26,6 +27,7 @@ from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import Meter, MetricLog, read_metrics, save_curves
 from shortcut_jax.runtime.sharding import batch_sharding, describe_shardings, process_rows, replicated, to_global
 from shortcut_jax.settings import ConfigError, Settings, compare, to_dict
+from shortcut_jax.sources import Model
 from shortcut_jax.steps.state import TrainState, choose_view, from_items, to_items
 
 Source = Sequence[dict[str, Any]]
@@ -92,12 +94,14 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
     settings = assembly.settings
     check_workdir(workdir, record_of(assembly))
     source = open_source(settings.data)
+    fresh = stored_config(workdir / "checkpoints") is None
+    initial = open_initial(assembly) if settings.init_from and fresh else None
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
     log = MetricLog(workdir)
     try:
-        state, start = restore_or_init(assembly, checkpoints)
+        state, start = restore_or_init(assembly, checkpoints, initial)
         write_record(workdir, assembly)
         announce(assembly, workdir, start)
         stop = min(stop_at or settings.steps, settings.steps)
@@ -291,10 +295,12 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         say(f"changed since the last run: {line}")
 
 
-def restore_or_init(assembly: Assembly, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The newest readable state of a workdir, or a fresh one."""
+def restore_or_init(
+    assembly: Assembly, checkpoints: Checkpoints, initial: Model | None = None
+) -> tuple[TrainState, int]:
+    """The newest readable state of a workdir, or a fresh one, from given weights if there are any."""
     if not checkpoints.steps():
-        return assembly.init_state(), 0
+        return assembly.init_state(load_initial(assembly, initial) if initial else None), 0
 
     def read(step: int) -> tuple[TrainState, int]:
         meta = checkpoints.meta(step)

@@ -24,6 +24,7 @@ from shortcut_jax.weights.rules import nest
 
 RECORD = "models.json"
 FORMAT_VERSION = 1
+_BATCH_BYTES = 2**27  # a save of Orbax has a cost of its own
 CONFIGS: dict[str, type] = {"flux": FluxConfig, "vae": VaeConfig, "t5": T5Config, "clip": ClipConfig}
 
 
@@ -98,12 +99,18 @@ def complete_or_absent(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a model's parameters as an Orbax pytree, one at a time: the memory of the largest one is enough."""
+    """Writes a model's parameters as an Orbax pytree, a few at a time: the largest one sets the memory."""
     import orbax.checkpoint.experimental.v1 as ocp
 
+    waiting: dict[str, np.ndarray] = {}
     for path, value in params:
-        ocp.partial.save(folder, nest({path: value}))
-        del value  # before the next one is made
+        waiting[path] = value
+        del value  # lives on in `waiting` only
+        if sum(v.nbytes for v in waiting.values()) >= _BATCH_BYTES:
+            ocp.partial.save(folder, nest(waiting))
+            waiting = {}
+    if waiting:
+        ocp.partial.save(folder, nest(waiting))
     ocp.partial.finalize(folder)
 
 
@@ -147,8 +154,9 @@ class OrbaxParams(Params):
     def _load(self, abstract: Any) -> Any:
         import orbax.checkpoint.experimental.v1 as ocp
 
-        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-        with self._reading(), ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with self._reading(), context:
             if self._item:
                 return ocp.load(self._folder, abstract, checkpointable_name=self._item)
             return ocp.load(self._folder, abstract)

@@ -1,0 +1,313 @@
+"""Weights in and out: `python -m shortcut_jax.convert --from=flux1-dev.safetensors --to=flux1-dev [--format=orbax]`.
+
+Reads PyTorch checkpoints (Black Forest Labs, ComfyUI, diffusers), LoRA files, converted folders and training workdirs;
+writes an inference-only Orbax folder, or what diffusers, Black Forest Labs' code or ComfyUI read.
+"""
+
+import errno
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from shortcut_jax import command
+from shortcut_jax.command import UsageError
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime import exported
+from shortcut_jax.runtime.converted import (
+    RECORD,
+    ConvertedError,
+    LoraInfo,
+    Sampling,
+    Stored,
+    complete_or_absent,
+    read_record,
+    write_params,
+    write_record,
+)
+from shortcut_jax.runtime.distributed import say
+from shortcut_jax.sources import Model, abstract_params, holds_lora, open_lora, open_models, sampling_of
+from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
+from shortcut_jax.weights.lora_files import to_kohya, to_peft
+from shortcut_jax.weights.params import Cast, shapes_of
+from shortcut_jax.weights.rules import ConversionError
+
+FORMATS = ("orbax", "diffusers", "bfl", "comfy")
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+USAGE = (
+    "usage: python -m shortcut_jax.convert --from=PATH [--from=PATH ...] --to=PATH "
+    "[--format=orbax|diffusers|bfl|comfy] [--dtype=float32|bfloat16] [--lora=PATH]"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be written.
+
+    Attributes:
+      models: by kind; empty where adapters alone are converted.
+      sampling: how their pipeline is sampled.
+      lora: adapters to be converted, and the geometry of their base.
+      tokenizers: source folders by their name in a pipeline.
+    """
+
+    models: dict[str, Model]
+    sampling: Sampling
+    lora: tuple[Modules, FluxConfig] | None
+    tokenizers: dict[str, Path]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        if self.lora:
+            return sum(f.down.nbytes + f.up.nbytes for f in self.lora[0].values())
+        return sum(spec.nbytes for m in self.models.values() for spec in m.specs.values())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and converts. Returns the exit code."""
+    from absl import flags
+
+    values = command.new_flags()
+    several = flags.DEFINE_multi_string
+    several("from", None, "Checkpoint, folder, workdir or LoRA; several make one pipeline.", flag_values=values)
+    flags.DEFINE_string("to", None, "File or folder to write.", flag_values=values)
+    flags.DEFINE_enum("format", "orbax", FORMATS, "What to write.", flag_values=values)
+    flags.DEFINE_enum("view", None, VIEWS, "Weights of a workdir; slow by default.", flag_values=values)
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "Cast to; as stored by default.", flag_values=values)
+    flags.DEFINE_string("lora", None, "LoRA to merge into the transformer, in float32.", flag_values=values)
+    flags.DEFINE_string("base", None, "Checkpoint that a LoRA given by --from belongs to.", flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "Folder of CLIP's tokenizer.", flag_values=values)
+    flags.DEFINE_string("tokenizer_2", None, "Folder of T5's tokenizer.", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "Replace what is at --to.", flag_values=values)
+    options = command.parse(values, argv, USAGE, required=["from", "to"])
+    target = Path(options.to).absolute()
+    sources = [Path(p).expanduser().absolute() for p in getattr(options, "from")]
+    _check_target(target, sources, options.overwrite)
+    job = _gather(sources, options)
+    _check_format(job, options.format)
+    _check_space(job, target)
+    files = _files(job, options.format)
+    if target.is_dir() and (len(files) == 1 or (job.lora and options.format != "orbax")):
+        raise UsageError(f"{target} is a folder, but --format={options.format} is one file: give another --to")
+    try:
+        with tqdm(total=job.nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=options.format) as bar:
+            _write(job, target, options.format, options.overwrite, files, bar.update)
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise ConvertedError(f"no space is left on the disk of {target}; nothing of it was kept") from error
+        raise
+    say(f"wrote {target}")
+    return 0
+
+
+def _gather(sources: Sequence[Path], options: Any) -> Job:
+    """Opens everything and tells what was found."""
+    adapters = [s for s in sources if holds_lora(s)]
+    if options.view and not any((s / "checkpoints").is_dir() for s in sources):
+        raise UsageError("--view chooses among the weights of a training workdir, but no --from is one")
+    if adapters:
+        return _gather_lora(sources, adapters, options)
+    if options.base:
+        raise UsageError("--base goes with a LoRA given by --from; to merge one use --lora")
+    models: dict[str, Model] = {}
+    sampling: Sampling | None = None
+    for source in sources:
+        found = open_models(source, options.view or "slow")
+        for model in found:
+            if model.kind in models:
+                raise UsageError(f"two of the sources hold a {model.kind} model: {models[model.kind].origin}; {source}")
+            models[model.kind] = model
+            _tell(model)
+        if sampling is None or any(m.kind == "flux" for m in found):
+            sampling = sampling_of(source, found)
+    models = {kind: _changed(model, options) for kind, model in models.items()}
+    if options.lora and "flux" not in models:
+        raise UsageError("--lora is merged into a Flux transformer, but no --from holds one")
+    assert sampling is not None
+    return Job(models, sampling, None, _tokenizers(sources, options))
+
+
+def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any) -> Job:
+    if len(sources) > 1 or options.lora:
+        raise UsageError(f"{adapters[0]} is a LoRA: convert it alone, or merge it into a base with --lora")
+    (source,) = sources
+    if options.base:
+        bases = [m.config for m in open_models(Path(options.base).expanduser().absolute()) if m.kind == "flux"]
+        if not bases:
+            raise UsageError(f"--base={options.base} holds no Flux transformer")
+        base = bases[0]
+    elif (source / RECORD).is_file():
+        base = next(m.config.base for m in read_record(source)[0] if m.kind == "lora")
+    else:
+        base = preset("flux-dev")
+    try:
+        modules, notes = open_lora(source, base)
+    except ConversionError as error:
+        hint = "" if options.base else " (taken for a LoRA of FLUX.1; name another base with --base)"
+        raise ConversionError(f"{error}{hint}") from error
+    ranks = sorted({f.rank for f in modules.values()})
+    say(f"found: LoRA of {len(modules)} modules, rank {', '.join(map(str, ranks))}")
+    for note in notes:
+        say(f"note: {note}")
+    if options.dtype:
+        cast = lambda x: x.astype(DTYPES[options.dtype])
+        modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
+    return Job({}, Sampling(), (modules, base), {})
+
+
+def _tell(model: Model) -> None:
+    dtypes = sorted({str(spec.dtype) for spec in model.specs.values()})
+    size = sum(spec.nbytes for spec in model.specs.values()) / 1e9
+    say(f"found: {model.origin}; {', '.join(dtypes)}, {size:.2f} GB")
+    for note in model.notes:
+        say(f"note: {note}")
+
+
+def _changed(model: Model, options: Any) -> Model:
+    """The model with the LoRA merged and in the dtype that is asked for."""
+    params: Mapping[str, np.ndarray] = model.params
+    if options.lora and model.kind == "flux":
+        modules, notes = open_lora(Path(options.lora).expanduser().absolute(), model.config)
+        params = Merged(params, modules, shapes_of(params))
+        say(f"merging a LoRA of {len(modules)} modules")
+        for note in notes:
+            say(f"note: {note}")
+    if options.dtype:
+        params = Cast(params, DTYPES[options.dtype])
+    return model._replace(params=params)
+
+
+def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
+    found = {}
+    for name in exported.TOKENIZERS:
+        given = getattr(options, name)
+        if given and not Path(given).is_dir():
+            raise UsageError(f"--{name}={given} is not a folder")
+        beside = [s / name for s in sources if (s / name).is_dir()]
+        if given or beside:
+            found[name] = Path(given) if given else beside[0]
+    return found
+
+
+def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Refuses what would be lost, before anything is opened."""
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} is there already: give another --to, or --overwrite")
+    for source in sources:
+        if target == source or target in source.parents or source in target.parents:
+            raise UsageError(f"--to={target} and --from={source} overlap: write somewhere else")
+
+
+def _check_format(job: Job, form: str) -> None:
+    if job.lora and form == "bfl":
+        raise UsageError("a LoRA is written as --format=diffusers (PEFT's names), comfy (kohya's names) or orbax")
+    network = job.models.get("flux")
+    if network and network.config.step_size and form != "orbax":
+        raise UsageError(
+            "this model was trained with objective=shortcut and has a step-size embedding, which Flux has not: "
+            "only --format=orbax can hold it"
+        )
+    if form == "bfl" and not {"flux", "vae"} & job.models.keys() and not job.lora:
+        raise UsageError("Black Forest Labs' format is that of the transformer and the autoencoder; use diffusers")
+
+
+def _check_space(job: Job, target: Path) -> None:
+    folder = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < job.nbytes:
+        raise ConvertedError(f"{target} needs {job.nbytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free")
+
+
+def _counted(params: Mapping[str, np.ndarray], progress: exported.Progress) -> Iterator[tuple[str, np.ndarray]]:
+    for name in params:
+        value = params[name]
+        size = value.nbytes
+        yield name, value
+        del value  # before the next one is made
+        progress(size)
+
+
+def _write(
+    job: Job, target: Path, form: str, overwrite: bool, files: Mapping[str, list[exported.Part]], progress: Any
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if job.lora and form != "orbax":
+        modules, base = job.lora
+        tensors, metadata = to_peft(modules) if form == "diffusers" else to_kohya(modules, _shapes(base))
+        exported.write_tensors(target, tensors, metadata)
+        progress(job.nbytes)
+    elif len(files) == 1:
+        (parts,) = files.values()
+        exported.write_file(target, parts, progress)
+    else:
+        with complete_or_absent(target, overwrite) as folder:
+            if form == "orbax":
+                _write_orbax(job, folder, progress)
+            elif form == "diffusers":
+                _write_diffusers(job, folder, progress)
+            for name, parts in files.items():
+                exported.write_file(folder / name, parts, progress)
+
+
+def _files(job: Job, form: str) -> dict[str, list[exported.Part]]:
+    """What goes into the files of a format that has files and no folders, by their names."""
+    models = job.models
+    part = lambda m, prefix="": exported.Part(m.params, exported.rules_for(m.kind, "bfl", m.config), prefix)
+    if form == "comfy" and models:
+        whole = len(models) > 1 or "flux" in models
+        prefix = lambda kind: exported.COMFY_PREFIXES[kind] if whole else ""
+        return {"model.safetensors": [part(m, prefix(kind)) for kind, m in models.items()]}
+    if form != "bfl":
+        return {}
+    names = {"flux": "flux1.safetensors", "vae": "ae.safetensors"}
+    left = [kind for kind in models if kind not in names]
+    if left:
+        say(f"note: {', '.join(left)} are not part of Black Forest Labs' format and are left out")
+    return {names[kind]: [part(m)] for kind, m in models.items() if kind in names}
+
+
+def _shapes(base: FluxConfig) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in flat_paths(abstract_params("flux", base)).items()}
+
+
+def _write_orbax(job: Job, folder: Path, progress: exported.Progress) -> None:
+    stored = []
+    if job.lora:
+        modules, base = job.lora
+        write_params(folder / "lora", _counted(stack(modules, _shapes(base)), progress))
+        stored.append(Stored("lora", LoraInfo(base, record_of(modules)), "LoRA", folder / "lora"))
+    for kind, model in job.models.items():
+        write_params(folder / kind, _counted(model.params, progress))
+        stored.append(Stored(kind, model.config, model.origin, folder / kind))
+    _copy_tokenizers(job, folder)
+    write_record(folder, stored, job.sampling)
+
+
+def _write_diffusers(job: Job, folder: Path, progress: exported.Progress) -> None:
+    if len(job.models) == 1:
+        ((kind, model),) = job.models.items()
+        exported.write_component(folder, kind, model.config, model.params, progress)
+        return
+    for kind, model in job.models.items():
+        component = folder / exported.COMPONENTS[kind].folder
+        exported.write_component(component, kind, model.config, model.params, progress)
+    _copy_tokenizers(job, folder)
+    exported.write_pipeline_index(folder, list(job.models), job.sampling.shift)
+
+
+def _copy_tokenizers(job: Job, folder: Path) -> None:
+    for name, source in job.tokenizers.items():
+        shutil.copytree(source, folder / name)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,98 @@
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from shortcut_jax import command, convert, train
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.initial import load_initial, open_initial
+from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime import exported
+from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.settings import ConfigError
+from shortcut_jax.sources import abstract_params
+from shortcut_jax.weights import flux_bfl
+from shortcut_jax.weights.lora_files import to_peft
+from shortcut_jax.weights.rules import to_torch
+from tests.helpers import tiny_assembly
+from tests.weights.lora_cases import random_modules
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same tiny transformer as a PyTorch file and as a converted folder, and its parameters."""
+    folder = tmp_path_factory.mktemp("sources")
+    shapes = flat_paths(abstract_params("flux", preset("tiny")))
+    rng = np.random.default_rng(0)
+    params = {k: 0.1 * rng.standard_normal(v.shape, np.float32) for k, v in shapes.items()}
+    params = {k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}
+    (folder / "config.json").write_text(json.dumps({"axes_dims_rope": preset("tiny").axes}))
+    exported.write_tensors(folder / "flux.safetensors", to_torch(params, flux_bfl.RULES), {})
+    argv = ["convert", f"--from={folder}/flux.safetensors", f"--to={folder}/orbax"]
+    assert convert.main(argv) == 0
+    return folder, params
+
+
+@pytest.mark.parametrize("name", ["flux.safetensors", "orbax"])
+def test_weights_arrive_on_a_mesh_shard_by_shard_in_the_dtype_of_the_run(sources, name):
+    folder, params = sources
+    assembly = tiny_assembly(8, init_from=str(folder / name), mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    state = assembly.init_state(load_initial(assembly, open_initial(assembly)))
+    for tree in (state.params, state.ema.fast, state.ema.slow):
+        for path, value in flat_paths(tree).items():
+            assert value.dtype == np.float32
+            np.testing.assert_array_equal(value, params[path].astype("f"), err_msg=path)
+    shapes = flat_paths(assembly.state_shapes.params)
+    qkv = flat_paths(state.params)["double_blocks/img_attn/qkv/kernel"]
+    assert qkv.sharding == shapes["double_blocks/img_attn/qkv/kernel"].sharding
+    assert qkv.addressable_shards[0].data.size == qkv.size // 8
+    assert int(state.step) == 0
+
+
+def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):
+    folder, params = sources
+    assembly = tiny_assembly(init_from=str(folder / "orbax"), objective="shortcut")
+    loaded = flat_paths(load_initial(assembly, open_initial(assembly)))
+    assert {k for k in loaded if k not in params} == {k for k in loaded if k.startswith("step_in/")}
+    assert not np.any(loaded["step_in/out_layer/kernel"]) and np.any(loaded["step_in/in_layer/kernel"])
+    assert loaded.keys() == flat_paths(assembly.state_shapes.params).keys()
+
+
+def test_training_starts_from_a_workdir_and_resumes_without_it(trained, tmp_path, arguments, capfd, monkeypatch):
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: device)
+    quiet = {"eval__views": "()", "eval__images": "()", "objective": "flow", "init_from": str(trained)}
+    small = {**quiet, "optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "steps": 2}
+    assert train.main(arguments(tmp_path / "run", "--stop_at=1", **small)) == 0
+    assert f"starting from slow weights of step 4 in {trained}" in capfd.readouterr().err
+    shapes = tiny_assembly(student_steps=(1, 2, 4)).state_shapes.params
+    old = Checkpoints(trained / "checkpoints", read_only=True).restore(4, {"slow": shapes})["slow"]
+    new = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).restore(1, {"params": shapes})["params"]
+    for path, value in flat_paths(old).items():
+        np.testing.assert_array_equal(flat_paths(new)[path], value, err_msg=path)
+    assert train.main(arguments(tmp_path / "run", **small)) == 0
+    assert "starting from" not in capfd.readouterr().err
+
+
+def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(sources, tmp_path, arguments, capfd):
+    folder, _ = sources
+    shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", preset("tiny"))).items()}
+    exported.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(shapes)))
+    cases = (
+        ({"init_from": str(tmp_path / "nowhere")}, "is not there"),
+        ({"init_from": str(tmp_path / "lora.safetensors")}, "is a LoRA, but all weights are trained: merge it"),
+        (
+            {"init_from": str(folder / "orbax"), "model__double_blocks": 1},
+            "checkpoint -> config: double_blocks: 2 -> 1",
+        ),
+    )
+    for changes, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            open_initial(tiny_assembly(**changes))
+    (tmp_path / "flux.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(SystemExit):
+        command.run(train.main, arguments(tmp_path / "run", init_from=str(tmp_path / "flux.safetensors"), mesh__data=8))
+    assert "cut off or not a safetensors file" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
