@@ -157,12 +157,12 @@ class TextToImage:
         scale = self.guidance(guidance).scale
         rows = [p for p in prompts for _ in range(num)]
         batch = self.mesh.devices.size
+        negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
         pictures = []
         for first in range(0, len(rows), batch):
             chunk = rows[first : first + batch]
             padded = chunk + [chunk[-1]] * (batch - len(chunk))
             condition = self.encode(padded, guidance, text_tokens)
-            negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
             noise_BNC = self.draw_noise(seed, first, batch, height, width)
             latents = self.denoise(noise_BNC, condition, height, width, steps, shift, negative, scale)
             pictures.append(to_pixels(np.asarray(self.decode(latents)))[: len(chunk)])

@@ -5,6 +5,7 @@ import json
 from shortcut_jax import sources
 from shortcut_jax.runtime.converted import Stored, complete_or_absent, write_params, write_record
 from shortcut_jax.runtime.tokenizers import LAYOUTS, copy_tokenizer
+from shortcut_jax.weights.params import Cast
 
 CLIP_TOKENS = 16
 """Positions of the small CLIP: a prompt of a few words is cut, as one beyond 77 tokens is by the released one."""
@@ -38,12 +39,13 @@ def make_pipeline(folder, guidance=True):
     return folder
 
 
-def convert_pipeline(source, target):
-    """Writes a pipeline as a converted folder."""
+def convert_pipeline(source, target, dtype=None):
+    """Writes a pipeline as a converted folder, in the dtype it has by default."""
     models = sources.open_models(source)
     with complete_or_absent(target, overwrite=False) as partial:
         for model in models:
-            write_params(partial / model.kind, model.params.items())
+            params = model.params if dtype is None else Cast(model.params, dtype)
+            write_params(partial / model.kind, params.items())
         for name in LAYOUTS:
             copy_tokenizer(source / name, partial / name)
         stored = [Stored(m.kind, m.config, m.origin, partial / m.kind) for m in models]
