@@ -3,13 +3,17 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "TextToImage", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # `Pipeline` is imported on first use, so that a main can configure JAX before anything imports it.
+    # Both are imported on first use, so that a main can configure JAX before anything imports it.
     if name == "Pipeline":
         from shortcut_jax.sample import Pipeline
 
         return Pipeline
+    if name == "TextToImage":
+        from shortcut_jax.text_to_image import TextToImage
+
+        return TextToImage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,17 @@
-"""Sampling: `python -m shortcut_jax.sample --workdir=W --prompt="a handwritten digit seven" --out=seven.png`."""
+"""Sampling: `python -m shortcut_jax.sample --workdir=W --prompt="a handwritten digit seven" --out=seven.png`.
 
+With `--checkpoint=FOLDER` instead of a workdir it samples a converted pipeline.
+"""
+
+import textwrap
+import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from shortcut_jax import command
 from shortcut_jax.assemble import Assembly
@@ -17,8 +25,17 @@ from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.steps.state import choose_view
 from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.text_to_image import TextToImage
 
-USAGE = 'usage: python -m shortcut_jax.sample --workdir=W --prompt="..." [--steps=4] [--num=16] [--out=samples.png]'
+USAGE = (
+    "usage: python -m shortcut_jax.sample --workdir=W|--checkpoint=FOLDER "
+    '--prompt="..." [--steps=4] [--num=16] [--out=samples.png]'
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "workdir": {"num": 16, "guidance": 1.0, "view": "slow"},
+    "checkpoint": {"num": 1, "guidance": None, "height": 1024, "width": 1024, "text_tokens": None},
+}
+"""What is sampled -> the options that go with it only, or differ by it."""
 
 
 class Pipeline:
@@ -84,14 +101,18 @@ def main(argv: Sequence[str]) -> int:
 
     values = command.new_flags()
     flags.DEFINE_string("workdir", None, "Folder of a training run.", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "Converted pipeline, instead of a workdir.", flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "Caption; give it several times for several rows.", flag_values=values)
     flags.DEFINE_integer("steps", 4, "Sampling steps.", flag_values=values)
-    flags.DEFINE_integer("num", 16, "Pictures a prompt.", flag_values=values)
+    flags.DEFINE_integer("num", None, "Pictures a prompt: 16, or 1 of a --checkpoint.", flag_values=values)
+    flags.DEFINE_integer("height", None, "With --checkpoint: of a picture in pixels (1024).", flag_values=values)
+    flags.DEFINE_integer("width", None, "With --checkpoint: of a picture in pixels (1024).", flag_values=values)
+    flags.DEFINE_integer("text_tokens", None, "With --checkpoint: tokens of a prompt for T5.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
-    flags.DEFINE_enum("view", "slow", VIEWS, "Weights: online, or the fast or slow average.", flag_values=values)
-    flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 means none.", flag_values=values)
+    flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow average.", flag_values=values)
+    flags.DEFINE_float("guidance", None, "Guidance scale; none, or 3.5 if embedded.", flag_values=values)
     flags.DEFINE_string("out", "samples.png", "File to write.", flag_values=values)
-    options = command.parse(values, argv, USAGE, required=["workdir", "prompt"])
+    options = _resolved(command.parse(values, argv, USAGE, required=["prompt"]))
     num = options.num
     if min(options.steps, num) < 1:
         raise UsageError(f"--steps is {options.steps} and --num is {num}, but both must be at least 1")
@@ -101,6 +122,8 @@ def main(argv: Sequence[str]) -> int:
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out={out}: the folder {out.parent} is not there")
     distributed.initialize()
+    if options.checkpoint is not None:
+        return _sample_checkpoint(options, out)
     pipeline = Pipeline(options.workdir, options.view, max_steps=options.steps, batch_size=min(num, 64))
     length = pipeline.settings.data.text_tokens
     for prompt in options.prompt:
@@ -116,6 +139,54 @@ def main(argv: Sequence[str]) -> int:
     contact_sheet(rows, options.prompt).save(out)
     model = f"{pipeline.settings.objective} ({options.view}, step {pipeline.step})"
     say(f"{len(pictures)} pictures of {model} in {options.steps} steps: {out}")
+    return 0
+
+
+def _resolved(options: types.SimpleNamespace) -> types.SimpleNamespace:
+    """The options with the defaults of what is sampled.
+
+    Raises:
+      UsageError: neither or both of workdir and checkpoint, or an option that does not go with it.
+    """
+    if (options.workdir is None) == (options.checkpoint is None):
+        raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
+    kind, other = ("workdir", "checkpoint") if options.checkpoint is None else ("checkpoint", "workdir")
+    for name in DEFAULTS[other].keys() - DEFAULTS[kind].keys():
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} goes with --{other}, not with --{kind}")
+    for name, value in DEFAULTS[kind].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def _sample_checkpoint(options: types.SimpleNamespace, out: Path) -> int:
+    """Samples a converted pipeline: one picture as it is, several as a contact sheet."""
+    pipeline = TextToImage(options.checkpoint)
+    arguments = {k: getattr(options, k) for k in ("steps", "guidance", "height", "width", "num", "text_tokens")}
+    try:
+        pipeline.check(options.prompt, **arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for model in pipeline.models.values():
+        say(model.origin)
+    say(f"{pipeline.guidance(options.guidance)}; computed in {pipeline.compute_dtype}")
+    for line in pipeline.cuts(options.prompt, options.text_tokens):
+        say(line)
+    start = time.perf_counter()
+    _ = pipeline.params  # read here, so that the time of a picture is its own
+    loaded = time.perf_counter()
+    pictures = pipeline(options.prompt, seed=options.seed, **arguments)
+    seconds = (time.perf_counter() - loaded) / len(pictures)
+    if len(pictures) == 1:
+        Image.fromarray(pictures[0]).save(out)
+    else:
+        rows = [pictures[i : i + options.num] for i in range(0, len(pictures), options.num)]
+        contact_sheet(rows, [textwrap.shorten(p, 40) for p in options.prompt]).save(out)
+    say(
+        f"{len(pictures)} pictures of {options.height} x {options.width} in {options.steps} steps, {seconds:.2f} s "
+        f"each with compilation (weights read in {loaded - start:.1f} s): {out}"
+    )
     return 0
 
 

@@ -89,3 +89,19 @@ def trained(tmp_path_factory, arguments):
         patch.setattr(jax, "devices", lambda *args: device)
         assert train.main(arguments(workdir)) == 0
     return workdir
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """A small FluxPipeline with random weights, FLUX.1 dev in kind, as diffusers saves it."""
+    from tests.flux_pipeline import make_pipeline
+
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "dev")
+
+
+@pytest.fixture(scope="session")
+def converted_folder(pipeline_folder, tmp_path_factory):
+    """The same pipeline, converted."""
+    from tests.flux_pipeline import convert_pipeline
+
+    return convert_pipeline(pipeline_folder, tmp_path_factory.mktemp("converted") / "dev")

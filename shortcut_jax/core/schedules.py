@@ -101,7 +101,7 @@ def resolution_shift(num_tokens: int) -> float:
     return ShiftRule().at(num_tokens)
 
 
-def sampling_grid(num_steps: Array | int, max_steps: int, shift: float = 1.0) -> Array:
+def sampling_grid(num_steps: Array | int, max_steps: int, shift: Array | float = 1.0) -> Array:
     """The shifted uniform grid from 1 to 0 in `num_steps` steps, padded with zeros to shape [max_steps + 1]."""
     k = jnp.arange(max_steps + 1, dtype=jnp.float32)
     return shift_time(jnp.clip(1.0 - k / num_steps, 0.0, 1.0), shift)

@@ -32,11 +32,15 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*_blocks/.*qkv/kernel", P(None, "fsdp", None, "tensor", None)),
     (r".*_blocks/.*qkv/bias", P(None, None, "tensor", None)),
     (r".*_blocks/.*attn_out/kernel", P(None, "tensor", None, "fsdp")),
-    (r".*_blocks/.*mlp_in/kernel", P(None, "fsdp", "tensor")),
+    (r".*_blocks/.*mlp_(in|gate)/kernel", P(None, "fsdp", "tensor")),
     (r".*_blocks/.*mlp_in/bias", P(None, "tensor")),
     (r".*_blocks/.*mlp_out/kernel", P(None, "tensor", "fsdp")),
     (r".*_blocks/.*modulation/linear/kernel", P(None, "fsdp", None, None)),
+    # The autoencoder is small: its convolutions are whole.
+    (r"(.*/)?(encoder|decoder)/.*kernel", P()),
     # Ends.
+    (r"(.*/)?token_embedding", P(None, "fsdp")),
+    (r"(.*/)?position_(bias|embedding)", P()),
     (r".*final_modulation/linear/kernel", P("fsdp", None, None)),
     (r".*final_linear/kernel", P("fsdp", None)),
     (r".*_in/kernel", P(None, "fsdp")),

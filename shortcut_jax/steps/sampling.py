@@ -17,7 +17,7 @@ Sampler = Callable[..., Array]
 
 
 def make_sampler(
-    cfg: FluxConfig, height: int, width: int, max_steps: int, shift: float = 1.0, finest: int = 0
+    cfg: FluxConfig, height: int, width: int, max_steps: int, shift: Array | float = 1.0, finest: int = 0
 ) -> Sampler:
     """A function (params, noise_BNC, condition, num_steps) -> latents [B, height, width, c].
 

@@ -8,7 +8,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.models.clip import ClipConfig
 from shortcut_jax.models.presets import PRESETS
+from shortcut_jax.models.t5 import T5Config
+from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.runtime.hlo import collectives, count_kinds, partitioned_hlo
 from shortcut_jax.runtime.sharding import (
     MeshShape,
@@ -21,6 +24,7 @@ from shortcut_jax.runtime.sharding import (
     to_global,
     tree_shardings,
 )
+from shortcut_jax.sources import KINDS, abstract_params
 from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
 from shortcut_jax.steps.views import make_velocity
 from tests.helpers import noisy_state, random_batch, relative, tiny_assembly
@@ -166,6 +170,28 @@ def test_every_parameter_of_every_preset_has_a_rule_and_large_ones_are_split(nam
             assert local * 8 == leaf.size, path
         elif path.endswith("/kernel"):
             assert local * 4 == leaf.size, path
+
+
+RELEASED = {"flux": PRESETS["flux-dev"], "vae": VaeConfig(), "t5": T5Config(), "clip": ClipConfig()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_a_released_pipeline_has_a_rule_and_large_ones_are_split(kind):
+    mesh = make_mesh(MeshShape(1, 4, 2))
+    shapes = abstract_params(kind, RELEASED[kind])
+    shardings = flat_paths(tree_shardings(mesh, shapes))
+    for path, leaf in flat_paths(shapes).items():
+        parts = leaf.size // math.prod(shardings[path].shard_shape(leaf.shape))
+        if kind == "vae" or path.endswith(("scale", "position_bias", "position_embedding")):
+            assert parts == 1, path
+        elif path.endswith("token_embedding"):
+            assert shardings[path].shard_shape(leaf.shape) == (leaf.shape[0], leaf.shape[1] // 4)
+        elif path.startswith("encoder_blocks/") and path.endswith("kernel"):
+            assert parts == 8, path
+    if kind == "t5":
+        kernel, shard = flat_paths(shapes)["encoder_blocks/mlp_gate/kernel"].shape, (24, 1024, 5120)
+        assert kernel == (24, 4096, 10240)
+        assert shardings["encoder_blocks/mlp_gate/kernel"].shard_shape(kernel) == shard
 
 
 def test_an_unknown_parameter_is_an_error():

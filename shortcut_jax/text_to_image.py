@@ -1,0 +1,323 @@
+"""Prompts to pictures with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.core.types import Array, Condition
+from shortcut_jax.data.records import to_pixels
+from shortcut_jax.models.attention import choose_backend
+from shortcut_jax.models.clip import ClipText
+from shortcut_jax.models.t5 import T5Encoder
+from shortcut_jax.models.vae import Autoencoder
+from shortcut_jax.pipeline_folder import open_pipeline
+from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.sharding import (
+    MeshShape,
+    batch_sharding,
+    make_constrain,
+    make_mesh,
+    make_per_shard,
+    replicated,
+    tree_shardings,
+)
+from shortcut_jax.runtime.tokenizers import Tokenizer
+from shortcut_jax.sources import Model, abstract_params, place
+from shortcut_jax.steps.sampling import draw_noise, make_sampler
+from shortcut_jax.weights.rules import nest
+
+EMBEDDED_GUIDANCE = 3.5
+"""What a model with a guidance embedding is told by default, as diffusers does."""
+
+
+class Guidance(NamedTuple):
+    """How a guidance scale acts.
+
+    Attributes:
+      embedded: what the guidance embedding is fed; None for a model without one.
+      scale: of classifier-free guidance against the empty prompt, at two evaluations a step; 1 for none.
+    """
+
+    embedded: float | None
+    scale: float
+
+    def __str__(self) -> str:
+        if self.embedded is not None:
+            return f"guidance {self.embedded:g}: through the guidance embedding"
+        if self.scale == 1.0:
+            return "guidance: none"
+        return f"guidance {self.scale:g}: classifier-free, two evaluations a step"
+
+
+class TextToImage:
+    """A converted pipeline: `TextToImage("flux1-schnell")("a red fox in the snow", steps=4)`.
+
+    Weights are read on first use, each device its own shards, and stay in the dtype they are stored in.
+
+    Attributes:
+      models: by kind, `flux`, `vae`, `t5` and `clip`; their configs are constrained to the mesh.
+      sampling: the shift rule and text length of the pipeline.
+      mesh: all devices along `fsdp`.
+      compute_dtype: of activations and matrix products.
+    """
+
+    def __init__(self, folder: str | Path, compute_dtype: str | None = None, devices: Sequence[Any] | None = None):
+        """Opens `folder`; nothing but headers and tokenizers is read.
+
+        Args:
+          folder: made by `shortcut_jax.convert`.
+          compute_dtype: bfloat16 on GPU and TPU and float32 on CPU, by default.
+          devices: all, by default.
+
+        Raises:
+          ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its models do not go together.
+        """
+        devices = list(jax.devices() if devices is None else devices)
+        platform = devices[0].platform
+        self.compute_dtype = compute_dtype or ("float32" if platform == "cpu" else "bfloat16")
+        self.mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
+        parts = open_pipeline(Path(folder))
+        self.models, self.sampling = parts.models, parts.sampling
+        self._clip_tokenizer, self._t5_tokenizer = parts.clip_tokenizer, parts.t5_tokenizer
+        flux = self.models["flux"].config
+        attention = choose_backend("auto", platform, self.compute_dtype, flux.head_size)
+        on_mesh: dict[str, Any] = {"constrain": make_constrain(self.mesh)}
+        changes = {
+            "flux": {**on_mesh, "attention": attention, "per_shard": make_per_shard(self.mesh)},
+            "vae": {},
+            "t5": on_mesh,
+            "clip": on_mesh,
+        }
+        for kind, model in self.models.items():
+            config = dataclasses.replace(model.config, compute_dtype=self.compute_dtype, **changes[kind])
+            self.models[kind] = model._replace(config=config)
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The weights of each model, on devices.
+
+        Raises:
+          ConvertedError: files are damaged, or parameters are missing.
+        """
+        return {kind: place(model.params, self._wanted(model)) for kind, model in self.models.items()}
+
+    def _wanted(self, model: Model) -> Any:
+        """What is placed on devices, as nested abstract arrays; the autoencoder's encoder is not."""
+        shapes, specs = abstract_params(model.kind, model.config), model.specs
+        shapes = {"decoder": shapes["decoder"]} if model.kind == "vae" else shapes
+        shardings, wanted = flat_paths(tree_shardings(self.mesh, shapes)), {}
+        for name, leaf in flat_paths(shapes).items():
+            if name not in specs or specs[name].shape != leaf.shape:
+                found = f"{specs[name].shape}, not {leaf.shape}" if name in specs else "missing"
+                raise ConvertedError(f"{model.origin}: {name} is {found}: convert it again")
+            wanted[name] = jax.ShapeDtypeStruct(leaf.shape, specs[name].dtype, sharding=shardings[name])
+        return nest(wanted)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        steps: int = 4,
+        guidance: float | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num: int = 1,
+        seed: int = 0,
+        text_tokens: int | None = None,
+        shift: float | None = None,
+    ) -> np.ndarray:
+        """Pictures [len(prompts) * num, height, width, 3], uint8, those of a prompt together.
+
+        Picture i depends on the seed, i and its prompt only.
+
+        Args:
+          prompts: one or several; what does not fit is cut (`cuts` tells).
+          steps: sampling steps (Euler), at least 1.
+          guidance: guidance scale. A model with a guidance embedding is told it (3.5 by default); for other models a
+            scale other than 1 (none by default) means classifier-free guidance, at two evaluations a step.
+          height: of a picture in pixels.
+          width: of a picture in pixels.
+          num: pictures a prompt.
+          seed: of the noise.
+          text_tokens: length that prompts are padded or cut to for T5; the pipeline's by default.
+          shift: timestep shift; the pipeline's for this size by default.
+
+        Raises:
+          ValueError: an argument is out of range (see `check`).
+          ConvertedError: the weights cannot be read.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.check(prompts, steps, guidance, height, width, num, text_tokens, shift)
+        scale = self.guidance(guidance).scale
+        rows = [p for p in prompts for _ in range(num)]
+        batch = self.mesh.devices.size
+        negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
+        pictures = []
+        for first in range(0, len(rows), batch):
+            chunk = rows[first : first + batch]
+            padded = chunk + [chunk[-1]] * (batch - len(chunk))
+            condition = self.encode(padded, guidance, text_tokens)
+            noise_BNC = self.draw_noise(seed, first, batch, height, width)
+            latents = self.denoise(noise_BNC, condition, height, width, steps, shift, negative, scale)
+            pictures.append(to_pixels(np.asarray(self.decode(latents)))[: len(chunk)])
+        return np.concatenate(pictures)
+
+    def check(
+        self,
+        prompts: Sequence[str],
+        steps: int = 4,
+        guidance: float | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num: int = 1,
+        text_tokens: int | None = None,
+        shift: float | None = None,
+    ) -> None:
+        """Checks the arguments of a call without reading weights.
+
+        Raises:
+          ValueError: a size that is no multiple of twice a latent's, or a number out of range.
+        """
+        unit = PATCH * self.models["vae"].config.factor
+        if height < unit or width < unit or height % unit or width % unit:
+            nearest = " x ".join(str(max(round(size / unit), 1) * unit) for size in (height, width))
+            raise ValueError(
+                f"height x width is {height} x {width}, but both must be multiples of {unit}: the nearest is {nearest}"
+            )
+        counts = {"prompts": len(prompts), "steps": steps, "num": num}
+        for name, value in (counts if text_tokens is None else {**counts, "text_tokens": text_tokens}).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if shift is not None and shift <= 0:
+            raise ValueError(f"shift is {shift:g}, but must be positive")
+        if guidance is not None and guidance < 0:
+            raise ValueError(f"guidance is {guidance:g}, but must not be negative")
+        if guidance == 0 and not self.models["flux"].config.guidance:
+            raise ValueError("guidance is 0, which would drop the prompt: leave it out, or give 1, for none")
+
+    def guidance(self, guidance: float | None = None) -> Guidance:
+        """What a guidance scale means for this model."""
+        if self.models["flux"].config.guidance:
+            return Guidance(EMBEDDED_GUIDANCE if guidance is None else guidance, 1.0)
+        return Guidance(None, 1.0 if guidance is None else guidance)
+
+    def cuts(self, prompts: Sequence[str], text_tokens: int | None = None) -> list[str]:
+        """A line for each prompt and text encoder that does not read all of it, with the text that is cut off."""
+        lines = []
+        for tokenizer, length in self._tokenizers(text_tokens):
+            for prompt, cut in zip(prompts, tokenizer(prompts, length).cuts, strict=True):
+                if cut:
+                    lines.append(f"{tokenizer.name} reads {length} tokens of {prompt[:40]!r}: {cut!r} is cut off")
+        return lines
+
+    def encode(
+        self, prompts: Sequence[str], guidance: float | None = None, text_tokens: int | None = None
+    ) -> Condition:
+        """T5 states, CLIP's pooled vector and the embedded guidance of each prompt, one row a prompt."""
+        clip, t5 = (tokenizer(prompts, length).ids_BM for tokenizer, length in self._tokenizers(text_tokens))
+        embedded = self.guidance(guidance).embedded
+        with jax.set_mesh(self.mesh):
+            txt_BMT, vec_BV = self._encode(self.params["t5"], self.params["clip"], self._rows(t5), self._rows(clip))
+        scale_B = None if embedded is None else np.full(len(prompts), embedded, np.float32)
+        return Condition(txt_BMT[: len(prompts)], vec_BV[: len(prompts)], scale_B)
+
+    def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:
+        """Noise [num, N, C] of pictures `first` ... of a seed, for pictures of `height` x `width` pixels."""
+        factor = self.models["vae"].config.factor
+        return draw_noise(seed, first, num, self.models["flux"].config, height // factor, width // factor)
+
+    def denoise(
+        self,
+        noise_BNC: Array,
+        condition: Condition,
+        height: int,
+        width: int,
+        steps: int = 4,
+        shift: float | None = None,
+        negative: Condition | None = None,
+        scale: float = 1.0,
+    ) -> Array:
+        """Latents [B, h, w, c] of pictures of `height` x `width` pixels, as the transformer leaves them.
+
+        Args:
+          noise_BNC: the state at t = 1.
+          condition: of `encode`.
+          height: in pixels.
+          width: in pixels.
+          steps: sampling steps.
+          shift: timestep shift; the pipeline's at this number of image tokens by default.
+          negative: what classifier-free guidance leads away from; None for one evaluation a step.
+          scale: of classifier-free guidance.
+        """
+        num, tokens = noise_BNC.shape[:2]
+        if shift is None:
+            shift = self.sampling.shift.at(tokens)
+        rows = jax.tree.map(self._rows, (noise_BNC, condition, negative))
+        with jax.set_mesh(self.mesh):
+            bound = max(64, 1 << (steps - 1).bit_length())
+            args = (self.params["flux"], *rows, steps, shift, scale)
+            latents_BhwC = self._sample(*args, height=height, width=width, bound=bound)
+        return latents_BhwC[:num]
+
+    def decode(self, latents_BhwC: Array) -> Array:
+        """Images [B, height, width, 3] of latents, float32, about [-1, 1], whole on every device."""
+        with jax.set_mesh(self.mesh):
+            return self._decode(self.params["vae"], self._rows(latents_BhwC))[: len(latents_BhwC)]
+
+    def _tokenizers(self, text_tokens: int | None) -> tuple[tuple[Tokenizer, int], tuple[Tokenizer, int]]:
+        clip_length = min(self._clip_tokenizer.max_tokens, self.models["clip"].config.max_tokens)
+        return (self._clip_tokenizer, clip_length), (self._t5_tokenizer, text_tokens or self.sampling.text_tokens)
+
+    def _rows(self, x_B: Any) -> Array:
+        """Rows split over the devices, the last one repeated until they divide."""
+        padding = -len(x_B) % self.mesh.devices.size
+        if padding:
+            x_B = x_B[np.minimum(np.arange(len(x_B) + padding), len(x_B) - 1)]
+        return jax.device_put(x_B, batch_sharding(self.mesh))
+
+    @cached_property
+    def _encode(self) -> Callable[..., tuple[Array, Array]]:
+        t5, clip = T5Encoder(self.models["t5"].config), ClipText(self.models["clip"].config)
+
+        def encode(t5_params: Any, clip_params: Any, t5_ids_BM: Array, clip_ids_BM: Array) -> tuple[Array, Array]:
+            txt_BMT: Any = t5.apply({"params": t5_params}, t5_ids_BM)
+            output: Any = clip.apply({"params": clip_params}, clip_ids_BM)
+            return txt_BMT, output.pooled_BD
+
+        return jax.jit(encode)
+
+    @cached_property
+    def _decode(self) -> Callable[..., Array]:
+        vae = Autoencoder(self.models["vae"].config)
+        decode: Any = lambda params, latents_BhwC: vae.apply({"params": params}, latents_BhwC, method="decode")
+        return jax.jit(decode, out_shardings=replicated(self.mesh))
+
+    @cached_property
+    def _sample(self) -> Callable[..., Array]:
+        """Compiled once for each size and bound of the step count."""
+        cfg, factor = self.models["flux"].config, self.models["vae"].config.factor
+
+        @partial(jax.jit, static_argnames=("height", "width", "bound"))
+        def sample(
+            params: Any,
+            noise_BNC: Array,
+            condition: Condition,
+            negative: Condition | None,
+            steps: Array,
+            shift: Array,
+            scale: Array,
+            height: int,
+            width: int,
+            bound: int,
+        ) -> Array:
+            # A shortcut model is told its step size at every step count: the record does not say which it knows.
+            sampler = make_sampler(cfg, height // factor, width // factor, bound, shift, finest=bound)
+            return sampler(params, noise_BNC, condition, steps, negative, scale)
+
+        return sample

@@ -1,0 +1,282 @@
+"""The whole pipeline against diffusers from the same noise, on small random weights."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import TextToImage, command, sample
+from shortcut_jax.core.latents import patchify
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.runtime.converted import ConvertedError
+from tests.flux_pipeline import convert_pipeline, make_pipeline
+from tests.helpers import relative
+
+PROMPTS = ["a red cat with a small dog", "a photo of zebras"]
+HEIGHT, WIDTH, STEPS, TEXT_TOKENS = 24, 40, 4, 32
+TOLERANCE = 1e-4
+SMALL = dict(height=HEIGHT, width=WIDTH, text_tokens=TEXT_TOKENS)
+
+
+def _pair(source, converted):
+    """Ours on one device and diffusers' pipeline, with one noise for both; each a function to packed latents."""
+    import torch
+    from diffusers import FluxPipeline
+
+    ours = TextToImage(converted, devices=jax.devices()[:1])
+    reference = FluxPipeline.from_pretrained(source)
+    reference.set_progress_bar_config(disable=True)
+    noise_BNC = np.array(ours.draw_noise(0, 0, len(PROMPTS), HEIGHT, WIDTH))
+
+    def expected(**changes):
+        options = dict(prompt=PROMPTS, num_inference_steps=STEPS, max_sequence_length=TEXT_TOKENS, guidance_scale=2.5)
+        size = dict(height=HEIGHT, width=WIDTH, latents=torch.from_numpy(noise_BNC), output_type="latent")
+        return np.asarray(reference(**{**options, **size, **changes}).images)
+
+    def actual(prompts=PROMPTS, guidance=2.5, text_tokens=TEXT_TOKENS, **changes):
+        with jax.default_matmul_precision("highest"):
+            condition = ours.encode(prompts, guidance, text_tokens)
+            return patchify(ours.denoise(noise_BNC, condition, HEIGHT, WIDTH, STEPS, **changes))
+
+    return SimpleNamespace(ours=ours, reference=reference, noise=noise_BNC, expected=expected, actual=actual)
+
+
+@pytest.fixture(scope="module")
+def dev(pipeline_folder, converted_folder):
+    return _pair(pipeline_folder, converted_folder)
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory):
+    source = make_pipeline(tmp_path_factory.mktemp("schnell") / "pipeline", guidance=False)
+    return _pair(source, convert_pipeline(source, source.with_name("converted")))
+
+
+def test_latents_equal_those_of_diffusers(dev):
+    assert relative(dev.actual(), dev.expected()) <= TOLERANCE
+
+
+def test_a_wrong_guidance_prompt_shift_or_text_length_would_be_seen(dev):
+    expected = dev.expected()
+    for wrong in (
+        dict(guidance=2.6),
+        dict(prompts=["a red cat with a large dog", PROMPTS[1]]),
+        dict(shift=1.7),  # 1.59 is right
+        dict(text_tokens=TEXT_TOKENS - 1),
+    ):
+        assert relative(dev.actual(**wrong), expected) >= 20 * TOLERANCE, wrong
+
+
+def test_decoded_images_equal_those_of_diffusers_before_rounding(dev, highest_precision):
+    import torch
+
+    packed, vae = torch.from_numpy(dev.expected()), dev.reference.vae
+    latents = dev.reference._unpack_latents(packed, HEIGHT, WIDTH, dev.reference.vae_scale_factor)
+    with torch.no_grad():
+        expected = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.numpy()
+    condition = dev.ours.encode(PROMPTS, 2.5, TEXT_TOKENS)
+    images = dev.ours.decode(dev.ours.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS))
+    assert images.shape == (2, HEIGHT, WIDTH, 3)
+    assert np.abs(images - expected.transpose(0, 2, 3, 1)).max() <= 1e-3 * expected.std()
+    pictures = dev.expected(output_type="np")
+    called = dev.ours(PROMPTS, STEPS, 2.5, **SMALL)  # the noise of seed 0 is that of the fixture
+    assert np.abs(called - 255 * pictures).max() <= 0.5 + 1e-3 * 255
+
+
+def test_guidance_is_3_5_by_default_and_the_shift_follows_the_size(dev):
+    assert str(dev.ours.guidance()) == "guidance 3.5: through the guidance embedding"
+    assert relative(dev.actual(guidance=None), dev.expected(guidance_scale=3.5)) <= TOLERANCE
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (dev.noise.shape[1] - 256)
+    assert relative(dev.actual(shift=float(np.exp(mu))), dev.actual()) <= 1e-6
+
+
+def test_a_model_without_guidance_embedding_has_none_by_default_and_a_fixed_shift(schnell):
+    assert str(schnell.ours.guidance()) == "guidance: none"
+    assert schnell.ours.sampling.text_tokens == 256
+    expected = schnell.expected(guidance_scale=0.0)
+    assert relative(schnell.actual(guidance=None), expected) <= TOLERANCE
+    assert relative(schnell.actual(guidance=None, shift=1.05), expected) >= 20 * TOLERANCE
+
+
+def test_classifier_free_guidance_equals_that_of_diffusers(schnell):
+    assert str(schnell.ours.guidance(2.5)) == "guidance 2.5: classifier-free, two evaluations a step"
+    with jax.default_matmul_precision("highest"):
+        negative = schnell.ours.encode([""] * len(PROMPTS), 2.5, TEXT_TOKENS)
+        called = schnell.ours(PROMPTS, STEPS, 2.5, **SMALL)
+    expected = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS))
+    assert relative(schnell.actual(negative=negative, scale=2.5), expected) <= TOLERANCE
+    assert relative(schnell.actual(negative=negative, scale=2.6), expected) >= 20 * TOLERANCE
+    pictures = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS), output_type="np")
+    assert np.abs(called - 255 * pictures).max() <= 0.5 + 1e-3 * 255
+
+
+def test_a_picture_depends_on_seed_number_and_prompt_only(dev):
+    first = dev.ours(["a cat", "a dog", "a cat"], STEPS, **SMALL)
+    assert first.shape == (3, HEIGHT, WIDTH, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(dev.ours(["a cat", "seven"], STEPS, **SMALL)[0], first[0])
+    twice = dev.ours("a cat", STEPS, num=3, **SMALL)
+    np.testing.assert_array_equal(twice[[0, 2]], first[[0, 2]])
+    assert not np.array_equal(twice[0], twice[1])
+    assert not np.array_equal(dev.ours("a cat", STEPS, seed=1, **SMALL)[0], first[0])
+
+
+def test_one_program_serves_every_number_of_steps_and_pictures_and_every_shift(dev):
+    dev.ours("a cat", 1, **SMALL)
+    before = dev.ours._sample._cache_size()
+    for options in (dict(steps=2), dict(steps=7, num=3), dict(shift=2.0), dict(guidance=1.5), dict(seed=3)):
+        dev.ours("a dog", **{**SMALL, **options})
+    assert dev.ours._sample._cache_size() == before
+    dev.ours("a cat", 1, **{**SMALL, "width": HEIGHT})
+    assert dev.ours._sample._cache_size() == before + 1
+
+
+@pytest.mark.slow
+def test_eight_devices_with_padded_rows_equal_one(dev, converted_folder, highest_precision):
+    eight = TextToImage(converted_folder)
+    assert eight.mesh.shape["fsdp"] == 8
+    prompts = [*PROMPTS, "seven"]
+    actual, expected = (
+        p.denoise(p.draw_noise(0, 0, 3, HEIGHT, WIDTH), p.encode(prompts, 2.5, TEXT_TOKENS), HEIGHT, WIDTH, STEPS)
+        for p in (eight, dev.ours)
+    )
+    assert actual.shape == expected.shape == (3, HEIGHT // 2, WIDTH // 2, 16)
+    assert relative(actual, expected) <= 1e-5
+    assert relative(eight.decode(actual), dev.ours.decode(expected)) <= 1e-5
+    pictures = [p(prompts, STEPS, 2.5, num=3, **SMALL).astype(int) for p in (eight, dev.ours)]
+    assert pictures[0].shape == (9, HEIGHT, WIDTH, 3) and np.abs(pictures[0] - pictures[1]).max() <= 1
+    for kind, name in (("flux", "single_blocks/mlp_in/kernel"), ("t5", "encoder_blocks/mlp_gate/kernel")):
+        kernel = flat_paths(eight.params[kind])[name]
+        assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 8
+
+
+@pytest.mark.slow
+def test_weights_stay_as_stored_and_are_computed_with_in_the_dtype_asked_for(dev, pipeline_folder, tmp_path):
+    import ml_dtypes
+
+    folder = convert_pipeline(pipeline_folder, tmp_path / "half", np.dtype(ml_dtypes.bfloat16))
+    half = TextToImage(folder, compute_dtype="bfloat16", devices=jax.devices()[:1])
+    assert {x.dtype for x in jax.tree.leaves(half.params)} == {np.dtype(ml_dtypes.bfloat16)}
+    condition = half.encode(PROMPTS, 2.5, TEXT_TOKENS)
+    assert condition.txt_BMT.dtype == condition.vec_BV.dtype == ml_dtypes.bfloat16
+    latents = half.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS)
+    assert latents.dtype == np.float32 and relative(patchify(latents), dev.actual()) < 0.05
+    # In float32 on the same weights only their rounding is left.
+    wide = TextToImage(folder, devices=jax.devices()[:1])
+    assert wide.compute_dtype == "float32"
+    latents = wide.denoise(dev.noise, wide.encode(PROMPTS, 2.5, TEXT_TOKENS), HEIGHT, WIDTH, STEPS)
+    assert 1e-4 < relative(patchify(latents), dev.actual()) < 0.03
+
+
+def test_what_is_cut_off_a_prompt_is_told(dev):
+    prompt = "a photo of " + "the cat and " * 5
+    assert dev.ours.cuts(["a cat"], 64) == []
+    clip, t5 = dev.ours.cuts(["a cat", prompt], 12)
+    assert clip.startswith("CLIP reads 16 tokens of 'a photo of the cat and") and "is cut off" in clip
+    assert t5.startswith("T5 reads 12 tokens of 'a photo of")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(height=30), r"30 x 40, but both must be multiples of 4: the nearest is 32 x 40"),
+        (dict(width=1), r"24 x 1, but .* the nearest is 24 x 4"),
+        (dict(steps=0), "steps is 0, but must be at least 1"),
+        (dict(num=0), "num is 0"),
+        (dict(text_tokens=0), "text_tokens is 0"),
+        (dict(shift=0.0), "shift is 0, but must be positive"),
+        (dict(guidance=-1.0), "guidance is -1, but must not be negative"),
+        (dict(prompts=[]), "prompts is 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_weights_are_read(options, text, converted_folder):
+    fresh = TextToImage(converted_folder)
+    with pytest.raises(ValueError, match=text):
+        fresh(**{"prompts": "a cat", **SMALL, **options})
+    assert "params" not in vars(fresh)
+
+
+def test_guidance_zero_without_embedding_is_refused_for_it_would_drop_the_prompt(schnell):
+    with pytest.raises(ValueError, match="guidance is 0, which would drop the prompt"):
+        schnell.ours("a cat", guidance=0.0, **SMALL)
+
+
+def _changed(folder, target, change):
+    shutil.copytree(folder, target)
+    record = json.loads((target / "models.json").read_text())
+    change(record["models"])
+    (target / "models.json").write_text(json.dumps(record))
+    return target
+
+
+def test_a_folder_that_is_no_whole_pipeline_is_one_clear_line(converted_folder, pipeline_folder, tmp_path):
+    def fails(folder, text):
+        with pytest.raises(ConvertedError, match=text):
+            TextToImage(folder)
+
+    fails(tmp_path / "no", "no is not there$")
+    fails(pipeline_folder, "is no converted folder, for it has no models.json: make one with python -m")
+    only = _changed(converted_folder, tmp_path / "only", lambda m: [m.pop(k) for k in ("vae", "t5", "clip")])
+    fails(
+        only, "holds flux, but pictures need vae, clip, t5 too: convert again from a whole pipeline, or with one --from"
+    )
+    other = _changed(converted_folder, tmp_path / "other", lambda m: m["t5"]["config"].update(width=64))
+    fails(other, "the transformer's text width is 32, but T5's is 64")
+    small = _changed(converted_folder, tmp_path / "small", lambda m: m["clip"]["config"].update(vocab=50))
+    fails(small, "the tokenizer of CLIP has 575 tokens, but the model knows 50")
+    shutil.rmtree(small / "tokenizer_2")
+    fails(small, "there is no tokenizer of T5 in .*: convert again with --tokenizer and --tokenizer_2")
+    deep = _changed(converted_folder, tmp_path / "deep", lambda m: m["flux"]["config"].update(mlp_ratio=2))
+    with pytest.raises(ConvertedError, match=r"flux of .*/deep .* is \(2, .*, not \(2, .*: convert it again"):
+        TextToImage(deep)("a cat", **SMALL)
+
+
+def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(converted_folder, tmp_path, capfd):
+    out = tmp_path / "cat.png"
+    size = [f"--height={HEIGHT}", f"--width={WIDTH}", "--text_tokens=12"]
+    argv = ["sample", f"--checkpoint={converted_folder}", *size, "--guidance=2", "--steps=2", "--seed=3"]
+    assert sample.main([*argv, "--prompt=a photo of the cat and the dog and the cat", f"--out={out}"]) == 0
+    err = capfd.readouterr().err
+    for line in (
+        f"flux of {converted_folder} (Flux transformer with guidance",
+        f"t5 of {converted_folder} (T5 encoder",
+        "guidance 2: through the guidance embedding; computed in float32",
+        "T5 reads 12 tokens of 'a photo of the cat and the dog and the c'",
+        "1 pictures of 24 x 40 in 2 steps, ",
+    ):
+        assert line in err
+    with Image.open(out) as picture:
+        assert (picture.width, picture.height) == (WIDTH, HEIGHT)
+        pixels = np.asarray(picture)
+    prompt = "a photo of the cat and the dog and the cat"
+    called = TextToImage(converted_folder)(prompt, 2, 2.0, HEIGHT, WIDTH, seed=3, text_tokens=12)
+    np.testing.assert_array_equal(pixels, called[0])
+    assert sample.main([*argv, "--prompt=a cat", "--prompt=a dog", "--num=2", f"--out={out}"]) == 0
+    assert "4 pictures" in capfd.readouterr().err
+    with Image.open(out) as sheet:
+        assert sheet.width > 2 * WIDTH and sheet.height > 2 * HEIGHT
+
+
+def test_bad_input_to_the_command_is_one_clear_line(converted_folder, pipeline_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(TextToImage, "params", property(lambda self: pytest.fail("weights were read")))
+
+    def fails(*argv):
+        with pytest.raises(SystemExit) as stop:
+            command.run(sample.main, ["sample", "--prompt=a cat", *argv])
+        assert stop.value.code == 1
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    good = f"--checkpoint={converted_folder}"
+    assert "give one of --workdir and --checkpoint" in fails()
+    assert "give one of --workdir and --checkpoint" in fails(good, "--workdir=x")
+    assert "--view goes with --workdir, not with --checkpoint" in fails(good, "--view=fast")
+    assert "--height goes with --checkpoint, not with --workdir" in fails("--workdir=x", "--height=8")
+    assert "height x width is 30 x 1024" in fails(good, "--height=30")
+    assert "--steps is 0" in fails(good, "--steps=0")
+    assert "text_tokens is 0" in fails(good, "--text_tokens=0")
+    assert "no is not there" in fails(f"--checkpoint={tmp_path}/no")
+    assert "is no converted folder" in fails(f"--checkpoint={pipeline_folder}")
