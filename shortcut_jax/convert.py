@@ -34,6 +34,7 @@ from shortcut_jax.runtime.converted import (
     write_record,
 )
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.tokenizers import check_tokenizer, copy_tokenizer
 from shortcut_jax.sources import Model, abstract_params, holds_lora, open_lora, open_models, sampling_of
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
@@ -191,11 +192,10 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
     found = {}
     for name in exported.TOKENIZERS:
         given = getattr(options, name)
-        if given and not Path(given).is_dir():
-            raise UsageError(f"--{name}={given} is not a folder")
         beside = [s / name for s in sources if (s / name).is_dir()]
         if given or beside:
-            found[name] = Path(given) if given else beside[0]
+            found[name] = Path(given).expanduser() if given else beside[0]
+            check_tokenizer(found[name], name)
     return found
 
 
@@ -307,7 +307,7 @@ def _write_diffusers(job: Job, folder: Path, progress: exported.Progress) -> Non
 
 def _copy_tokenizers(job: Job, folder: Path) -> None:
     for name, source in job.tokenizers.items():
-        shutil.copytree(source, folder / name)
+        copy_tokenizer(source, folder / name)
 
 
 if __name__ == "__main__":

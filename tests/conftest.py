@@ -53,7 +53,6 @@ SMALL_RUN = {
     "eval.columns": 4,
     "eval.seeds": "(0,1)",
     "optimizer.warmup_steps": 0,
-    "ema.warmup": False,  # it would make both averages the same for a while
     "optimizer.learning_rate": 0.02,
     "log_every": 1,
     "mesh.data": 1,

@@ -160,6 +160,54 @@ def test_every_view_of_a_workdir_converts_in_its_own_numbers(trained, tmp_path, 
     assert not told["missing_keys"] and not told["unexpected_keys"]
 
 
+def test_a_pipeline_goes_to_every_format_and_back(pipeline_folder, converted_folder, tmp_path, capfd):
+    import torch
+    from diffusers import FluxPipeline
+
+    assert _convert(f"--from={pipeline_folder}", f"--to={tmp_path}/orbax") == 0
+    assert read_record(tmp_path / "orbax")[1] == read_record(converted_folder)[1]
+    assert _convert(f"--from={tmp_path}/orbax", f"--to={tmp_path}/diffusers", "--format=diffusers") == 0
+    old, new = (FluxPipeline.from_pretrained(folder) for folder in (pipeline_folder, tmp_path / "diffusers"))
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        one, two = (getattr(p, name).state_dict() for p in (old, new))
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
+    options = dict(height=16, width=24, num_inference_steps=2, output_type="latent", max_sequence_length=16)
+    for p in (old, new):
+        p.set_progress_bar_config(disable=True)
+    pictures = [p("a red cat", generator=torch.manual_seed(0), **options).images for p in (old, new)]
+    assert torch.equal(*pictures)
+
+    (tmp_path / "comfy").mkdir()
+    comfy = tmp_path / "comfy" / "all.safetensors"
+    config = {"axes_dims_rope": [4, 6, 6], "norm_num_groups": 8, "num_attention_heads": 4}
+    (tmp_path / "comfy" / "config.json").write_text(json.dumps(config))  # what small models cannot tell by shape
+    assert _convert(f"--from={tmp_path}/orbax", f"--to={comfy}", "--format=comfy") == 0
+    folders = [f"--{name}={pipeline_folder}/{name}" for name in ("tokenizer", "tokenizer_2")]
+    assert _convert(f"--from={comfy}", f"--to={tmp_path}/again", *folders) == 0
+    for kind in ("flux", "vae", "t5", "clip"):
+        one, two = (OrbaxParams(folder / kind) for folder in (converted_folder, tmp_path / "again"))
+        assert set(one) == set(two) and all(np.array_equal(one[k], two[k]) for k in one), kind
+    capfd.readouterr()
+    assert _convert(f"--from={tmp_path}/orbax", f"--to={tmp_path}/bfl", "--format=bfl") == 0
+    assert "note: clip, t5 are not part of Black Forest Labs' format" in capfd.readouterr().err.replace(
+        "t5, clip", "clip, t5"
+    )
+    assert sorted(p.name for p in (tmp_path / "bfl").iterdir()) == ["ae.safetensors", "flux1.safetensors"]
+
+
+def test_single_files_make_a_pipeline(pipeline_folder, converted_folder, tmp_path, capfd):
+    sources = [f"--from={pipeline_folder}/{n}" for n in ("vae", "text_encoder", "transformer", "text_encoder_2")]
+    tokenizers = [f"--{n}={pipeline_folder}/{n}" for n in ("tokenizer", "tokenizer_2")]
+    assert _convert(*sources, *tokenizers, f"--to={tmp_path}/all") == 0
+    from shortcut_jax import TextToImage
+
+    small = dict(height=16, width=24, steps=2, text_tokens=16)
+    one, two = (TextToImage(folder)("a red cat", **small) for folder in (tmp_path / "all", converted_folder))
+    np.testing.assert_array_equal(one, two)
+    error = _fails(capfd, *sources, f"--tokenizer={tmp_path}", f"--to={tmp_path}/x")
+    assert "is no tokenizer of CLIP" in error
+
+
 def _lora_file(path, tensors, metadata):
     exported.write_tensors(path, tensors, metadata)
     return path

@@ -75,7 +75,7 @@ class Tokenizer:
         """
         import transformers
 
-        self.name = _check(folder).name
+        self.name = check_tokenizer(folder, folder.name).name
         cls: Any = transformers.CLIPTokenizer if folder.name == CLIP else transformers.T5Tokenizer
         try:
             self._tokenizer = cls.from_pretrained(folder, local_files_only=True)
@@ -100,16 +100,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     Raises:
       ConvertedError: `source` is no tokenizer of that kind.
     """
-    _check(source, target.name)
+    check_tokenizer(source, target.name)
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
-def _check(folder: Path, kind: str | None = None) -> Layout:
-    """Refuses what the library would read as a tokenizer without words, or as one of the other kind."""
-    layout = LAYOUTS[kind or folder.name]
+def check_tokenizer(folder: Path, kind: str) -> Layout:
+    """Refuses what the library would read as a tokenizer without words, or as one of the other kind.
+
+    Raises:
+      ConvertedError: `folder` is no tokenizer of the kind, a key of `LAYOUTS`.
+    """
+    layout = LAYOUTS[kind]
     if not folder.is_dir():
         raise ConvertedError(f"there is no tokenizer of {layout.name} in {folder}: {_ADVICE}")
     if not any(all((folder / f).is_file() for f in files) for files in layout.complete):
