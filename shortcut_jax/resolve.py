@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 
 from shortcut_jax.core.schedules import StudentSteps
@@ -26,6 +27,9 @@ _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every", "rows.self_rows", "rows.flow_rows"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
+_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift")
+_DECAYS = ("ema.fast", "ema.slow", "optimizer.b1", "optimizer.b2")
+_PROBABILITIES = ("data.caption_dropout", "shift.dynamic")
 
 
 def from_config(config: typing.Any) -> Settings:
@@ -64,13 +68,28 @@ def _check(s: Settings) -> None:
         _require(values[name] >= 1, f"{name} is {values[name]}, but must be at least 1")
     for name in _NOT_NEGATIVE:
         _require(values[name] >= 0, f"{name} is {values[name]}, but must not be negative")
+    for name in _POSITIVE:
+        _require(values[name] > 0, f"{name} is {values[name]}, but must be positive")
+    for name in _DECAYS:
+        _require(0.0 <= values[name] < 1.0, f"{name} is {values[name]}, but must be in [0, 1)")
+    for name in _PROBABILITIES:
+        _require(0.0 <= values[name] <= 1.0, f"{name} is {values[name]}, but must be in [0, 1]")
     _check_student(s)
     _check_evaluation(s.eval)
-    _require(0.0 <= s.data.caption_dropout <= 1.0, f"data.caption_dropout is {s.data.caption_dropout}, not in [0, 1]")
-    for name, decay in (("ema.fast", s.ema.fast), ("ema.slow", s.ema.slow)):
-        _require(0.0 <= decay < 1.0, f"{name} is {decay}, but must be in [0, 1)")
-    _require(s.optimizer.learning_rate > 0, f"optimizer.learning_rate is {s.optimizer.learning_rate}, not positive")
-    _require(len(s.guidance) == 2, f"guidance is {s.guidance}, but must be (low, high)")
+    _require(
+        s.data.store == "latents" or s.data.text_encoder == "words",
+        "data.text_encoder is 'stored', but data.store 'pixels' has no stored text states: set data.text_encoder=words",
+    )
+    _require(
+        len(s.guidance) == 2 and s.guidance[0] <= s.guidance[1],
+        f"guidance is {s.guidance}, but must be (low, high) with low <= high",
+    )
+    try:
+        re.compile(s.optimizer.decay_paths)
+    except re.error as error:
+        raise ConfigError(
+            f"optimizer.decay_paths is {s.optimizer.decay_paths!r}, which is not a regular expression: {error}"
+        ) from None
     _require(
         (s.batch_size is None) != (s.batch_per_device is None),
         f"give exactly one of batch_size and batch_per_device, not {s.batch_size} and {s.batch_per_device}",
@@ -98,6 +117,7 @@ def _check_student(s: Settings) -> None:
 def _check_evaluation(e: EvalSettings) -> None:
     _require(bool(e.steps) and min(e.steps) >= 1, f"eval.steps is {e.steps}, but step counts must be at least 1")
     _require(bool(e.seeds), "eval.seeds is empty: name at least one noise seed")
+    _require(min(e.seeds) >= 0, f"eval.seeds is {e.seeds}, but seeds must not be negative")
     for view in e.views:
         _one_of("eval.views", view, VIEWS)
     _require(len(e.images) == len(e.views), f"eval.images {e.images} and eval.views {e.views} must have one entry each")

@@ -147,7 +147,7 @@ class Settings:
 
 
 MARKS = (
-    (r"steps|optimizer\.(warmup_steps|schedule)|max_skipped", "schedule"),
+    (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
     (r"mesh\..*|eval\..*|data\.dir|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device", "free"),
     (r"model\.(remat|attention|scan_unroll)", "free"),
     (r".*", "identity"),
