@@ -5,11 +5,12 @@ import math
 import re
 import typing
 
+from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.schedules import StudentSteps
 from shortcut_jax.data.records import latent_size
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
-from shortcut_jax.models.presets import preset
+from shortcut_jax.models.presets import PRESETS, preset
 from shortcut_jax.runtime.sharding import MeshShape
 from shortcut_jax.settings import ConfigError, EvalSettings, Settings, build, flatten, to_dict
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
@@ -192,6 +193,23 @@ def mesh_shape(s: Settings, num_devices: int) -> MeshShape:
         f"set --config.mesh.data, .fsdp and .tensor so that they multiply to {num_devices}",
     )
     return typing.cast(MeshShape, shape)
+
+
+def check_images(s: Settings, cfg: FluxConfig, shapes: typing.Iterable[tuple[int, ...]]) -> None:
+    """Raises ConfigError where images of pixels, each [h, w, c], are not what the config and its network take."""
+    channels = cfg.channels // PATCH**2
+    for height, width, depth in sorted(set(shapes)):
+        _require(
+            (height, width) == (s.data.height, s.data.width),
+            f"the data set {s.data.name!r} holds images of {height} x {width} pixels, but data.height and data.width "
+            f"are {s.data.height} and {s.data.width}: set --config.data.height={height} --config.data.width={width}",
+        )
+        fitting = [name for name, row in PRESETS.items() if row.channels == depth * PATCH**2]
+        _require(
+            depth == channels,
+            f"the data set {s.data.name!r} holds images of {depth} channels, but the preset {s.model.preset!r} takes "
+            f"{channels}: choose {' or '.join(fitting) or 'another data set; no preset takes these'}",
+        )
 
 
 def check_tensor(cfg: FluxConfig, shape: MeshShape) -> None:
