@@ -74,7 +74,7 @@ class Assembly:
     def flops(self) -> int:
         """Model FLOPs of one step."""
         s = self.settings
-        jumped = 0 if s.objective == "flow" else self.batch_size * s.rows.self_rows // s.rows.size * s.jumps
+        jumped = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.jumping * s.jumps
         return step_flops(self.model, self.num_image_tokens, s.data.text_tokens, self.batch_size, jumped)
 
     @property

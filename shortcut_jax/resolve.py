@@ -25,7 +25,8 @@ _AT_LEAST_ONE = (
     *("eval.batch_size", "eval.columns", "model.scan_unroll"),
 )
 _NOT_NEGATIVE = (
-    *("seed", "max_skipped", "sample_every", "checkpoint_every", "rows.self_rows", "rows.flow_rows"),
+    *("seed", "max_skipped", "sample_every", "checkpoint_every"),
+    *("rows.self_rows", "rows.flow_rows", "rows.teacher_rows"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
 _POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift")
@@ -112,6 +113,11 @@ def _check_student(s: Settings) -> None:
         f"jumps is {s.jumps}, but must be an even number of at least 2",
     )
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
+    _require(
+        s.rows.teacher_rows == 0,
+        f"rows.teacher_rows is {s.rows.teacher_rows}, but a teacher comes only with post-training, which this version "
+        f"does not have: set rows.teacher_rows=0",
+    )
     _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
 
 

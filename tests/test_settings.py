@@ -1,7 +1,11 @@
+import dataclasses
 import json
 
+import jax
 import pytest
 
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
 from shortcut_jax.settings import ConfigError, Settings, compare, default_config, flatten, to_dict
 from tests.helpers import tiny_assembly, tiny_config
@@ -94,6 +98,7 @@ def test_marks_tell_identity_schedule_and_free_changes_apart():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rows__teacher_rows": 1}, "teacher_rows is 1, but a teacher comes only with post-training"),
         ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate is 0\.0, but must be positive"),
         ({"optimizer__b1": 1.0}, r"optimizer\.b1 is 1\.0, but must be in \[0, 1\)"),
         ({"optimizer__b2": -0.1}, r"optimizer\.b2 is -0\.1"),
@@ -124,3 +129,6 @@ def test_the_objective_decides_on_the_step_size_input():
 def test_flops_of_a_step_count_the_jumps_of_self_rows():
     flow, scfm = tiny_assembly(objective="flow"), tiny_assembly()
     assert scfm.flops / flow.flops == pytest.approx(3.5 / 3)
+    rows = RowGroup(self_rows=1, flow_rows=1, teacher_rows=2)
+    taught = Assembly(dataclasses.replace(scfm.settings, rows=rows, jumps=4), jax.devices()[:1])
+    assert taught.flops / flow.flops == pytest.approx((3 + 0.75 * 4) / 3)
