@@ -78,6 +78,20 @@ def test_long_prompts_and_guidance_are_told(trained, tmp_path, capfd):
     assert "guidance 2: classifier-free, two evaluations a step" in err
 
 
+def test_the_pipeline_says_what_is_cut_and_refuses_steps_out_of_range(trained, capfd):
+    pipeline = Pipeline(trained, max_steps=3)
+    pipeline(["one", "a b c d e f g h i"], steps=1)
+    err = capfd.readouterr().err
+    assert err.count("it is cut to") == 1 and "has 9 words, the model reads 8: it is cut to 'a b c d e f g h'" in err
+    for steps in (0, -1, 4):
+        with pytest.raises(ValueError, match=f"asked for {steps} sampling steps, but must be 1 to 3"):
+            pipeline("one", steps=steps)
+    with pytest.raises(ValueError, match="asked for 0 pictures of 1 prompts"):
+        pipeline("one", num=0)
+    with pytest.raises(ValueError, match="asked for 1 pictures of 0 prompts"):
+        pipeline([])
+
+
 def test_bad_input_is_one_clear_line(trained, tmp_path, capfd):
     good = [f"--workdir={trained}", "--prompt=x"]
     assert "--steps is 0" in _fails(capfd, [*good, "--steps=0"])
