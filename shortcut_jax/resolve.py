@@ -132,7 +132,7 @@ def _check_evaluation(e: EvalSettings) -> None:
 
 
 def model_config(s: Settings, platform: str, check_backend: bool = True) -> FluxConfig:
-    """The network's config on a platform (`cpu`, `gpu`, `tpu`), without a mesh.
+    """The network's config on a platform (see `choose_backend`), without a mesh.
 
     Raises:
       ConfigError: an unknown preset, a geometry that does not fit together, or an attention backend that cannot run.

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import jax
 
@@ -25,6 +26,12 @@ def simulate_devices(num: int) -> None:
     os.environ["XLA_FLAGS"] = " ".join(f for f in flags if "xla_force_host_platform_device_count" not in f)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num)
+
+
+def platform_of(device: Any) -> str:
+    """`cpu`, `tpu`, `gpu` for an NVIDIA GPU and `rocm` for an AMD one, both of which JAX calls `gpu`."""
+    version = getattr(getattr(device, "client", None), "platform_version", "")
+    return "rocm" if device.platform == "gpu" and "rocm" in version.lower() else device.platform
 
 
 def say(message: str) -> None:
