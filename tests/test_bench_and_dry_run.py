@@ -1,5 +1,7 @@
 import functools
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +110,16 @@ def test_targets_are_checked(capfd):
             command.run(train.main, ["train", "--config=configs/digits.py", *argv])
         assert stop.value.code == 1
         assert pattern in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "code", "word"), [("1", 0, "fits"), ("0.001", 1, "does not fit")])
+def test_a_dry_run_for_other_devices_exits_by_their_memory(limit, code, word):
+    argv = [sys.executable, "-m", "shortcut_jax.train", *TINY, "--config.mesh.fsdp=2", "--dry_run", "--target=cpu:2"]
+    done = subprocess.run([*argv, f"--device_memory_gb={limit}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "mesh data 1 x fsdp 2 x tensor 1 on cpu" in done.stdout
+    assert f"of {limit} GB a device: {word}" in done.stdout
 
 
 @pytest.mark.slow

@@ -176,6 +176,13 @@ def test_a_non_finite_step_stops_the_run_and_names_itself(tmp_path, arguments, m
     assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
 
 
+def test_more_non_finite_steps_in_a_row_than_are_borne_stop_the_run(tmp_path, arguments, monkeypatch, capfd):
+    _with_nan_at(monkeypatch, {1, 3, 4})
+    error = _fails(capfd, arguments(tmp_path / "run", max_skipped=1, steps=6))
+    assert "step 4" in error and "2 steps in a row (max_skipped 1)" in error
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == []
+
+
 def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, arguments, monkeypatch):
     _with_nan_at(monkeypatch, {2})
     assert train.main(arguments(tmp_path / "run", max_skipped=1, eval__views="()", eval__images="()")) == 0
@@ -245,9 +252,13 @@ def test_bad_command_lines_are_one_clear_line(tmp_path, capfd):
     assert "is a file, not a folder" in error and file.read_text() == "mine"
 
 
-def test_the_pod_config_without_its_data_says_what_is_missing(capfd):
-    error = _fails(capfd, ["train", "--config=configs/flux_pretrain.py"])
-    assert "cc12m_latents_256" in error and "shortcut_jax.prepare" in error and "configs/digits.py" in error
+def test_the_pod_config_without_its_data_says_what_is_missing_within_seconds():
+    argv = [sys.executable, "-m", "shortcut_jax.train", "--config=configs/flux_pretrain.py"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    for part in ("error: ", "cc12m_latents_256", "shortcut_jax.prepare", "configs/digits.py"):
+        assert part in error
 
 
 FOUR_DEVICES = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images": "()"}
