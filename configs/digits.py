@@ -1,9 +1,14 @@
 """The embedded default: a 1.2 M parameter Flux on 1,797 real handwritten digits, 8 x 8 pixels.
 
-Command: `python -m shortcut_jax.train --config=configs/digits.py`
-Hardware: two CPU cores. The README's comparison is the same with `--config.steps=4000`.
+Command:  python -m shortcut_jax.train --config=configs/digits.py
+Hardware: two CPU cores, 1.7 GB.
+Time:     4.6 minutes for 1,000 steps and the report.
+Expected: a report.md with a table and a picture. With --config.steps=4000, as in the README's comparison, the slow EMA
+          has a Frechet distance of 2.33 / 0.46 / 0.23 / 0.20 / 0.17 / 0.16 and a caption accuracy of
+          0.997 / 0.987 / 0.968 / 0.978 / 0.978 / 0.983 at 1 / 2 / 3 / 4 / 8 / 32 steps (4 noise seeds).
 
-Student step counts, tuned by hand on one noise seed (slow EMA, 128 rows a step; distance / caption accuracy):
+Student step weights, tuned by hand on one noise seed (slow EMA, 128 rows a step; distance / caption accuracy). The two
+runs differ in length as well, so they show a tendency and no more:
 
     weights                                  steps   1 step        2 steps       3 steps       4 steps
     equal                                    2,500   1.69 / 0.987  0.39 / 0.960  0.31 / 0.943  0.25 / 0.960

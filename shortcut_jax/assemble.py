@@ -17,6 +17,7 @@ from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import Flux, FluxConfig
 from shortcut_jax.models.linear import no_constraint
 from shortcut_jax.resolve import check_tensor, global_batch, mesh_shape, model_config, step_settings
+from shortcut_jax.runtime.distributed import platform_of
 from shortcut_jax.runtime.metrics import peak_flops
 from shortcut_jax.runtime.sharding import (
     batch_sharding,
@@ -33,7 +34,7 @@ from shortcut_jax.steps.train_step import make_train_step
 
 
 class Assembly:
-    """Everything that a main needs of a run, built from settings without touching a device.
+    """Everything that a main needs of a run, built from settings. Only `init_state` puts arrays on devices.
 
     Attributes:
       settings: as given.
@@ -51,7 +52,7 @@ class Assembly:
         self.settings = settings
         shape = mesh_shape(settings, len(devices))
         self.batch_size = global_batch(settings, shape) if training else 0
-        model = model_config(settings, devices[0].platform)
+        model = model_config(settings, platform_of(devices[0]))
         self.mesh_shape = shape
         self.mesh = make_mesh(shape, devices)
         check_tensor(model, shape)
@@ -74,7 +75,7 @@ class Assembly:
     def flops(self) -> int:
         """Model FLOPs of one step."""
         s = self.settings
-        jumped = 0 if s.objective == "flow" else self.batch_size * s.rows.self_rows // s.rows.size * s.jumps
+        jumped = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.jumping * s.jumps
         return step_flops(self.model, self.num_image_tokens, s.data.text_tokens, self.batch_size, jumped)
 
     @property

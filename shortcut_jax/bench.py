@@ -3,7 +3,9 @@
 Two variants are timed in turn, A B A B ..., in one process, so that their ratio holds where a lone time would not.
 """
 
+import ast
 import functools
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.settings import Settings
 
 USAGE = "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm] [--steps=20]"
 
@@ -24,8 +27,8 @@ USAGE = "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=o
 class Contender:
     """One compiled config on random data of the right shapes."""
 
-    def __init__(self, name: str, config: Any):
-        self.name, self.assembly = name, Assembly(from_config(config))
+    def __init__(self, name: str, settings: Settings):
+        self.name, self.assembly = name, Assembly(settings)
         self.seconds: list[float] = []
         say(f"compiling {name}")
         begin = time.perf_counter()
@@ -66,33 +69,49 @@ def main(argv: Sequence[str]) -> int:
     contenders = [Contender(*pair) for pair in _variants(options)]
     for c in contenders:
         c.run(1, count=False)
-    for _ in range(max(steps // stretch, 1)):
+    for done in range(0, steps, stretch):
         for c in contenders:
-            c.run(stretch)
+            c.run(min(stretch, steps - done))
     print(table(contenders))
     return 0
 
 
-def _variants(options: Any) -> list[tuple[str, Any]]:
-    """Names and configs of what is timed."""
+def _variants(options: Any) -> list[tuple[str, Settings]]:
+    """Names and settings of what is timed, all of them checked before any is compiled."""
     config, other, vary = options.config, options.vs, options.vary
     if other is not None:
-        return [("config", config), ("vs", other)]
+        return [("config", from_config(config)), ("vs", from_config(other))]
     if vary is None:
-        return [("config", config)]
+        return [("config", from_config(config))]
     key, _, choices = vary.partition("=")
     variants = []
-    for choice in choices.split(","):
+    for choice in re.split(_COMMA, choices):
         changed = config.copy_and_resolve_references()
         try:
             *folders, leaf = key.split(".")
             node = functools.reduce(lambda n, folder: n[folder], folders, changed)
-            kind = node.get_type(leaf)
-            node[leaf] = choice == "True" if kind is bool else kind(choice)
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            value = choice if node.get_type(leaf) is str else _value(choice)
+            with node.ignore_type():  # the settings check it, and say what it must be
+                node[leaf] = value
+            settings = from_config(changed)
+        except (KeyError, AttributeError, TypeError) as error:
             raise UsageError(f"--vary={vary}: {key!r} cannot be set to {choice!r} ({type(error).__name__})") from error
-        variants.append((f"{key}={choice}", changed))
+        variants.append((f"{key}={choice}", settings))
     return variants
+
+
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")
+"""A comma outside of brackets, between two values."""
+
+
+def _value(text: str) -> Any:
+    """A value as on a config's command line: a Python literal, true or false, or else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def table(contenders: Sequence[Contender]) -> str:

@@ -9,7 +9,7 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.hlo import count_kinds
+from shortcut_jax.runtime.hlo import compile_and_partition, count_kinds
 from shortcut_jax.settings import Settings
 
 GB = 1e9
@@ -56,15 +56,16 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
     lowered = assembly.train_step.lower(shapes, assembly.batch_shapes)
     lower_s = time.perf_counter() - begin
     begin = time.perf_counter()
-    compiled = lowered.compile()
+    compiled, partitioned = compile_and_partition(lowered)
     compile_s = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     _print_row("arguments a device", f"{memory.argument_size_in_bytes / GB:.2f} GB")
     upper = " (XLA:CPU; an upper estimate for other platforms)" if jax.default_backend() == "cpu" else ""
     _print_row("temporaries a device", f"{memory.temp_size_in_bytes / GB:.2f} GB{upper}")
-    kinds = count_kinds(compiled.as_text())
-    _print_row("collectives", ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none")
+    kinds = count_kinds(partitioned or compiled.as_text())
+    where = "right after partitioning" if partitioned else f"in the final program for {jax.default_backend()}"
+    _print_row("collectives", (", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none") + f" ({where})")
     _print_row("time", f"lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s")
     if limit_gb is None:
         return 0

@@ -45,7 +45,12 @@ class Generator:
           seed: of the noise.
           guidance: guidance scale. A model with a guidance embedding is told it; for other models a scale other than 1
             means classifier-free guidance, at two evaluations a step.
+
+        Raises:
+          ValueError: a step count that the sampler was not made for.
         """
+        if not 1 <= num_steps <= self.max_steps:
+            raise ValueError(f"asked for {num_steps} sampling steps, but must be 1 to {self.max_steps} (max_steps)")
         pictures = []
         for first in range(0, len(captions), self.batch_size):
             chunk = list(captions[first : first + self.batch_size])

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import re
 import typing
 
+from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.schedules import StudentSteps
 from shortcut_jax.data.records import latent_size
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
-from shortcut_jax.models.presets import preset
+from shortcut_jax.models.presets import PRESETS, preset
 from shortcut_jax.runtime.sharding import MeshShape
 from shortcut_jax.settings import ConfigError, EvalSettings, Settings, build, flatten, to_dict
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
@@ -23,9 +25,13 @@ _AT_LEAST_ONE = (
     *("eval.batch_size", "eval.columns", "model.scan_unroll"),
 )
 _NOT_NEGATIVE = (
-    *("seed", "max_skipped", "sample_every", "checkpoint_every", "rows.self_rows", "rows.flow_rows"),
+    *("seed", "max_skipped", "sample_every", "checkpoint_every"),
+    *("rows.self_rows", "rows.flow_rows", "rows.teacher_rows"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
+_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift")
+_DECAYS = ("ema.fast", "ema.slow", "optimizer.b1", "optimizer.b2")
+_PROBABILITIES = ("data.caption_dropout", "shift.dynamic")
 
 
 def from_config(config: typing.Any) -> Settings:
@@ -65,13 +71,28 @@ def _check(s: Settings) -> None:
         _require(values[name] >= 1, f"{name} is {values[name]}, but must be at least 1")
     for name in _NOT_NEGATIVE:
         _require(values[name] >= 0, f"{name} is {values[name]}, but must not be negative")
+    for name in _POSITIVE:
+        _require(values[name] > 0, f"{name} is {values[name]}, but must be positive")
+    for name in _DECAYS:
+        _require(0.0 <= values[name] < 1.0, f"{name} is {values[name]}, but must be in [0, 1)")
+    for name in _PROBABILITIES:
+        _require(0.0 <= values[name] <= 1.0, f"{name} is {values[name]}, but must be in [0, 1]")
     _check_student(s)
     _check_evaluation(s.eval)
-    _require(0.0 <= s.data.caption_dropout <= 1.0, f"data.caption_dropout is {s.data.caption_dropout}, not in [0, 1]")
-    for name, decay in (("ema.fast", s.ema.fast), ("ema.slow", s.ema.slow)):
-        _require(0.0 <= decay < 1.0, f"{name} is {decay}, but must be in [0, 1)")
-    _require(s.optimizer.learning_rate > 0, f"optimizer.learning_rate is {s.optimizer.learning_rate}, not positive")
-    _require(len(s.guidance) == 2, f"guidance is {s.guidance}, but must be (low, high)")
+    _require(
+        s.data.store == "latents" or s.data.text_encoder == "words",
+        "data.text_encoder is 'stored', but data.store 'pixels' has no stored text states: set data.text_encoder=words",
+    )
+    _require(
+        len(s.guidance) == 2 and s.guidance[0] <= s.guidance[1],
+        f"guidance is {s.guidance}, but must be (low, high) with low <= high",
+    )
+    try:
+        re.compile(s.optimizer.decay_paths)
+    except re.error as error:
+        raise ConfigError(
+            f"optimizer.decay_paths is {s.optimizer.decay_paths!r}, which is not a regular expression: {error}"
+        ) from None
     _require(
         (s.batch_size is None) != (s.batch_per_device is None),
         f"give exactly one of batch_size and batch_per_device, not {s.batch_size} and {s.batch_per_device}",
@@ -93,12 +114,18 @@ def _check_student(s: Settings) -> None:
         f"jumps is {s.jumps}, but must be an even number of at least 2",
     )
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
+    _require(
+        s.rows.teacher_rows == 0,
+        f"rows.teacher_rows is {s.rows.teacher_rows}, but a teacher comes only with post-training, which this version "
+        f"does not have: set rows.teacher_rows=0",
+    )
     _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
 
 
 def _check_evaluation(e: EvalSettings) -> None:
     _require(bool(e.steps) and min(e.steps) >= 1, f"eval.steps is {e.steps}, but step counts must be at least 1")
     _require(bool(e.seeds), "eval.seeds is empty: name at least one noise seed")
+    _require(min(e.seeds) >= 0, f"eval.seeds is {e.seeds}, but seeds must not be negative")
     for view in e.views:
         _one_of("eval.views", view, VIEWS)
     _require(len(e.images) == len(e.views), f"eval.images {e.images} and eval.views {e.views} must have one entry each")
@@ -106,7 +133,7 @@ def _check_evaluation(e: EvalSettings) -> None:
 
 
 def model_config(s: Settings, platform: str, check_backend: bool = True) -> FluxConfig:
-    """The network's config on a platform (`cpu`, `gpu`, `tpu`), without a mesh.
+    """The network's config on a platform (see `choose_backend`), without a mesh.
 
     Raises:
       ConfigError: an unknown preset, a geometry that does not fit together, or an attention backend that cannot run.
@@ -173,6 +200,23 @@ def mesh_shape(s: Settings, num_devices: int) -> MeshShape:
         f"set --config.mesh.data, .fsdp and .tensor so that they multiply to {num_devices}",
     )
     return typing.cast(MeshShape, shape)
+
+
+def check_images(s: Settings, cfg: FluxConfig, shapes: typing.Iterable[tuple[int, ...]]) -> None:
+    """Raises ConfigError where images of pixels, each [h, w, c], are not what the config and its network take."""
+    channels = cfg.channels // PATCH**2
+    for height, width, depth in sorted(set(shapes)):
+        _require(
+            (height, width) == (s.data.height, s.data.width),
+            f"the data set {s.data.name!r} holds images of {height} x {width} pixels, but data.height and data.width "
+            f"are {s.data.height} and {s.data.width}: set --config.data.height={height} --config.data.width={width}",
+        )
+        fitting = [name for name, row in PRESETS.items() if row.channels == depth * PATCH**2]
+        _require(
+            depth == channels,
+            f"the data set {s.data.name!r} holds images of {depth} channels, but the preset {s.model.preset!r} takes "
+            f"{channels}: choose {' or '.join(fitting) or 'another data set; no preset takes these'}",
+        )
 
 
 def check_tensor(cfg: FluxConfig, shape: MeshShape) -> None:

@@ -85,13 +85,23 @@ class Pipeline:
         """Pictures [len(prompts) * num, h, w, c], uint8, those of a prompt together.
 
         Args:
-          prompts: one or several; words beyond the text length are cut.
-          steps: sampling steps (Euler), at least 1.
+          prompts: one or several; words beyond the text length are cut, which is said.
+          steps: sampling steps (Euler), 1 to `max_steps`.
           num: pictures a prompt.
           seed: of the noise.
           guidance: guidance scale; 1 means none.
+
+        Raises:
+          ValueError: no prompt, or a number of steps or pictures out of range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or num < 1:
+            raise ValueError(f"asked for {num} pictures of {len(prompts)} prompts, but both must be at least 1")
+        length = self.settings.data.text_tokens
+        for prompt in prompts:
+            if count_words(prompt) > length:
+                kept = " ".join(prompt.split()[:length])
+                say(f"the prompt has {count_words(prompt)} words, the model reads {length}: it is cut to {kept!r}")
         return self.generate(self.params, [p for p in prompts for _ in range(num)], steps, seed, guidance)
 
 
@@ -125,11 +135,6 @@ def main(argv: Sequence[str]) -> int:
     if options.checkpoint is not None:
         return _sample_checkpoint(options, out)
     pipeline = Pipeline(options.workdir, options.view, max_steps=options.steps, batch_size=min(num, 64))
-    length = pipeline.settings.data.text_tokens
-    for prompt in options.prompt:
-        if count_words(prompt) > length:
-            kept = " ".join(prompt.split()[:length])
-            say(f"the prompt has {count_words(prompt)} words, the model reads {length}: it is cut to {kept!r}")
     if options.guidance != 1.0:
         classifier_free = "classifier-free, two evaluations a step"
         how = "through the guidance embedding" if pipeline.distilled_guidance else classifier_free

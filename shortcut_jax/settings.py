@@ -106,7 +106,7 @@ class Settings:
       batch_size: global batch, rows a step; give this or `batch_per_device`.
       batch_per_device: rows a step for each device along the mesh axes data and fsdp.
       accumulate: micro-batches a step.
-      rows: self and flow rows in each group of consecutive rows (scfm, shortcut).
+      rows: rows of each kind in each group of consecutive rows (scfm, shortcut); teacher rows have to be 0.
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
       jumps: grid steps of a student step, an even number.
@@ -151,7 +151,7 @@ class Settings:
 
 
 MARKS = (
-    (r"steps|optimizer\.(warmup_steps|schedule)|max_skipped", "schedule"),
+    (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
     (r"mesh\..*|eval\..*|data\.dir|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device", "free"),
     (r"model\.(remat|attention|scan_unroll)", "free"),
     (r".*", "identity"),

@@ -1,6 +1,5 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +17,17 @@ from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.pipeline import batches, make_samples
 from shortcut_jax.data.records import check_available, open_source
 from shortcut_jax.generate import Generator
-from shortcut_jax.initial import load_initial, open_initial
+from shortcut_jax.initial import open_initial
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
-from shortcut_jax.resolve import from_config, objective_settings
+from shortcut_jax.resolve import check_images, from_config, objective_settings
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import Meter, MetricLog, read_metrics, save_curves
-from shortcut_jax.runtime.sharding import batch_sharding, describe_shardings, process_rows, replicated, to_global
-from shortcut_jax.settings import ConfigError, Settings, compare, to_dict
-from shortcut_jax.sources import Model
-from shortcut_jax.steps.state import TrainState, choose_view, from_items, to_items
+from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
+from shortcut_jax.settings import Settings
+from shortcut_jax.steps.state import TrainState, choose_view, to_items
+from shortcut_jax.workdir import check_workdir, record_of, restore_or_init, write_record
 
 Source = Sequence[dict[str, Any]]
 """Records by index, as `open_source` gives them."""
@@ -88,39 +87,53 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
       0 at the end or at `stop_at`, 75 after SIGTERM, 130 after Ctrl-C; in each case everything is saved.
 
     Raises:
-      ConfigError: the workdir belongs to another run.
+      ConfigError: the workdir belongs to another run, or the data are not of the size that the config says.
       TrainingError: the loss stayed non-finite; what was saved before is intact.
     """
     settings = assembly.settings
-    check_workdir(workdir, record_of(assembly))
-    source = open_source(settings.data)
-    fresh = stored_config(workdir / "checkpoints") is None
-    initial = open_initial(assembly) if settings.init_from and fresh else None
-
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
-    log = MetricLog(workdir)
-    try:
-        state, start = restore_or_init(assembly, checkpoints, initial)
-        write_record(workdir, assembly)
-        announce(assembly, workdir, start)
-        stop = min(stop_at or settings.steps, settings.steps)
-        outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, source))
-        with distributed.Interruptions() as interruptions:
+    with distributed.Interruptions() as interruptions:
+        check_workdir(workdir, record_of(assembly))
+        source = open_source(settings.data)
+        check_images(settings, assembly.model, [record["image"].shape for record in _looked_at(source)])
+        fresh = stored_config(workdir / "checkpoints") is None
+        initial = open_initial(assembly) if settings.init_from and fresh else None
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
+        log = MetricLog(workdir)
+        start = max(checkpoints.steps(), default=0)
+        try:
+            state, start = restore_or_init(assembly, checkpoints, initial)
+            write_record(workdir, assembly)
+            announce(assembly, workdir, start)
+            stop = min(stop_at or settings.steps, settings.steps)
+            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, source))
+            interruptions.check()
             if start < stop:
                 state = loop(assembly, source, outputs, state, start, stop, interruptions)
             if stop == settings.steps:
                 finish(assembly, source, outputs, state, interruptions)
-    except distributed.Interrupted as interrupted:
-        (signal,) = interrupted.args
-        checkpoints.wait()
-        newest = max(checkpoints.steps())
-        say(f"\n{signal.name}: saved step {newest} in {checkpoints.folder}; the same command resumes it")
-        return distributed.EXIT_CODES[signal]
-    finally:
-        log.close()
-        checkpoints.close()
+        except distributed.Interrupted as interrupted:
+            (signal,) = interrupted.args
+            checkpoints.wait()
+            say(f"\n{signal.name}: {_what_is_saved(checkpoints, start)}; the same command goes on from there")
+            return distributed.EXIT_CODES[signal]
+        finally:
+            log.close()
+            checkpoints.close()
     return 0
+
+
+def _looked_at(source: Source) -> Source:
+    """The records whose size is checked: all of a set that is in memory, else the first."""
+    return source if isinstance(source, list) else [source[0]]
+
+
+def _what_is_saved(checkpoints: Checkpoints, start: int) -> str:
+    """What an interrupted run that began at step `start` leaves behind."""
+    newest = max(checkpoints.steps(), default=0)
+    if newest > start:
+        return f"saved step {newest} in {checkpoints.folder}"
+    return f"nothing new was to be saved{f' after step {newest}' if newest else ''} in {checkpoints.folder}"
 
 
 def loop(
@@ -149,7 +162,7 @@ def loop(
                 record(*pending, s, outputs.log, meter, bar)
             pending = (step, metrics)
             bar.update()
-            signal = interruptions.agreed(step)
+            signal = interruptions.agreed()
             last = step == stop or signal is not None
             if last or _due(step, s.checkpoint_every):
                 record(*pending, s, outputs.log, meter, bar)
@@ -261,64 +274,12 @@ def grid_painter(assembly: Assembly, source: Source) -> Callable[[Any], Image.Im
     return lambda params: sample_grid(generator, params, captions, e.steps, e.guidance)
 
 
-def record_of(assembly: Assembly) -> dict[str, Any]:
-    """The resolved config, as it is stored with every checkpoint."""
-    return {**to_dict(assembly.settings), "batch_size": assembly.batch_size}
-
-
 def _grid_name(step: int) -> str:
     return f"samples/step_{step:08d}.png"
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Compares a config with the one a workdir was made by, before anything is written.
-
-    Raises:
-      ConfigError: they differ in what makes a run what it is; all such fields and both values are named.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is a file, not a folder")
-    stored = stored_config(workdir / "checkpoints")
-    if stored is None:
-        return
-    differences = compare(stored, config)
-    if differences["identity"]:
-        raise ConfigError(
-            f"the workdir {workdir} holds a different run; stored -> asked for: "
-            f"{'; '.join(differences['identity'])}. Choose another --workdir, or the stored values"
-        )
-    for line in differences["schedule"]:
-        say(f"changed since the last run: {line}")
-
-
-def restore_or_init(
-    assembly: Assembly, checkpoints: Checkpoints, initial: Model | None = None
-) -> tuple[TrainState, int]:
-    """The newest readable state of a workdir, or a fresh one, from given weights if there are any."""
-    if not checkpoints.steps():
-        return assembly.init_state(load_initial(assembly, initial) if initial else None), 0
-
-    def read(step: int) -> tuple[TrainState, int]:
-        meta = checkpoints.meta(step)
-        items = checkpoints.restore(step, to_items(assembly.state_shapes))
-        whole = replicated(assembly.mesh)
-        counters = {k: jax.device_put(np.int32(v), whole) for k, v in meta["counters"].items()}
-        return from_items(items, counters), int(meta["step"])
-
-    return checkpoints.newest_readable(read)
-
-
-def write_record(workdir: Path, assembly: Assembly) -> None:
-    """Writes the resolved config and sharding table beside the run, for people."""
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(json.dumps(record_of(assembly), indent=2) + "\n")
-        shapes = assembly.state_shapes.params
-        table = describe_shardings(jax.tree.map(lambda x: x.sharding, shapes), shapes)
-        (workdir / "shardings.txt").write_text(table + "\n")
 
 
 def announce(assembly: Assembly, workdir: Path, start: int) -> None:

@@ -1,4 +1,8 @@
+import functools
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,10 +29,54 @@ def test_bench_times_two_values_in_turn_and_prints_their_ratio(one_device, capsy
 
 
 @pytest.mark.parametrize(
+    ("vary", "expected"),
+    [
+        ("ema.warmup=true,False", [True, False]),
+        ("student_steps=(1,2),[1,2,4]", [(1, 2), (1, 2, 4)]),
+        ("optimizer.learning_rate=1,2e-3", [1.0, 2e-3]),
+        ("model.width=None,32", [None, 32]),
+        ("optimizer.decay_paths=.*,7", [".*", "7"]),
+        ("steps=3,4", [3, 4]),
+    ],
+)
+def test_values_of_every_type_can_be_varied(vary, expected):
+    options = SimpleNamespace(config=tiny_config(), vs=None, vary=vary)
+    key = vary.split("=")[0].split(".")
+    read = lambda settings: functools.reduce(getattr, key, settings)
+    assert [read(settings) for _, settings in bench._variants(options)] == expected
+
+
+def test_two_configs_can_be_compared_and_exactly_the_steps_asked_for_are_timed(
+    one_device, tmp_path, monkeypatch, capsys
+):
+    other = tmp_path / "other.py"
+    other.write_text(
+        "from tests.helpers import tiny_config\n\n\ndef get_config():\n    return tiny_config(objective='flow')\n"
+    )
+    stretches = []
+    real = bench.Contender.run
+    monkeypatch.setattr(
+        bench.Contender, "run", lambda c, n, count=True: stretches.append((c.name, n, count)) or real(c, n, count)
+    )
+    assert bench.main(["bench", *TINY, f"--vs={other}", "--steps=5", "--stretch=3"]) == 0
+    assert [s for s in stretches if s[2]] == [
+        ("config", 3, True),
+        ("vs", 3, True),
+        ("config", 2, True),
+        ("vs", 2, True),
+    ]
+    _, first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("config: ") and second.startswith("vs: ") and "x the time of config" in second
+
+
+@pytest.mark.parametrize(
     ("extra", "pattern"),
     [
         (["--vary=nothing=1,2"], "'nothing' cannot be set to '1'"),
-        (["--vary=steps=few"], "'steps' cannot be set to 'few'"),
+        (["--vary=steps=few"], "steps is 'few', but must be int"),
+        (["--vary=ema.warmup=true,2"], "ema.warmup is 2, but must be bool"),
+        (["--vary=model=1,2"], "'model' cannot be set to '1'"),
+        (["--vs=configs/digits.py", "--vary=seed=0,1"], "give --vs or --vary, not both"),
         (["--steps=0"], "must be at least 1"),
         (["--vary=objective=flow,magic"], "objective is 'magic'"),
     ],
@@ -46,7 +94,8 @@ def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys):
     out = capsys.readouterr().out
     for part in ("parameters", "124,164", "model FLOPs a step", "arguments a device", "temporaries a device"):
         assert part in out
-    assert re.search(r"collectives +\d+ all-gather, \d+ all-reduce", out) and "fits" in out
+    assert re.search(r"collectives +\d+ all-gather, \d+ all-reduce.* \(right after partitioning\)", out)
+    assert "fits" in out
     assert dry_run.run(settings, None, 1e-6) == 1
     assert "does not fit" in capsys.readouterr().out
 
@@ -61,6 +110,16 @@ def test_targets_are_checked(capfd):
             command.run(train.main, ["train", "--config=configs/digits.py", *argv])
         assert stop.value.code == 1
         assert pattern in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "code", "word"), [("1", 0, "fits"), ("0.001", 1, "does not fit")])
+def test_a_dry_run_for_other_devices_exits_by_their_memory(limit, code, word):
+    argv = [sys.executable, "-m", "shortcut_jax.train", *TINY, "--config.mesh.fsdp=2", "--dry_run", "--target=cpu:2"]
+    done = subprocess.run([*argv, f"--device_memory_gb={limit}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "mesh data 1 x fsdp 2 x tensor 1 on cpu" in done.stdout
+    assert f"of {limit} GB a device: {word}" in done.stdout
 
 
 @pytest.mark.slow

@@ -150,7 +150,6 @@ def test_every_view_of_a_workdir_converts_in_its_own_numbers(trained, tmp_path, 
         read[view] = dict(OrbaxParams(tmp_path / view / "flux"))
     assert all(v.dtype == np.float32 for v in read["slow"].values())
     assert not any(np.array_equal(read["slow"][k], read["online"][k]) for k in ("img_in/kernel", "final_linear/kernel"))
-    assert not np.array_equal(read["slow"]["img_in/kernel"], read["fast"]["img_in/kernel"])
     (model,) = open_models(tmp_path / "slow")
     assert model.kind == "flux" and model.config.width == 32
     assert _convert(f"--from={trained}", f"--to={tmp_path}/d", "--format=diffusers", "--dtype=bfloat16") == 0
@@ -189,9 +188,7 @@ def test_a_pipeline_goes_to_every_format_and_back(pipeline_folder, converted_fol
         assert set(one) == set(two) and all(np.array_equal(one[k], two[k]) for k in one), kind
     capfd.readouterr()
     assert _convert(f"--from={tmp_path}/orbax", f"--to={tmp_path}/bfl", "--format=bfl") == 0
-    assert "note: clip, t5 are not part of Black Forest Labs' format" in capfd.readouterr().err.replace(
-        "t5, clip", "clip, t5"
-    )
+    assert "are not part of Black Forest Labs' format and are left out" in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / "bfl").iterdir()) == ["ae.safetensors", "flux1.safetensors"]
 
 
@@ -327,8 +324,12 @@ def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, 
 
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: device)
-    small = {"eval__views": "()", "eval__images": "()", "objective": "shortcut", "steps": 1}
+    small = {"eval__views": "()", "eval__images": "()", "objective": "shortcut", "steps": 1, "ema__warmup": False}
     assert train.main(arguments(tmp_path / "run", **small)) == 0
     error = _fails(capfd, f"--from={tmp_path}/run", f"--to={tmp_path}/x", "--format=bfl")
     assert "has a step-size embedding" in error
-    assert _convert(f"--from={tmp_path}/run", f"--to={tmp_path}/x") == 0
+    for view in ("fast", "slow"):  # without warm-up the averages differ from the first step on
+        assert _convert(f"--from={tmp_path}/run", f"--to={tmp_path}/{view}", f"--view={view}") == 0
+    fast, slow = (OrbaxParams(tmp_path / view / "flux") for view in ("fast", "slow"))
+    assert "step_in/in_layer/kernel" in slow
+    assert not np.array_equal(fast["final_linear/kernel"], slow["final_linear/kernel"])

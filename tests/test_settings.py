@@ -1,7 +1,11 @@
+import dataclasses
 import json
 
+import jax
 import pytest
 
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
 from shortcut_jax.settings import ConfigError, Settings, compare, default_config, flatten, to_dict
 from tests.helpers import tiny_assembly, tiny_config
@@ -68,6 +72,7 @@ def test_marks_tell_identity_schedule_and_free_changes_apart():
                 model__preset="digits",
                 data__text_tokens=9,
                 optimizer__b1=0.8,
+                optimizer__schedule="cosine",
                 batch_size=64,
                 student_steps=(1, 2),
             )
@@ -82,11 +87,35 @@ def test_marks_tell_identity_schedule_and_free_changes_apart():
         "model.preset",
         "data.text_tokens",
         "optimizer.b1",
+        "optimizer.schedule",
         "batch_size",
         "student_steps",
     }
     assert "steps: 4 -> 9" in differences["schedule"]
     assert not any(compare(old, json.loads(json.dumps(old))).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows__teacher_rows": 1}, "teacher_rows is 1, but a teacher comes only with post-training"),
+        ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate is 0\.0, but must be positive"),
+        ({"optimizer__b1": 1.0}, r"optimizer\.b1 is 1\.0, but must be in \[0, 1\)"),
+        ({"optimizer__b2": -0.1}, r"optimizer\.b2 is -0\.1"),
+        ({"optimizer__eps": 0.0}, r"optimizer\.eps is 0\.0, but must be positive"),
+        ({"optimizer__decay_paths": "*kernel"}, r"decay_paths is '\*kernel', which is not a regular expression"),
+        ({"eval__shift": -1.0}, r"eval\.shift is -1\.0, but must be positive"),
+        ({"eval__seeds": (0, -2)}, r"eval\.seeds is \(0, -2\), but seeds must not be negative"),
+        ({"shift__dynamic": 1.5}, r"shift\.dynamic is 1\.5, but must be in \[0, 1\]"),
+        ({"guidance": (3.0, 1.0)}, r"guidance is \(3\.0, 1\.0\), but must be \(low, high\) with low <= high"),
+        ({"data__caption_dropout": -0.5}, r"caption_dropout is -0\.5"),
+        ({"ema__slow": 1.0}, r"ema\.slow is 1\.0"),
+        ({"data__text_encoder": "stored"}, "'pixels' has no stored text states: set data.text_encoder=words"),
+    ],
+)
+def test_values_out_of_range_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config(tiny_config(**changes))
 
 
 def test_the_objective_decides_on_the_step_size_input():
@@ -100,3 +129,6 @@ def test_the_objective_decides_on_the_step_size_input():
 def test_flops_of_a_step_count_the_jumps_of_self_rows():
     flow, scfm = tiny_assembly(objective="flow"), tiny_assembly()
     assert scfm.flops / flow.flops == pytest.approx(3.5 / 3)
+    rows = RowGroup(self_rows=1, flow_rows=1, teacher_rows=2)
+    taught = Assembly(dataclasses.replace(scfm.settings, rows=rows, jumps=4), jax.devices()[:1])
+    assert taught.flops / flow.flops == pytest.approx((3 + 0.75 * 4) / 3)

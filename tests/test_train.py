@@ -3,14 +3,16 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from shortcut_jax import command, train
+from shortcut_jax import Pipeline, command, train
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
@@ -111,6 +113,47 @@ def test_a_signal_saves_says_where_and_exits(number, code, tmp_path, arguments, 
     assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_says_that_nothing_was_to_be_saved(
+    number, code, trained, tmp_path, arguments, capfd, monkeypatch
+):
+    real = train.restore_or_init
+
+    def interrupted(*args):
+        os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(train, "restore_or_init", interrupted)
+    assert train.main(arguments(tmp_path / "fresh")) == code
+    assert f"{number.name}: nothing new was to be saved in {tmp_path / 'fresh'}" in capfd.readouterr().err
+    assert Checkpoints(tmp_path / "fresh" / "checkpoints", read_only=True).steps() == []
+    shutil.copytree(trained, tmp_path / "old")
+    assert train.main(arguments(tmp_path / "old", steps=6)) == code
+    assert f"{number.name}: nothing new was to be saved after step 4 in" in capfd.readouterr().err
+
+
+def test_a_signal_while_judging_is_acted_on(tmp_path, arguments, capfd, monkeypatch):
+    monkeypatch.setattr(train, "judge", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), args[-1]("one cell")))
+    assert train.main(arguments(tmp_path / "run", steps=1)) == 75
+    assert "SIGTERM: saved step 1" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "report.md").exists()
+
+
+def test_rows_a_device_become_the_global_batch_that_is_stored(tmp_path, arguments):
+    config = tmp_path / "per_device.py"
+    config.write_text(
+        "from shortcut_jax.settings import default_config\n\n\n"
+        "def get_config():\n    c = default_config()\n    c.batch_per_device = 32\n    return c\n"
+    )
+    flags = arguments(tmp_path / "run", eval__views="()", eval__images="()", mesh__fsdp=1)[2:]
+    argv = ["train", f"--config={config}", *(flag for flag in flags if "batch_size=32" not in flag)]
+    assert train.main([*argv, "--stop_at=1"]) == 0
+    assert train.main([*argv, "--stop_at=2"]) == 0
+    pipeline = Pipeline(tmp_path / "run")
+    assert pipeline.step == 2
+    assert (pipeline.settings.batch_size, pipeline.settings.batch_per_device) == (32, None)
+
+
 def _with_nan_at(monkeypatch, steps):
     real = train.to_global
     calls = []
@@ -131,6 +174,13 @@ def test_a_non_finite_step_stops_the_run_and_names_itself(tmp_path, arguments, m
     items, _ = _restored(tmp_path / "run", 2)
     assert all(np.isfinite(v).all() for v in items.values())
     assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
+
+
+def test_more_non_finite_steps_in_a_row_than_are_borne_stop_the_run(tmp_path, arguments, monkeypatch, capfd):
+    _with_nan_at(monkeypatch, {1, 3, 4})
+    error = _fails(capfd, arguments(tmp_path / "run", max_skipped=1, steps=6))
+    assert "step 4" in error and "2 steps in a row (max_skipped 1)" in error
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == []
 
 
 def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, arguments, monkeypatch):
@@ -170,6 +220,15 @@ BAD = {
     "width": ({"model.width": 33}, r"width 33 is not a multiple of its 2 heads"),
     "attention": ({"model.attention": "cudnn"}, r"attention 'cudnn' needs an NVIDIA GPU"),
     "timestep": ({"timestep": "cubic"}, r"timestep is 'cubic'"),
+    "image size": (
+        {"data.width": 16},
+        r"'digits' holds images of 8 x 8 pixels, but data.height and data.width are 8 and 16: set --config.data.height",
+    ),
+    "channels": (
+        {"model.preset": "flux-30m"},
+        r"images of 1 channels, but the preset 'flux-30m' takes 16: .*digits",
+    ),
+    "text states": ({"data.text_encoder": "stored"}, r"'pixels' has no stored text states"),
     "data": ({"data.name": "flowers"}, r"'flowers' is not prepared"),
 }
 
@@ -193,24 +252,38 @@ def test_bad_command_lines_are_one_clear_line(tmp_path, capfd):
     assert "is a file, not a folder" in error and file.read_text() == "mine"
 
 
-def test_the_pod_config_without_its_data_says_what_is_missing(capfd):
-    error = _fails(capfd, ["train", "--config=configs/flux_pretrain.py"])
-    assert "cc12m_latents_256" in error and "shortcut_jax.prepare" in error and "configs/digits.py" in error
+def test_the_pod_config_without_its_data_says_what_is_missing_within_seconds():
+    argv = [sys.executable, "-m", "shortcut_jax.train", "--config=configs/flux_pretrain.py"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    for part in ("error: ", "cc12m_latents_256", "shortcut_jax.prepare", "configs/digits.py"):
+        assert part in error
+
+
+FOUR_DEVICES = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images": "()"}
+
+
+def _start_two(argv):
+    """Two processes of two devices each, joined over loopback."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+
+    def start(index):
+        variables = {**os.environ, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index), **address}
+        command_line = [sys.executable, "-m", "shortcut_jax.train", *argv[1:]]
+        return subprocess.Popen(command_line, env=variables, stderr=subprocess.PIPE, text=True)
+
+    return [start(index) for index in range(2)]
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, arguments, monkeypatch):
-    """Two processes of two devices each, joined over loopback, against one process of four devices."""
-    common = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images": "()"}
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    address = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:29517", "JAX_NUM_PROCESSES": "2"}
-
-    def start(index):
-        argv = [sys.executable, "-m", "shortcut_jax.train", *arguments(tmp_path / "two", **common)[1:]]
-        variables = {**os.environ, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index), **address}
-        return subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True)
-
-    pair = [start(index) for index in range(2)]
+    """Two processes of two devices each against one process of four devices."""
+    common = FOUR_DEVICES
+    pair = _start_two(arguments(tmp_path / "two", **common))
     monkeypatch.setattr(jax, "devices", lambda *args: ALL_DEVICES[:4])
     assert train.main(arguments(tmp_path / "one", **common)) == 0
     for process in pair:
@@ -219,3 +292,24 @@ def test_two_processes_equal_one(tmp_path, arguments, monkeypatch):
     one, two = _restored(tmp_path / "one", 4)[0], _restored(tmp_path / "two", 4)[0]
     for path, value in one.items():
         np.testing.assert_allclose(two[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("numbers", "codes"), [((signal.SIGTERM, signal.SIGTERM), (75, 75)), ((None, signal.SIGINT), (75, 130))]
+)
+def test_two_processes_stop_at_one_step(numbers, codes, tmp_path, arguments):
+    """SIGTERM to both, as a cluster sends it; or Ctrl-C in one of them, which takes the other along."""
+    workdir = tmp_path / "run"
+    pair = _start_two(arguments(workdir, **FOUR_DEVICES, steps=1_000_000))
+    until = time.monotonic() + 200
+    while not (workdir / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    for process, number in zip(pair, numbers, strict=True):
+        if number:
+            process.send_signal(number)
+    errors = [process.communicate(timeout=100)[1] for process in pair]
+    assert tuple(process.returncode for process in pair) == codes, errors
+    (step,) = Checkpoints(workdir / "checkpoints", read_only=True).steps()
+    assert step > 1 and f"saved step {step} in {workdir / 'checkpoints'}" in errors[0]
+    assert json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["step"] == step

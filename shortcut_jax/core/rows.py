@@ -5,6 +5,8 @@ same counts of each kind, so a split is a slice of an unsharded axis: slicing th
 move activations between devices.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +15,42 @@ import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
 
+KINDS = ("teacher", "self", "flow")
+"""The kinds of rows, in their order within a group."""
+
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of each kind in a group of consecutive rows: self-distilled rows first, then flow-matching rows."""
+    """Rows of each kind in a group of consecutive rows, in the order of `KINDS`.
+
+    Attributes:
+      self_rows: self-distilled rows.
+      flow_rows: flow-matching rows.
+      teacher_rows: rows distilled from a frozen teacher.
+    """
 
     self_rows: int = 1
     flow_rows: int = 3
+    teacher_rows: int = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Rows of each of `KINDS`."""
+        return self.teacher_rows, self.self_rows, self.flow_rows
 
     @property
     def size(self) -> int:
         """P, the rows of a group."""
-        return self.self_rows + self.flow_rows
+        return sum(self.counts)
+
+    @property
+    def jumping(self) -> int:
+        """Rows of a group whose target takes jumps through networks."""
+        return self.teacher_rows + self.self_rows
 
 
-def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any]:
-    """Splits the rows of every leaf [B, ...] into the self rows and the flow rows of each group, order kept."""
+def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any, Any]:
+    """Splits the rows of every leaf [B, ...] into the teacher, self and flow rows of each group, order kept."""
 
     def part(start: int, stop: int) -> Any:
         def take(x: Array) -> Array:
@@ -37,20 +59,20 @@ def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any]:
 
         return jax.tree.map(take, tree)
 
-    return part(0, group.self_rows), part(group.self_rows, group.size)
+    first, second, last = itertools.pairwise((0, *itertools.accumulate(group.counts)))
+    return part(*first), part(*second), part(*last)
 
 
-def merge_kinds(self_tree: Any, flow_tree: Any, group: RowGroup) -> Any:
-    """The inverse of `split_kinds`."""
+def merge_kinds(parts: Sequence[Any], group: RowGroup) -> Any:
+    """The inverse of `split_kinds`; the part of a kind without rows is not looked at and may be None."""
+    counts = [count for count in group.counts if count]
 
-    def merge(a: Array, b: Array) -> Array:
-        groups = (a.shape[0] + b.shape[0]) // group.size
-        a = a.reshape(groups, group.self_rows, *a.shape[1:])
-        b = b.reshape(groups, group.flow_rows, *b.shape[1:])
-        both = jnp.concatenate([a, b], axis=1)
-        return both.reshape(-1, *both.shape[2:])
+    def merge(*leaves: Array) -> Array:
+        grouped = [x.reshape(-1, count, *x.shape[1:]) for x, count in zip(leaves, counts, strict=True)]
+        merged = jnp.concatenate(grouped, axis=1)
+        return merged.reshape(-1, *merged.shape[2:])
 
-    return jax.tree.map(merge, self_tree, flow_tree)
+    return jax.tree.map(merge, *(part for part, count in zip(parts, group.counts, strict=True) if count))
 
 
 def micro_batches(tree: Any, num: int, group: RowGroup) -> Any:

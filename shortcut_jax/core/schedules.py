@@ -51,6 +51,17 @@ class StudentSteps:
         return tuple(m for m in self.counts if self.jumps * m not in self.counts)
 
 
+def teacher_steps(grid: int, jumps: int) -> StudentSteps:
+    """What teacher rows train: the student steps of `jumps` grid steps on the teacher's own grid of `grid` steps.
+
+    Raises:
+      ValueError: the grid is not made of whole student steps.
+    """
+    if grid % jumps or grid < jumps:
+        raise ValueError(f"a teacher grid of {grid} steps is not a multiple of {jumps} jumps")
+    return StudentSteps((grid // jumps,), jumps=jumps)
+
+
 class Intervals(NamedTuple):
     """One interval a row: a student step and the grid points inside it.
 

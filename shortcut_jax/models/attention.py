@@ -19,7 +19,7 @@ def choose_backend(backend: str, platform: str, dtype: str, head_size: int) -> s
 
     Args:
       backend: one of `BACKENDS`.
-      platform: `cpu`, `gpu` or `tpu`, of the devices that will run the model.
+      platform: `cpu`, `gpu` (NVIDIA), `rocm` (AMD) or `tpu`, of the devices that will run the model.
       dtype: the compute dtype.
       head_size: K.
 

@@ -5,12 +5,14 @@ a step's folder appears under its name only when it is complete.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -68,8 +70,9 @@ class Checkpoints:
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON item of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+        """The JSON item of a step. Raises CheckpointError for another format than this version's."""
+        meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+        return _checked(meta, self.folder / str(step))
 
     def restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """Reads the named items only, into the shapes, dtypes and shardings of the given abstract trees."""
@@ -80,35 +83,60 @@ class Checkpoints:
     def newest_readable(self, read: Callable[[int], Result]) -> Result:
         """The result of `read(step)` for the newest step for which it works.
 
-        A damaged checkpoint is named and passed over. Once an older one was read, it is (unless read-only) set aside
-        under another name, so that training can write that step again; nothing is deleted.
+        A damaged checkpoint, one that any of the processes cannot read, is named and passed over by all of them. Once
+        an older one was read, it is (unless read-only) set aside under another name, so that training can write that
+        step again; nothing is deleted.
 
         Raises:
-          CheckpointError: none can be read.
+          CheckpointError: none can be read, or the newest is of another format, which is no damage.
         """
         failed: dict[int, str] = {}
         for step in reversed(self.steps()):
+            result = None
             try:
+                self.meta(step)
                 result = read(step)
+            except CheckpointError:
+                raise
             except Exception as failure:  # Orbax, TensorStore and JSON each raise their own kinds.
-                failed[step] = str(failure).strip().splitlines()[0][:200]
+                failed[step] = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+            if not _all_agree(step not in failed):
+                failed.setdefault(step, "another process could not read it")
                 say(f"the checkpoint of step {step} in {self.folder} is damaged: falling back to the one before")
                 continue
             if failed and not self._read_only:
                 self._set_aside(failed)
-            return result
+            return cast(Result, result)
         why = "; ".join(f"step {step}: {reason}" for step, reason in failed.items()) or "there is none"
         raise CheckpointError(f"no readable checkpoint in {self.folder}: {why}")
 
     def _set_aside(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            aside = self.folder.parent / f"damaged-checkpoint-{step}"
-            if jax.process_index() == 0:
-                (self.folder / str(step)).rename(aside)
+        for step in steps if jax.process_index() == 0 else ():
+            first = self.folder.parent / f"damaged-checkpoint-{step}"
+            others = (first.with_name(f"{first.name}-{n}") for n in itertools.count(2))
+            aside = next(path for path in itertools.chain([first], others) if not path.exists())
+            (self.folder / str(step)).rename(aside)
             say(f"the damaged checkpoint was moved to {aside}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
+
+
+def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    version = meta["format_version"]
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint {path} is of format {version}, but this version of shortcut_jax reads format "
+            f"{FORMAT_VERSION}: use the version that wrote it"
+        )
+    return meta
+
+
+def _all_agree(well: bool) -> bool:
+    """Whether all went well on every process."""
+    if jax.process_count() == 1:
+        return well
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))
 
 
 @contextlib.contextmanager
@@ -122,12 +150,16 @@ def _quiet() -> Iterator[None]:
 
 
 def stored_config(folder: Path) -> dict[str, Any] | None:
-    """The config in the newest readable `meta` of a checkpoint folder, by reading small JSON files only; or None."""
+    """The config in the newest readable `meta` of a checkpoint folder, by reading small JSON files only; or None.
+
+    Raises:
+      CheckpointError: that checkpoint is of another format.
+    """
     if not folder.is_dir():
         return None
     for path in sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name)):
         try:
-            return json.loads((path / META / "metadata").read_text())["config"]
+            return _checked(json.loads((path / META / "metadata").read_text()), path)["config"]
         except (OSError, ValueError, KeyError):
             continue
     return None

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import jax
 
@@ -27,6 +28,12 @@ def simulate_devices(num: int) -> None:
     jax.config.update("jax_num_cpu_devices", num)
 
 
+def platform_of(device: Any) -> str:
+    """`cpu`, `tpu`, `gpu` for an NVIDIA GPU and `rocm` for an AMD one, both of which JAX calls `gpu`."""
+    version = getattr(getattr(device, "client", None), "platform_version", "")
+    return "rocm" if device.platform == "gpu" and "rocm" in version.lower() else device.platform
+
+
 def say(message: str) -> None:
     """Prints a line to standard error, from process 0 only."""
     if jax.process_index() == 0:
@@ -42,19 +49,22 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
 
 
 class Interruptions:
-    """Turns SIGTERM and the first Ctrl-C into a flag that the loop reads; a second Ctrl-C stops at once.
+    """Turns SIGTERM and the first Ctrl-C into something that the run asks for; a second Ctrl-C stops at once.
 
-    With several processes JAX's coordination service takes SIGTERM instead, so that all of them stop at one step.
+    With several processes JAX's coordination service takes SIGTERM, so that all of them stop at one point; Ctrl-C in
+    one of them is handed on to it. There every process has to call `agreed` and `check` equally often.
 
     Attributes:
-      received: the signal, or None.
+      received: the signal that this process caught, or None.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._asked = 0
 
     def __enter__(self) -> "Interruptions":
-        handled = EXIT_CODES if jax.process_count() == 1 else {}
+        self._several = jax.process_count() > 1
+        handled = (signal.SIGINT,) if self._several else tuple(EXIT_CODES)
         self._previous = {s: signal.signal(s, self._handle) for s in handled}
         return self
 
@@ -67,16 +77,21 @@ class Interruptions:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # as if the cluster had asked: the service tells the others
 
-    def agreed(self, step: int) -> signal.Signals | None:
-        """The signal to act on at this step, the same on every process."""
-        if jax.process_count() == 1:
+    def agreed(self) -> signal.Signals | None:
+        """The signal to act on now: where one process has one to act on, all have."""
+        if not self._several:
             return self.received
         from jax.experimental import multihost_utils
 
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        self._asked += 1
+        reached = multihost_utils.reached_preemption_sync_point(self._asked)
+        return (self.received or signal.SIGTERM) if reached else None
 
     def check(self) -> None:
-        """Raises Interrupted where a signal came: for work after the last save, which needs no saving of its own."""
-        if self.received is not None:
-            raise Interrupted(self.received)
+        """Raises Interrupted where a signal came: where nothing is left to be saved."""
+        which = self.agreed()
+        if which is not None:
+            raise Interrupted(which)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(r"=\s+(?P<shape>\([^=]*?\)|\S+)\s+(?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\(")
+_COMMENT = re.compile(r"/\*.*?\*/")  # XLA numbers every fifth element of a tuple
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\]")
 
 
@@ -29,7 +30,7 @@ def collectives(hlo: str) -> list[Collective]:
     """The collectives of an HLO module's text; an asynchronous pair counts once."""
     found = []
     for line in hlo.splitlines():
-        match = _COLLECTIVE.search(line)
+        match = _COLLECTIVE.search(_COMMENT.sub("", line))
         if match:
             arrays = tuple(
                 (m["dtype"], tuple(int(d) for d in m["dims"].split(",") if d)) for m in _ARRAY.finditer(match["shape"])
@@ -44,17 +45,30 @@ def count_kinds(hlo: str) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
-def partitioned_hlo(lowered: Any) -> str:
-    """The module right after the SPMD partitioner, where collectives still are what the shardings ask for.
+def compile_and_partition(lowered: Any) -> tuple[Any, str | None]:
+    """Compiles once, and keeps the module right after the SPMD partitioner.
 
-    XLA:CPU later rewrites them (it has no reduce-scatter and widens bfloat16), so its final program misleads.
+    There collectives still are what the shardings ask for. XLA:CPU later rewrites them (it has no reduce-scatter and
+    widens bfloat16), so its final program misleads.
 
-    Raises:
-      RuntimeError: XLA wrote no such module, because nothing was partitioned.
+    Returns:
+      The compiled program, and the text of that module; None where XLA wrote none, because nothing was partitioned or
+      the program came from a compilation cache.
     """
     with tempfile.TemporaryDirectory() as folder:
-        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = lowered.compile(compiler_options=options)
         texts = [p.read_text() for p in Path(folder).glob("*after_spmd-partitioning*")]
-    if not texts:
+    return compiled, max(texts, key=len, default=None)
+
+
+def partitioned_hlo(lowered: Any) -> str:
+    """The module right after the SPMD partitioner (see `compile_and_partition`).
+
+    Raises:
+      RuntimeError: XLA wrote no such module.
+    """
+    _, text = compile_and_partition(lowered)
+    if text is None:
         raise RuntimeError("XLA dumped no module after the SPMD partitioner")
-    return max(texts, key=len)
+    return text

@@ -11,7 +11,7 @@ import optax
 
 from shortcut_jax.core.ema import EmaSettings, update_ema
 from shortcut_jax.core.latents import patchify
-from shortcut_jax.core.rows import micro_batches, split_kinds
+from shortcut_jax.core.rows import KINDS, RowGroup, micro_batches, split_kinds
 from shortcut_jax.core.shortcut import squared_error
 from shortcut_jax.core.tree import distance, global_norm
 from shortcut_jax.core.types import Array, Batch, Condition
@@ -130,10 +130,10 @@ def loss_and_gradients(
         return jnp.mean(error_B), error_B
 
     (loss, error_B), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    if objective.name == "flow":
-        return loss, {"loss/flow": loss}, grads
-    self_B, flow_B = split_kinds(error_B, objective.rows)
-    parts = {"loss/self": jnp.mean(self_B)} if objective.rows.self_rows else {}
-    if objective.rows.flow_rows:
-        parts["loss/flow"] = jnp.mean(flow_B)
-    return loss, parts, grads
+    return loss, loss_parts(error_B, row_group(objective)), grads
+
+
+def loss_parts(error_B: Array, group: RowGroup) -> Metrics:
+    """The mean error of each kind of row that the groups have, such as `loss/self`."""
+    parts = zip(KINDS, split_kinds(error_B, group), group.counts, strict=True)
+    return {f"loss/{kind}": jnp.mean(part_B) for kind, part_B, count in parts if count}

@@ -5,7 +5,13 @@ import pytest
 
 from shortcut_jax.core.rows import RowGroup, merge_kinds, micro_batches, split_kinds
 
-GROUPS = [RowGroup(1, 3), RowGroup(2, 2), RowGroup(3, 1)]
+GROUPS = [
+    RowGroup(1, 3),
+    RowGroup(2, 2),
+    RowGroup(3, 1),
+    RowGroup(2, 1, teacher_rows=1),
+    RowGroup(3, 0, teacher_rows=1),
+]
 
 
 def _tree(rows):
@@ -20,9 +26,9 @@ def _equal(a, b):
 @pytest.mark.parametrize("group", GROUPS)
 def test_splitting_and_merging_are_inverse(group):
     tree = _tree(24)
-    assert _equal(merge_kinds(*split_kinds(tree, group), group), tree)
-    parts = _tree(6 * group.self_rows), _tree(6 * group.flow_rows)
-    merged = merge_kinds(*parts, group)
+    assert _equal(merge_kinds(split_kinds(tree, group), group), tree)
+    parts = tuple(_tree(6 * count) for count in group.counts)
+    merged = merge_kinds(parts, group)
     assert merged["wide"].shape == (24, 2, 3)
     assert all(_equal(a, b) for a, b in zip(split_kinds(merged, group), parts, strict=True))
 
@@ -30,20 +36,24 @@ def test_splitting_and_merging_are_inverse(group):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("rows", [4, 24])
 def test_the_kind_of_a_row_is_a_function_of_its_place_in_the_group(group, rows):
-    self_part, flow_part = split_kinds(_tree(rows), group)
+    teacher_part, self_part, flow_part = split_kinds(_tree(rows), group)
     place = np.arange(rows) % group.size
-    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero(place < group.self_rows))
-    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= group.self_rows))
+    first, last = group.teacher_rows, group.teacher_rows + group.self_rows
+    np.testing.assert_array_equal(teacher_part["scalar"], np.flatnonzero(place < first))
+    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero((first <= place) & (place < last)))
+    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= last))
     np.testing.assert_array_equal(flow_part["wide"][:, 0, 0], flow_part["scalar"] * 100)
 
 
-@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4)])
+@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4), RowGroup(0, 0, teacher_rows=4)])
 def test_a_group_of_one_kind_gives_all_rows_to_it(group):
     tree = _tree(8)
     parts = split_kinds(tree, group)
-    assert [len(p["scalar"]) for p in parts] == [2 * group.self_rows, 2 * group.flow_rows]
-    assert _equal(parts[0] if group.self_rows else parts[1], tree)
-    assert _equal(merge_kinds(*parts, group), tree)
+    assert [len(p["scalar"]) for p in parts] == [2 * count for count in group.counts]
+    assert _equal(next(part for part, count in zip(parts, group.counts, strict=True) if count), tree)
+    assert _equal(
+        merge_kinds([part if count else None for part, count in zip(parts, group.counts, strict=True)], group), tree
+    )
 
 
 def test_micro_batch_a_holds_every_a_th_group():

@@ -16,6 +16,7 @@ from shortcut_jax.core.schedules import (
     resolution_shift,
     sampling_grid,
     shift_time,
+    teacher_steps,
 )
 
 ROWS = 20_000
@@ -117,6 +118,19 @@ def test_intervals_are_student_steps_of_the_shifted_uniform_grid(jumps, shift):
     assert times.max() == np.float32(1.0 - 1e-5)
     last = index[:, -1] == count * jumps
     assert last.any() and (times[last, -1] == 0.0).all()
+
+
+@pytest.mark.parametrize("jumps", [2, 4])
+def test_teacher_intervals_are_jumps_of_the_teachers_grid_that_start_at_a_multiple_of_them(jumps):
+    steps = teacher_steps(32, jumps)
+    times, count = draw_intervals(jax.random.key(3), 4096, steps, ShiftRange(), 64)
+    index = np.round((1.0 - np.asarray(times)) * 32).astype(int)
+    np.testing.assert_allclose(times, np.minimum(1.0 - index / 32, FIRST_TIME), atol=1e-6)
+    assert (np.diff(index) == 1).all() and set(np.asarray(count)) == {32 // jumps}
+    assert set(index[:, 0]) == set(range(0, 32, jumps))
+    for grid in (30, 0):
+        with pytest.raises(ValueError, match=f"grid of {grid} steps is not a multiple of 4"):
+            teacher_steps(grid, 4)
 
 
 def test_counts_follow_their_weights_and_starts_are_uniform():

@@ -18,6 +18,7 @@ def _qkv(dtype=jnp.float32, tokens=7):
         ("gpu", "float32", 128, "xla"),
         ("gpu", "bfloat16", 136, "xla"),
         ("gpu", "bfloat16", 20, "xla"),
+        ("rocm", "bfloat16", 128, "xla"),
         ("tpu", "bfloat16", 128, "pallas"),
         ("tpu", "float32", 16, "pallas"),
         ("cpu", "bfloat16", 128, "xla"),
@@ -46,6 +47,7 @@ def test_a_backend_asked_for_by_name_is_kept_where_it_runs(backend, platform, dt
     [
         ("cudnn", "cpu", "bfloat16", 128, "cpu"),
         ("cudnn", "tpu", "bfloat16", 128, "tpu"),
+        ("cudnn", "rocm", "bfloat16", 128, "rocm"),
         ("cudnn", "gpu", "float32", 128, "float32"),
         ("cudnn", "gpu", "bfloat16", 256, "256"),
         ("cudnn", "gpu", "bfloat16", 12, "12"),

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from shortcut_jax.assemble import init_params
-from shortcut_jax.core.tree import count_parameters
+from shortcut_jax.core.tree import count_parameters, flat_paths
 from shortcut_jax.models.presets import PRESETS, preset
 
 
@@ -38,3 +38,20 @@ def test_an_unknown_preset_raises_and_names_the_choices():
     with pytest.raises(ValueError, match="flux-12b") as error:
         preset("flux-12b")
     assert all(name in str(error.value) for name in PRESETS)
+
+
+def test_kernels_carry_their_parts_and_heads_as_axes():
+    flat = flat_paths(jax.eval_shape(lambda: init_params(preset("flux-schnell"), jax.random.key(0))))
+    for path, shape in {
+        "double_blocks/img_attn/qkv/kernel": (19, 3072, 3, 24, 128),
+        "double_blocks/txt_attn/qkv/kernel": (19, 3072, 3, 24, 128),
+        "double_blocks/img_attn_out/kernel": (19, 24, 128, 3072),
+        "double_blocks/txt_attn_out/kernel": (19, 24, 128, 3072),
+        "single_blocks/attn/qkv/kernel": (38, 3072, 3, 24, 128),
+        "single_blocks/mlp_in/kernel": (38, 3072, 12_288),
+        "single_blocks/attn_out/kernel": (38, 24, 128, 3072),
+        "single_blocks/mlp_out/kernel": (38, 12_288, 3072),
+        "single_blocks/mlp_out/bias": (38, 3072),
+    }.items():
+        assert flat[path].shape == shape, path
+    assert "single_blocks/attn_out/bias" not in flat  # one bias for both outputs of a single block

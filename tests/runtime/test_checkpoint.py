@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import ITEMS, CheckpointError, Checkpoints, stored_config
 
 
@@ -71,6 +73,38 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(fol
     checkpoints.save(3, _items(1.0), {"step": 3, "config": {}})
     checkpoints.close()
     assert Checkpoints(folder, read_only=True).steps() == [2, 3]
+
+
+def test_what_was_set_aside_before_stays(folder):
+    for _ in range(2):
+        (folder / "3" / "meta" / "metadata").write_text("{")
+        checkpoints = Checkpoints(folder, keep=2)
+        assert checkpoints.newest_readable(lambda step: step) == 2
+        checkpoints.save(3, _items(1.0), {"step": 3, "config": {}})
+        checkpoints.close()
+    assert {p.name for p in folder.parent.glob("damaged*")} == {"damaged-checkpoint-3", "damaged-checkpoint-3-2"}
+
+
+def test_another_format_is_no_damage(folder):
+    path = folder / "3" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 7}))
+    checkpoints = Checkpoints(folder, keep=2)
+    for read in (checkpoints.meta, lambda step: checkpoints.newest_readable(lambda step: step)):
+        with pytest.raises(CheckpointError, match=r"3 is of format 7, but this version .* reads format 1"):
+            read(3)
+    with pytest.raises(CheckpointError, match="is of format 7"):
+        stored_config(folder)
+    checkpoints.close()
+    assert Checkpoints(folder, read_only=True).steps() == [2, 3]
+
+
+def test_all_processes_fall_back_where_one_cannot_read(folder, monkeypatch):
+    answers = iter([np.array([True, False]), np.array([True, True])])
+    checkpoints = Checkpoints(folder, read_only=True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", lambda well: next(answers))
+    monkeypatch.setattr(checkpoints, "meta", lambda step: {})
+    assert checkpoints.newest_readable(lambda step: step) == 2
 
 
 def test_a_reader_falls_back_without_touching_anything(folder):

@@ -33,6 +33,22 @@ def test_a_step_moves_weights_moments_and_averages_and_counts(scfm):
     assert expected | {"skipped_total", "ema_distance/fast", "ema_distance/slow"} == set(metrics)
 
 
+def test_the_state_is_donated(scfm):
+    state = noisy_state(scfm)
+    batch = random_batch(scfm)
+    scfm.train_step(state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(batch))
+
+
+def test_the_learning_rate_told_is_that_of_the_updates_done():
+    assembly = tiny_assembly(objective="flow", optimizer__warmup_steps=10, optimizer__learning_rate=0.5)
+    counters = {"step": jnp.int32(4), "skipped_total": jnp.int32(1)}
+    state = noisy_state(assembly)._replace(**counters)
+    _, metrics = assembly.train_step(state, random_batch(assembly))
+    assert float(metrics["learning_rate"]) == pytest.approx(0.15)
+
+
 def test_averages_follow_the_weights_by_their_decays(scfm):
     state = noisy_state(scfm)
     before = _host(state)

@@ -1,0 +1,59 @@
+"""What a run prints and leaves for people: lines, tables, sample grids."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import train
+from tests.helpers import tiny_assembly
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def test_the_printed_table_is_the_reports(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    (workdir / "report.md").unlink()
+    assert train.main(arguments(workdir)) == 0
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    report = [line for line in (workdir / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert len(printed) == 5 and printed == report
+    again = [line for line in (trained / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert again == report  # the same weights, noise and captions
+
+
+def test_grids_during_a_run_have_the_same_noise_and_captions(tmp_path, arguments):
+    # Weights that hardly move give one picture, whenever it is drawn.
+    quiet = {"sample_every": 1, "optimizer__learning_rate": 1e-12, "eval__views": "()", "eval__images": "()"}
+    assert train.main(arguments(tmp_path / "run", steps=3, **quiet)) == 0
+    paths = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [p.name for p in paths] == [f"step_{n:08d}.png" for n in (1, 2, 3)]
+    first, *others = (np.asarray(Image.open(p)).astype(int) for p in paths)
+    assert first.std() > 10
+    for other in others:
+        assert np.abs(other - first).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "said"),
+    [
+        ({"student_steps": (1, 2, 3, 4)}, 0, "student step counts 3, 4 are taught by untaught steps: 2 x them"),
+        ({"student_steps": (1, 2, 3, 4)}, 7, None),
+        ({"student_steps": (1, 2, 3, 4), "objective": "flow"}, 0, None),
+    ],
+)
+def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_path, capfd):
+    train.announce(tiny_assembly(**changes), tmp_path, start)
+    err = capfd.readouterr().err
+    assert (said in err) if said else ("untaught" not in err)
+
+
+def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
+    from shortcut_jax.runtime.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(train.command.TrainingError, match="step 3: the weights are not finite"):
+        train.save(3, tiny_assembly(), checkpoints, None, {"param_norm": np.float32(np.inf)})
+    assert checkpoints.steps() == []
