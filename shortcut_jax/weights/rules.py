@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, raw, shapes_of, spec_of, specs_of
+from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, raw, shapes_of, spec_of, specs_of, transposed
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
@@ -65,14 +65,14 @@ def kernel(in_dims: int = 1, parts: int = 1) -> Transform:
     """Weights [out, in], one a part, as one kernel [*in, parts, *out] (no part axis for a single part)."""
 
     def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        columns = [w.T for w in sources]
+        columns = [transposed(w) for w in sources]
         joined = np.stack(columns, axis=1) if parts > 1 else columns[0]
         return [joined.reshape(shapes[0])]
 
     def backward(targets: Arrays) -> Arrays:
         rows = int(np.prod(targets[0].shape[:in_dims]))
         flat = targets[0].reshape(rows, parts, -1)
-        return [flat[:, p].T for p in range(parts)]
+        return [transposed(flat[:, p]) for p in range(parts)]
 
     return Transform(forward, backward)
 
@@ -126,11 +126,11 @@ def split_input() -> Transform:
 
     def forward(sources: Arrays, shapes: Shapes) -> Arrays:
         first = int(np.prod(shapes[0][:-1]))
-        columns = sources[0].T
+        columns = transposed(sources[0])
         return [columns[:first].reshape(shapes[0]), columns[first:].reshape(shapes[1])]
 
     def backward(targets: Arrays) -> Arrays:
-        return [np.concatenate([t.reshape(-1, t.shape[-1]) for t in targets]).T]
+        return [transposed(np.concatenate([t.reshape(-1, t.shape[-1]) for t in targets]))]
 
     return Transform(forward, backward)
 
@@ -140,11 +140,11 @@ def split_output() -> Transform:
 
     def forward(sources: Arrays, shapes: Shapes) -> Arrays:
         first = int(np.prod(shapes[0][1:]))
-        columns = sources[0].T
+        columns = transposed(sources[0])
         return [columns[:, :first].reshape(shapes[0]), columns[:, first:].reshape(shapes[1])]
 
     def backward(targets: Arrays) -> Arrays:
-        return [np.concatenate([t.reshape(len(t), -1).T for t in targets])]
+        return [np.concatenate([transposed(t.reshape(len(t), -1)) for t in targets])]
 
     return Transform(forward, backward)
 
