@@ -1,9 +1,11 @@
 import json
+import weakref
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax import command, convert, train
 from shortcut_jax.core.tree import flat_paths
@@ -11,10 +13,12 @@ from shortcut_jax.initial import load_initial, open_initial
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 from shortcut_jax.settings import ConfigError
-from shortcut_jax.sources import abstract_params
+from shortcut_jax.sources import abstract_params, place
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
+from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import to_torch
 from tests.helpers import tiny_assembly
 from tests.weights.lora_cases import random_modules
@@ -49,6 +53,36 @@ def test_weights_arrive_on_a_mesh_shard_by_shard_in_the_dtype_of_the_run(sources
     assert qkv.sharding == shapes["double_blocks/img_attn/qkv/kernel"].sharding
     assert qkv.addressable_shards[0].data.size == qkv.size // 8
     assert int(state.step) == 0
+
+
+def test_placing_holds_one_tensor_on_the_host_at_a_time():
+    class Watched(Params):
+        """Remembers how many of the arrays it gave are still alive."""
+
+        alive, most = 0, 0
+
+        def spec(self, name):
+            return Spec(np.dtype(np.float32), (64, 64))
+
+        def __getitem__(self, name):
+            value = np.ones((64, 64), np.float32)
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(value, lambda: setattr(self, "alive", self.alive - 1))
+            return value
+
+        def __iter__(self):
+            return iter([f"p{i}" for i in range(20)])
+
+        def __len__(self):
+            return 20
+
+    mesh = make_mesh(MeshShape(1, 8, 1))
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    watched = Watched()
+    placed = place(watched, {k: jax.ShapeDtypeStruct((64, 64), np.float32, sharding=sharding) for k in watched})
+    assert len(placed) == 20 and watched.most <= 2
+    assert placed["p3"].addressable_shards[0].data.shape == (8, 64)
 
 
 def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):

@@ -20,6 +20,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
 """Last parts of the names of scales beside float8 weights; those of inputs belong to float8 matrix products."""
 
+RELATIVES = {
+    "kontext": "FLUX.1 Kontext",
+    "fluxfill": "FLUX.1 Fill",
+    "fluxcontrol": "FLUX.1 Canny or Depth",
+}
+"""Relatives of Flux by what the names of their files or pipelines hold; some have its very shapes."""
+
 _NO_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 """Ends of names beside a CLIP text tower that are not used by it."""
 
@@ -65,7 +72,10 @@ class _Part(Params):
         layer = own.rsplit(".", 1)[0]
         scales = [self._tensors[f"{layer}.{s}"] for s in SCALES[:2] if f"{layer}.{s}" in self._tensors]
         wide = value.astype(np.float32)
-        return wide * scales[0].astype(np.float32) if scales and name.endswith(".weight") else wide
+        if not scales or not name.endswith(".weight"):
+            return wide
+        scale = scales[0].astype(np.float32)  # one for the tensor, or one a row
+        return wide * (scale.reshape(-1, *(1,) * (wide.ndim - 1)) if scale.size > 1 else scale.reshape(()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -82,6 +92,7 @@ def open_pretrained(path: Path) -> list[Pretrained]:
       ConversionError: it is none of the supported models.
     """
     if path.is_dir() and (path / "model_index.json").is_file():
+        _refuse_relatives(str(_read_json(path / "model_index.json").get("_class_name", "")))
         folders = [path / name for name in PIPELINE_FOLDERS if (path / name).is_dir()]
         return [model for folder in folders for model in _open(folder)]
     return _open(path)
@@ -91,6 +102,7 @@ def _open(path: Path) -> list[Pretrained]:
     tensors = open_tensors(path)
     names = _table_names(tensors)
     shapes = {name: tensors.spec(own).shape for name, own in names.items()}
+    _refuse_relatives(path.name)
     models: list[Pretrained] = []
     taken: set[str] = set()
     for found in identify(shapes, _hints(path)):
@@ -146,6 +158,17 @@ def _table_names(tensors: LazyTensors) -> dict[str, str]:
     return {n: o for n, o in names.items() if not n.endswith(_NO_WEIGHTS)}
 
 
+def _refuse_relatives(name: str) -> None:
+    """Names what has Flux's shapes but is another model: Kontext reads a second image's tokens.
+
+    Raises:
+      ConversionError: `name`, of a file or of a pipeline's class, is that of a relative.
+    """
+    for sign, relative in RELATIVES.items():
+        if sign in name.lower():
+            raise ConversionError(f"{name} is {relative}, which is not supported: use FLUX.1 dev or schnell")
+
+
 def _refuse(path: Path) -> None:
     """Names files that are never read: pickles can run code, and GGUF is quantised."""
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
@@ -168,7 +191,11 @@ def _refuse(path: Path) -> None:
 def _hints(path: Path) -> dict[str, Any]:
     """The config.json beside the weights, if there is one."""
     config = (path if path.is_dir() else path.parent) / "config.json"
+    return _read_json(config) if config.is_file() else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(config.read_text()) if config.is_file() else {}
+        return json.loads(file.read_text())
     except ValueError as error:
-        raise ConversionError(f"{config} is not JSON: {error}") from error
+        raise ConversionError(f"{file} is not JSON: {error}") from error

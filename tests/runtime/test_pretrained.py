@@ -97,3 +97,37 @@ def test_what_is_refused_is_named_with_the_way_out(tmp_path):
     _save(tmp_path / "nf4.safetensors", {"a.weight.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)})
     with pytest.raises(ConversionError, match="quantised to NF4"):
         open_pretrained(tmp_path / "nf4.safetensors")
+
+
+def test_a_scale_may_be_one_a_row(tmp_path):
+    from shortcut_jax.runtime.pretrained import _Part
+    from shortcut_jax.runtime.safetensors import LazyTensors
+
+    stored = {
+        "a.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn),
+        "a.weight_scale": np.array([1, 2, 3], np.float32),
+        "b.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn),
+        "b.weight_scale": np.array([[1], [2], [3]], np.float32),
+        "c.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn),
+        "c.scale_weight": np.array([4], np.float32),
+    }
+    _save(tmp_path / "x.safetensors", stored)
+    part = _Part(LazyTensors([tmp_path / "x.safetensors"]), {f"{n}.weight": f"{n}.weight" for n in "abc"})
+    for name in "ab":
+        np.testing.assert_array_equal(part[f"{name}.weight"], [[1, 1], [2, 2], [3, 3]])
+    np.testing.assert_array_equal(part["c.weight"], np.full((3, 2), 4))
+
+
+def test_relatives_with_the_shapes_of_flux_are_refused_by_name(tmp_path, params):
+    tensors = to_torch(params, flux_bfl.RULES)
+    _save(tmp_path / "flux1-kontext-dev.safetensors", tensors)
+    with pytest.raises(ConversionError, match=r"flux1-kontext-dev\.safetensors is FLUX\.1 Kontext"):
+        open_pretrained(tmp_path / "flux1-kontext-dev.safetensors")
+    for name, message in (
+        ("FluxKontextPipeline", "Kontext"),
+        ("FluxFillPipeline", "Fill"),
+        ("FluxControlPipeline", "Canny"),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ConversionError, match=message):
+            open_pretrained(tmp_path)
