@@ -128,6 +128,6 @@ def test_relatives_with_the_shapes_of_flux_are_refused_by_name(tmp_path, params)
         ("FluxFillPipeline", "Fill"),
         ("FluxControlPipeline", "Canny"),
     ):
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": f"Flux{name}Pipeline"}))
         with pytest.raises(ConversionError, match=message):
             open_pretrained(tmp_path)
