@@ -76,8 +76,9 @@ class Job:
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and converts. Returns the exit code."""
-    from absl import flags
+    from absl import flags, logging
 
+    logging.set_verbosity(logging.FATAL)  # each of Orbax's threads would log the error that is raised here anyway
     values = command.new_flags()
     several = flags.DEFINE_multi_string
     several("from", None, "Checkpoint, folder, workdir or LoRA; several make one pipeline.", flag_values=values)
