@@ -23,6 +23,7 @@ from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
+from shortcut_jax.settings import complete
 from shortcut_jax.steps.state import choose_view
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.text_to_image import TextToImage
@@ -61,7 +62,7 @@ class Pipeline:
         config = stored_config(folder)
         if config is None:
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
-        mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+        config, mesh = complete(config), {"data": -1, "fsdp": 1, "tensor": 1}
         self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
         checkpoints = Checkpoints(folder, read_only=True)
         assembly = Assembly(self.settings, training=False)

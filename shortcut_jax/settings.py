@@ -222,6 +222,19 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
+def complete(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of fields that are newer than it: a default means what was done before."""
+    return _complete(stored, to_dict(Settings()))
+
+
+def _complete(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    added = {
+        key: _complete(stored.get(key, {}), value) if isinstance(value, dict) else stored.get(key, value)
+        for key, value in defaults.items()
+    }
+    return {**stored, **added}
+
+
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys; lists become tuples, so that JSON compares equal."""
     flat: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from shortcut_jax.runtime.checkpoint import stored_config
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.identify import Found, describe
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
+from shortcut_jax.settings import complete
 from shortcut_jax.weights.lora import Modules, unstack
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
 from shortcut_jax.weights.params import Spec, specs_of
@@ -99,7 +100,9 @@ def _open_workdir(workdir: Path, view: str) -> Model:
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
     if config is None or not steps:
         raise ConvertedError(f"no checkpoint in {folder}: train first, or name another workdir")
-    network = dataclasses.replace(model_config(from_config(config), "cpu", check_backend=False), attention="xla")
+    network = dataclasses.replace(
+        model_config(from_config(complete(config)), "cpu", check_backend=False), attention="xla"
+    )
     errors = []
     for step in reversed(steps):
         try:

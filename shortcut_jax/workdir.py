@@ -12,7 +12,7 @@ from shortcut_jax.initial import load_initial
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import describe_shardings, replicated
-from shortcut_jax.settings import ConfigError, compare, to_dict
+from shortcut_jax.settings import ConfigError, compare, complete, to_dict
 from shortcut_jax.sources import Model
 from shortcut_jax.steps.state import TrainState, from_items, to_items
 
@@ -33,7 +33,7 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     stored = stored_config(workdir / "checkpoints")
     if stored is None:
         return
-    differences = compare(stored, config)
+    differences = compare(complete(stored), config)
     if differences["identity"]:
         raise ConfigError(
             f"the workdir {workdir} holds a different run; stored -> asked for: "

@@ -7,7 +7,7 @@ import pytest
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
-from shortcut_jax.settings import ConfigError, Settings, compare, default_config, flatten, to_dict
+from shortcut_jax.settings import ConfigError, Settings, compare, complete, default_config, flatten, to_dict
 from tests.helpers import tiny_assembly, tiny_config
 
 
@@ -132,3 +132,14 @@ def test_flops_of_a_step_count_the_jumps_of_self_rows():
     rows = RowGroup(self_rows=1, flow_rows=1, teacher_rows=2)
     taught = Assembly(dataclasses.replace(scfm.settings, rows=rows, jumps=4), jax.devices()[:1])
     assert taught.flops / flow.flops == pytest.approx((3 + 0.75 * 4) / 3)
+
+
+def test_a_stored_config_older_than_a_field_has_its_default():
+    config = to_dict(from_config(tiny_config()))
+    older = {k: v for k, v in config.items() if k != "init_from"}
+    older["rows"] = {k: v for k, v in config["rows"].items() if k != "teacher_rows"}
+    older["ema"] = {**config["ema"], "slow": 0.5}
+    assert complete(older) == {**config, "ema": {**config["ema"], "slow": 0.5}}
+    assert not any(compare(complete(older | {"ema": config["ema"]}), config).values())
+    with pytest.raises(ConfigError, match="unknown config key 'gone'"):
+        from_config(complete({**older, "gone": 1}))
