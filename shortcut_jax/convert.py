@@ -107,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise ConvertedError(f"no space is left on the disk of {target}; nothing of it was kept") from error
+        if isinstance(error, OSError):
+            raise ConvertedError(f"{target} cannot be written: {error}") from error
         raise
     say(f"wrote {target}")
     return 0

@@ -288,6 +288,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(bfl, shapes, tmp_path, ca
     assert (tmp_path / "taken").read_text() == "mine"
     assert "overlap" in _fails(capfd, source, f"--to={bfl}", "--overwrite")
     assert "nowhere is not there" in _fails(capfd, f"--from={tmp_path}/nowhere", target)
+    assert "cannot be written" in _fails(capfd, source, f"--to={tmp_path}/taken/x")
     assert "--to is missing" in _fails(capfd, source)
     assert "but no --from is one" in _fails(capfd, source, target, "--view=fast")
     assert "two of the sources hold a flux model" in _fails(capfd, source, source, target)

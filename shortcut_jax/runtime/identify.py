@@ -1,5 +1,6 @@
 """What a checkpoint is, told from its names and shapes alone: which models, by which table, of which geometry."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -83,8 +84,23 @@ def describe(found: Found) -> str:
 
 def _count(shapes: Shapes, stack: str) -> int:
     """Blocks of a stack whose names begin with `stack.NUMBER.`."""
-    numbers = {int(n.split(".")[stack.count(".") + 1]) for n in shapes if n.startswith(f"{stack}.")}
-    return max(numbers) + 1 if numbers else 0
+    numbers = {n.split(".")[stack.count(".") + 1] for n in shapes if n.startswith(f"{stack}.")}
+    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+
+
+def _dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
+    """The shape of a tensor from which a geometry is read.
+
+    Raises:
+      ConversionError: it is missing, or has another number of axes.
+    """
+    if name not in shapes:
+        nearest = difflib.get_close_matches(name, list(shapes), n=1)
+        hint = f" (nearest known name: {nearest[0]})" if nearest else ""
+        raise ConversionError(f"missing from the checkpoint: {name}{hint}")
+    if len(shapes[name]) != count or 0 in shapes[name]:
+        raise ConversionError(f"{name} has shape {shapes[name]}, but should have {count} axes, none of them 0")
+    return tuple(shapes[name])
 
 
 def _flux(layout: str, image_in: str, norm: str, stacks: tuple[str, str], names: tuple[str, str, str]) -> Callable:
@@ -92,15 +108,19 @@ def _flux(layout: str, image_in: str, norm: str, stacks: tuple[str, str], names:
     rules = flux_bfl.RULES if layout == "bfl" else flux_diffusers.RULES
 
     def make(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
-        width, channels = shapes[image_in]
-        head_size = shapes[norm][0]
+        width, channels = _dims(shapes, image_in, 2)
+        (head_size,) = _dims(shapes, norm, 1)
         if channels in OTHER_CHANNELS:
             raise ConversionError(
                 f"this is {OTHER_CHANNELS[channels]}, which is not supported: use FLUX.1 dev or schnell"
             )
         axes: tuple[int, ...] = tuple(hints.get("axes_dims_rope", ROTARY_AXES.get(head_size, ())))
         if sum(axes) != head_size:
-            raise ConversionError(f"the rotary axes of head size {head_size} are not known, and {axes} do not fit it")
+            told = f", and {axes} do not fit it" if axes else ""
+            raise ConversionError(
+                f"the rotary axes of head size {head_size} are not known{told}: name them as axes_dims_rope in a "
+                f"config.json beside the weights"
+            )
         config = FluxConfig(
             double_blocks=_count(shapes, stacks[0]),
             single_blocks=_count(shapes, stacks[1]),
@@ -108,8 +128,8 @@ def _flux(layout: str, image_in: str, norm: str, stacks: tuple[str, str], names:
             heads=width // head_size,
             axes=axes,
             channels=channels,
-            text_width=shapes[text_in][1],
-            pooled_width=shapes[pooled_in][1],
+            text_width=_dims(shapes, text_in, 2)[1],
+            pooled_width=_dims(shapes, pooled_in, 2)[1],
             guidance=guidance_in in shapes,
         )
         return Found("flux", layout, prefix, config, rules)
@@ -125,9 +145,9 @@ def _vae(layout: str) -> Callable:
         inside = conv.format(0).rsplit(".0.conv1", 1)[0]
         default = VaeConfig()
         config = VaeConfig(
-            channels=shapes["encoder.conv_in.weight"][1],
-            latent_channels=shapes["decoder.conv_in.weight"][1],
-            widths=tuple(shapes[conv.format(i)][0] for i in range(levels)),
+            channels=_dims(shapes, "encoder.conv_in.weight", 4)[1],
+            latent_channels=_dims(shapes, "decoder.conv_in.weight", 4)[1],
+            widths=tuple(_dims(shapes, conv.format(i), 4)[0] for i in range(levels)),
             level_blocks=_count(shapes, inside),
             groups=hints.get("norm_num_groups", default.groups),
             scale=hints.get("scaling_factor", default.scale),
@@ -141,15 +161,15 @@ def _vae(layout: str) -> Callable:
 
 def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
     block = "encoder.block.0.layer"
-    buckets, heads = shapes[f"{block}.0.SelfAttention.relative_attention_bias.weight"]
-    inner, width = shapes[f"{block}.0.SelfAttention.q.weight"]
+    buckets, heads = _dims(shapes, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
+    inner, width = _dims(shapes, f"{block}.0.SelfAttention.q.weight", 2)
     config = T5Config(
-        vocab=shapes["shared.weight"][0],
+        vocab=_dims(shapes, "shared.weight", 2)[0],
         width=width,
         blocks=_count(shapes, "encoder.block"),
         heads=heads,
         head_size=inner // heads,
-        hidden=shapes[f"{block}.1.DenseReluDense.wi_0.weight"][0],
+        hidden=_dims(shapes, f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
         buckets=buckets,
         max_distance=hints.get("relative_attention_max_distance", T5Config().max_distance),
     )
@@ -158,15 +178,15 @@ def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
 
 def _clip(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
     layer = "text_model.encoder.layers"
-    hidden, width = shapes[f"{layer}.0.mlp.fc1.weight"]
+    hidden, width = _dims(shapes, f"{layer}.0.mlp.fc1.weight", 2)
     end = hints.get("eos_token_id", 2)
     config = ClipConfig(
-        vocab=shapes["text_model.embeddings.token_embedding.weight"][0],
+        vocab=_dims(shapes, "text_model.embeddings.token_embedding.weight", 2)[0],
         width=width,
         blocks=_count(shapes, layer),
         heads=hints.get("num_attention_heads", width // 64),
         hidden=hidden,
-        max_tokens=shapes["text_model.embeddings.position_embedding.weight"][0],
+        max_tokens=_dims(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
         end_token=None if end == 2 else end,
     )
     return Found("clip", "transformers", prefix, config, text.CLIP_RULES)

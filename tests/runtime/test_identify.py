@@ -77,3 +77,22 @@ def test_relatives_and_strangers_are_named():
         identify({"model.layers.0.weight": (3, 3)})
     with pytest.raises(ConversionError, match="it holds nothing"):
         identify({})
+
+
+def test_what_a_geometry_is_read_from_is_named_where_it_is_missing_or_misshapen():
+    for table, kind, name, message in (
+        ("bfl", "flux-dev", "img_in.weight", "missing from the checkpoint: img_in.weight"),
+        ("bfl", "flux-dev", "vector_in.in_layer.weight", "missing from the checkpoint: vector_in.in_layer.weight"),
+        ("diffusers", "flux-dev", "context_embedder.weight", "missing from the checkpoint: context_embedder.weight"),
+        ("vae-bfl", "vae", "encoder.conv_in.weight", "missing from the checkpoint: encoder.conv_in.weight"),
+        ("t5", "t5", "shared.weight", "missing from the checkpoint: shared.weight"),
+        ("clip", "clip", "text_model.embeddings.position_embedding.weight", "missing from the checkpoint: text_model"),
+    ):
+        shapes = _theirs(kind, table)
+        without = {k: v for k, v in shapes.items() if k != name}
+        with pytest.raises(ConversionError, match=re.escape(message)):
+            identify(without)
+        with pytest.raises(ConversionError, match=re.escape(f"{name} has shape (5, 5, 5), but should have")):
+            identify({**shapes, name: (5, 5, 5)})
+    strange = {**_theirs("flux-dev", "bfl"), "single_blocks.x.weight": (1,)}
+    assert identify(strange)[0].config == preset("flux-dev")  # the table then names what is left over
