@@ -1,7 +1,6 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from shortcut_jax.resolve import from_config, model_config
 from shortcut_jax.runtime.checkpoint import stored_config
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.identify import Found, describe
-from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
+from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors, parse_json, read_json
 from shortcut_jax.settings import complete
 from shortcut_jax.weights.lora import Modules, unstack
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
@@ -129,7 +128,7 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return Sampling(ShiftRule(dynamic=guided), length)
-    c, d = json.loads(file.read_text()), ShiftRule()
+    c, d = read_json(file), ShiftRule()
     rule = ShiftRule(
         c.get("use_dynamic_shifting", False),
         c.get("shift", d.shift),
@@ -167,10 +166,10 @@ def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
     config: dict[str, Any] = {}
     beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
     if METADATA_KEY in tensors.metadata:
-        header = json.loads(tensors.metadata[METADATA_KEY])
+        header = parse_json(tensors.metadata[METADATA_KEY], f"{METADATA_KEY} in the header of {path}")
         config = {k.removeprefix("transformer."): v for k, v in header.items()}
     elif beside.is_file():
-        config = json.loads(beside.read_text())
+        config = read_json(beside)
     return read(tensors, shapes, config)
 
 

@@ -15,7 +15,7 @@ from shortcut_jax.sources import open_lora, open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
-from shortcut_jax.weights.rules import to_torch
+from shortcut_jax.weights.rules import ConversionError, to_torch
 from tests.helpers import relative
 from tests.weights.lora_cases import CFG, apply_flux, random_modules
 
@@ -236,6 +236,9 @@ def test_a_peft_folder_has_its_alpha_in_its_config(bfl, shapes, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     read, _ = open_lora(tmp_path, CFG)
     assert {f.scale for f in read.values()} == {2.0}
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"adapter_config\.json is not JSON"):
+        open_lora(tmp_path, CFG)
 
 
 def test_a_merged_export_adds_in_float32(bfl, params, shapes, tmp_path, capfd):

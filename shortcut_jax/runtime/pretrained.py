@@ -92,7 +92,7 @@ def open_pretrained(path: Path) -> list[Pretrained]:
       ConversionError: it is none of the supported models.
     """
     if path.is_dir() and (path / "model_index.json").is_file():
-        _refuse_relatives(str(_read_json(path / "model_index.json").get("_class_name", "")))
+        _refuse_relatives(str(read_json(path / "model_index.json").get("_class_name", "")))
         folders = [path / name for name in PIPELINE_FOLDERS if (path / name).is_dir()]
         return [model for folder in folders for model in _open(folder)]
     return _open(path)
@@ -191,11 +191,20 @@ def _refuse(path: Path) -> None:
 def _hints(path: Path) -> dict[str, Any]:
     """The config.json beside the weights, if there is one."""
     config = (path if path.is_dir() else path.parent) / "config.json"
-    return _read_json(config) if config.is_file() else {}
+    return read_json(config) if config.is_file() else {}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises ConversionError where it is none."""
+    return parse_json(file.read_text(), str(file))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object. Raises ConversionError, which names `where`, if the text is none."""
     try:
-        return json.loads(file.read_text())
+        value = json.loads(text)
     except ValueError as error:
-        raise ConversionError(f"{file} is not JSON: {error}") from error
+        raise ConversionError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where} is not a JSON object")
+    return value

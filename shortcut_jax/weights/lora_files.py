@@ -114,8 +114,15 @@ def _pairs(tensors: Mapping[str, np.ndarray], known: Mapping[str, Any], alpha_of
             raise ConversionError(f"the LoRA has no {missing} for {module}")
         if name in pairs:
             raise ConversionError(f"the file has two adapters for {name}")
+        shapes = {half: np.shape(found[half]) for half in ("down", "up")}
+        if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+            raise ConversionError(
+                f"the factors of {name} have shapes {shapes['down']} and {shapes['up']}, not matrices"
+            )
+        if np.size(found.get("alpha", 1.0)) != 1:
+            raise ConversionError(f"the alpha of {name} is not one number")
         rank = len(found["down"])
-        alpha = float(found["alpha"]) if "alpha" in found else alpha_of(name, rank)
+        alpha = float(np.reshape(found["alpha"], ())) if "alpha" in found else alpha_of(name, rank)
         pairs[name] = Factors(found["down"], found["up"], alpha)
     return pairs
 

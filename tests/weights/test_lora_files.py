@@ -202,6 +202,11 @@ def test_what_cannot_be_used_is_named(shapes):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
         with pytest.raises(ConversionError, match=message):
             read(changed, shapes)
+    for broken in (np.ones((3, 32, 1, 1), "f"), np.ones((0, 32), "f"), np.ones(3, "f")):
+        with pytest.raises(ConversionError, match=r"the factors of transformer_blocks\.0\.attn\.to_q have shapes"):
+            read({**tensors, a: broken}, shapes)
+    with pytest.raises(ConversionError, match="is not one number"):
+        read({**tensors, "transformer.transformer_blocks.0.attn.to_q.alpha": np.ones(2, "f")}, shapes)
     with pytest.raises(ConversionError, match="DoRA"):
         read(tensors, shapes, {"use_dora": True})
     wide = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": np.ones((3, 32), "f")}
