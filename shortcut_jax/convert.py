@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
-from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
@@ -35,7 +34,7 @@ from shortcut_jax.runtime.converted import (
 )
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.tokenizers import check_tokenizer, copy_tokenizer
-from shortcut_jax.sources import Model, abstract_params, holds_lora, open_lora, open_models, sampling_of
+from shortcut_jax.sources import Model, holds_lora, open_lora, open_models, param_shapes, sampling_of
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
@@ -161,8 +160,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
         raise ConversionError(f"{error}{hint}") from error
     ranks = sorted({f.rank for f in modules.values()})
     say(f"found: LoRA of {len(modules)} modules, rank {', '.join(map(str, ranks))}")
-    for note in notes:
-        say(f"note: {note}")
+    _tell_notes(notes)
     if options.dtype:
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
@@ -173,7 +171,11 @@ def _tell(model: Model) -> None:
     dtypes = sorted({str(spec.dtype) for spec in model.specs.values()})
     size = sum(spec.nbytes for spec in model.specs.values()) / 1e9
     say(f"found: {model.origin}; {', '.join(dtypes)}, {size:.2f} GB")
-    for note in model.notes:
+    _tell_notes(model.notes)
+
+
+def _tell_notes(notes: Sequence[str]) -> None:
+    for note in notes:
         say(f"note: {note}")
 
 
@@ -184,8 +186,7 @@ def _changed(model: Model, options: Any) -> Model:
         modules, notes = open_lora(Path(options.lora).expanduser().absolute(), model.config)
         params = Merged(params, modules, shapes_of(params))
         say(f"merging a LoRA of {len(modules)} modules")
-        for note in notes:
-            say(f"note: {note}")
+        _tell_notes(notes)
     if options.dtype:
         params = Cast(params, DTYPES[options.dtype])
     return model._replace(params=params)
@@ -246,7 +247,7 @@ def _write(
     target.parent.mkdir(parents=True, exist_ok=True)
     if job.lora and form != "orbax":
         modules, base = job.lora
-        tensors, metadata = to_peft(modules) if form == "diffusers" else to_kohya(modules, _shapes(base))
+        tensors, metadata = to_peft(modules) if form == "diffusers" else to_kohya(modules, param_shapes("flux", base))
         exported.write_tensors(target, tensors, metadata)
         progress(job.nbytes)
     elif len(files) == 1:
@@ -279,15 +280,11 @@ def _files(job: Job, form: str) -> dict[str, list[exported.Part]]:
     return {names[kind]: [part(m)] for kind, m in models.items() if kind in names}
 
 
-def _shapes(base: FluxConfig) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(v.shape) for k, v in flat_paths(abstract_params("flux", base)).items()}
-
-
 def _write_orbax(job: Job, folder: Path, progress: exported.Progress) -> None:
     stored = []
     if job.lora:
         modules, base = job.lora
-        write_params(folder / "lora", _counted(stack(modules, _shapes(base)), progress))
+        write_params(folder / "lora", _counted(stack(modules, param_shapes("flux", base)), progress))
         stored.append(Stored("lora", LoraInfo(base, record_of(modules)), "LoRA", folder / "lora"))
     for kind, model in job.models.items():
         write_params(folder / kind, _counted(model.params, progress))

@@ -66,6 +66,11 @@ def abstract_params(kind: str, config: Any) -> dict[str, Any]:
     return jax.eval_shape(module.init, key, tokens)["params"]
 
 
+def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters, by path."""
+    return {path: tuple(leaf.shape) for path, leaf in flat_paths(abstract_params(kind, config)).items()}
+
+
 def open_models(path: Path, view: str = "slow") -> list[Model]:
     """The models in a PyTorch checkpoint, a converted folder or a training workdir; nothing but headers is read.
 
@@ -89,8 +94,8 @@ def open_models(path: Path, view: str = "slow") -> list[Model]:
 
 
 def _open_found(found: Found, tensors: Mapping[str, np.ndarray], notes: tuple[str, ...]) -> Model:
-    shapes = {k: tuple(v.shape) for k, v in flat_paths(abstract_params(found.kind, found.config)).items()}
-    return Model(found.kind, found.config, Converted(tensors, found.rules, shapes), str(found), notes)
+    params = Converted(tensors, found.rules, param_shapes(found.kind, found.config))
+    return Model(found.kind, found.config, params, str(found), notes)
 
 
 def _open_workdir(workdir: Path, view: str) -> Model:
@@ -155,10 +160,9 @@ def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
     Raises:
       SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, or of another base.
     """
-    shapes = {k: tuple(v.shape) for k, v in flat_paths(abstract_params("flux", base)).items()}
     if (path / RECORD).is_file():
         stored = next(m for m in read_record(path)[0] if m.kind == "lora")
-        own = {k: tuple(v.shape) for k, v in flat_paths(abstract_params("flux", stored.config.base)).items()}
+        own = param_shapes("flux", stored.config.base)
         return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own), ()
     tensors = open_tensors(path)
     if not is_lora(tensors):
@@ -170,7 +174,7 @@ def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
         config = {k.removeprefix("transformer."): v for k, v in header.items()}
     elif beside.is_file():
         config = read_json(beside)
-    return read(tensors, shapes, config)
+    return read(tensors, param_shapes("flux", base), config)
 
 
 def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:

@@ -111,8 +111,7 @@ def _open(path: Path) -> list[Pretrained]:
         taken.update(own.values())
         notes = (f"{part.float8} float8 tensors are widened to float32",) if part.float8 else ()
         models.append(Pretrained(found, part, notes))
-    left = sorted(set(tensors) - taken)
-    left = [n for n in left if n.rsplit(".", 1)[-1] not in (*SCALES, "scaled_fp8")]
+    left = sorted(n for n in set(tensors) - taken if not _beside_float8(n))
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         models[0] = models[0]._replace(
@@ -137,13 +136,18 @@ def open_tensors(path: Path) -> LazyTensors:
     return tensors
 
 
+def _beside_float8(name: str) -> bool:
+    """Whether a tensor belongs to the float8 weight beside it."""
+    return name.rsplit(".", 1)[-1] in (*SCALES, "scaled_fp8")
+
+
 def _table_names(tensors: LazyTensors) -> dict[str, str]:
     """The names that our tables use -> the names in the file, less what is no weight of its own.
 
     Writers of text encoders differ: T5's embedding is stored once, twice or under its encoder's name, newer libraries
     drop CLIP's `text_model.`, and CLIP's projection and buffers are no part of the tower.
     """
-    names = {n: n for n in tensors if n.rsplit(".", 1)[-1] not in (*SCALES, "scaled_fp8")}
+    names = {n: n for n in tensors if not _beside_float8(n)}
     for name in list(names):
         stem, embedding = name.removesuffix("encoder.embed_tokens.weight"), "shared.weight"
         if stem != name:

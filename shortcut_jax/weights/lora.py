@@ -230,7 +230,7 @@ class Merged(Params):
         self._base, self._shapes = base, shapes
         self._arrays = stack(modules, shapes)
         self._scales = scales(record_of(modules), shapes)
-        self._homes = {t: targets[-1] for targets, _ in GROUPS for t in targets}
+        self._homes = {t: (targets[-1], units[0].parts) for targets, units in GROUPS for t in targets}
 
     def spec(self, name: str) -> Spec:
         """See `Params`."""
@@ -240,8 +240,7 @@ class Merged(Params):
         value, target = self._base[path], path.removesuffix("/kernel")
         if not path.endswith("/kernel") or f"{target}/a" not in self._arrays:
             return value
-        home = self._homes[target]
-        parts = next(units[0].parts for targets, units in GROUPS if target in targets)
+        home, parts = self._homes[target]
         x = layer(target, parts, self._shapes)
         blocks = x.depth or 1
         a = self._arrays[f"{target}/a"].astype(np.float32).reshape(blocks, math.prod(x.inputs), parts, -1)

@@ -81,7 +81,7 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array to be filled, aligned so that JAX on the host takes it without a copy."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = Spec(dtype, shape).nbytes
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
