@@ -91,9 +91,10 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("tokenizer_2", None, "Folder of T5's tokenizer.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace what is at --to.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["from", "to"])
-    target = Path(options.to).absolute()
-    sources = [Path(p).expanduser().absolute() for p in getattr(options, "from")]
-    _check_target(target, sources, options.overwrite)
+    target = Path(options.to).expanduser().resolve()
+    sources = [Path(p).expanduser().resolve() for p in getattr(options, "from")]
+    others = [getattr(options, name) for name in ("lora", "base", *exported.TOKENIZERS)]
+    _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
     job = _gather(sources, options)
     _check_format(job, options.format)
     _check_space(job, target)
@@ -203,13 +204,14 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
     return found
 
 
-def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    """Refuses what would be lost, before anything is opened."""
+def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path], overwrite: bool) -> None:
+    """Refuses what would be lost, before anything is opened. Paths are resolved: a link may lead to a source."""
     if target.exists() and not overwrite:
         raise UsageError(f"{target} is there already: give another --to, or --overwrite")
-    for source in sources:
-        if target == source or target in source.parents or source in target.parents:
-            raise UsageError(f"--to={target} and --from={source} overlap: write somewhere else")
+    for path in (*sources, *others):
+        inside = path in sources and path in target.parents
+        if target == path or target in path.parents or inside:
+            raise UsageError(f"--to={target} and {path}, which is read, overlap: write somewhere else")
 
 
 def _check_format(job: Job, form: str) -> None:

@@ -161,7 +161,9 @@ def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
       SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, or of another base.
     """
     if (path / RECORD).is_file():
-        stored = next(m for m in read_record(path)[0] if m.kind == "lora")
+        stored = next((m for m in read_record(path)[0] if m.kind == "lora"), None)
+        if stored is None:
+            raise ConversionError(f"{path} holds no LoRA")
         own = param_shapes("flux", stored.config.base)
         return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own), ()
     tensors = open_tensors(path)

@@ -6,7 +6,6 @@ A folder appears under its name only when it is complete.
 import ctypes
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from shortcut_jax.models.clip import ClipConfig
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.runtime.safetensors import remove
 from shortcut_jax.weights.lora import Record
 from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import nest
@@ -87,18 +87,21 @@ def complete_or_absent(target: Path, overwrite: bool) -> Iterator[Path]:
     if target.exists() and not overwrite:
         raise ConvertedError(f"{target} is there already: give another --to, or --overwrite")
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # What an earlier attempt that was killed left.
+    old = target.with_name(f".{target.name}.old")
+    remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
+        if target.exists():  # Set aside first, so that there is no moment without either.
+            remove(old)
+            target.rename(old)
         partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        remove(partial)
         raise
+    remove(old)
 
 
 def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -59,7 +59,9 @@ def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Fou
     for sign, make in _SIGNS:
         prefixes = [name.removesuffix(sign) for name in shapes if name.endswith(sign)]
         if prefixes:
-            prefix = min(prefixes, key=len)
+            if len(prefixes) > 1:
+                raise ConversionError(f"several models of one kind are here, under {', '.join(sorted(prefixes))}")
+            (prefix,) = prefixes
             own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
             found.append(make(prefix, own, hints or {}))
     if not found:
@@ -86,6 +88,12 @@ def _count(shapes: Shapes, stack: str) -> int:
     """Blocks of a stack whose names begin with `stack.NUMBER.`."""
     numbers = {n.split(".")[stack.count(".") + 1] for n in shapes if n.startswith(f"{stack}.")}
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+
+
+def _same(hints: Mapping[str, Any], name: str, value: Any) -> None:
+    """Refuses a config that asks for another function than the one that is built."""
+    if hints.get(name, value) != value:
+        raise ConversionError(f"config.json says {name} {hints[name]!r}, but only {value!r} is supported")
 
 
 def _dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
@@ -161,6 +169,8 @@ def _vae(layout: str) -> Callable:
 
 def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
     block = "encoder.block.0.layer"
+    _same(hints, "feed_forward_proj", "gated-gelu")
+    _same(hints, "layer_norm_epsilon", 1e-6)
     buckets, heads = _dims(shapes, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
     inner, width = _dims(shapes, f"{block}.0.SelfAttention.q.weight", 2)
     config = T5Config(
@@ -180,11 +190,16 @@ def _clip(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
     layer = "text_model.encoder.layers"
     hidden, width = _dims(shapes, f"{layer}.0.mlp.fc1.weight", 2)
     end = hints.get("eos_token_id", 2)
+    heads = hints.get("num_attention_heads", width // 64)
+    if not heads or width % heads:
+        raise ConversionError(f"the heads of width {width} are not known: name num_attention_heads in a config.json")
+    _same(hints, "hidden_act", "quick_gelu")
+    _same(hints, "layer_norm_eps", 1e-5)
     config = ClipConfig(
         vocab=_dims(shapes, "text_model.embeddings.token_embedding.weight", 2)[0],
         width=width,
         blocks=_count(shapes, layer),
-        heads=hints.get("num_attention_heads", width // 64),
+        heads=heads,
         hidden=hidden,
         max_tokens=_dims(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
         end_token=None if end == 2 else end,

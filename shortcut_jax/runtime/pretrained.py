@@ -1,6 +1,7 @@
 """Opening what Flux users own: single files, shards, diffusers folders, whole pipelines; lazily, and named."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, shar
 from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import ConversionError
 
+TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
 PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 """Folders of a diffusers pipeline that hold weights."""
 
@@ -23,9 +25,9 @@ SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
 RELATIVES = {
     "kontext": "FLUX.1 Kontext",
     "fluxfill": "FLUX.1 Fill",
-    "fluxcontrol": "FLUX.1 Canny or Depth",
+    "fluxcontrol(?!net)": "FLUX.1 Canny or Depth",
 }
-"""Relatives of Flux by what the names of their files or pipelines hold; some have its very shapes."""
+"""Relatives of Flux by what the names of their files, folders or pipelines hold; some have its very shapes."""
 
 _NO_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 """Ends of names beside a CLIP text tower that are not used by it."""
@@ -92,7 +94,15 @@ def open_pretrained(path: Path) -> list[Pretrained]:
       ConversionError: it is none of the supported models.
     """
     if path.is_dir() and (path / "model_index.json").is_file():
-        _refuse_relatives(str(read_json(path / "model_index.json").get("_class_name", "")))
+        index = read_json(path / "model_index.json")
+        _refuse_relatives(str(index.get("_class_name", "")))
+        missing = [
+            name
+            for name in (*PIPELINE_FOLDERS, *TOKENIZER_FOLDERS)
+            if any(index.get(name) or ()) and not (path / name).is_dir()
+        ]
+        if missing:
+            raise ConversionError(f"{path}/model_index.json names {', '.join(missing)}, which is not there")
         folders = [path / name for name in PIPELINE_FOLDERS if (path / name).is_dir()]
         return [model for folder in folders for model in _open(folder)]
     return _open(path)
@@ -103,6 +113,9 @@ def _open(path: Path) -> list[Pretrained]:
     names = _table_names(tensors)
     shapes = {name: tensors.spec(own).shape for name, own in names.items()}
     _refuse_relatives(path.name)
+    if (path.parent / "model_index.json").is_file():  # one folder of a pipeline
+        _refuse_relatives(str(read_json(path.parent / "model_index.json").get("_class_name", "")))
+    _check_scales(tensors)
     models: list[Pretrained] = []
     taken: set[str] = set()
     for found in identify(shapes, _hints(path)):
@@ -151,8 +164,10 @@ def _table_names(tensors: LazyTensors) -> dict[str, str]:
     for name in list(names):
         stem, embedding = name.removesuffix("encoder.embed_tokens.weight"), "shared.weight"
         if stem != name:
-            own = names.pop(name)
-            names.setdefault(stem + embedding, own)
+            own, twin = names.pop(name), stem + embedding
+            if twin in names and not np.array_equal(tensors[own].view(np.uint8), tensors[twin].view(np.uint8)):
+                raise ConversionError(f"{name} and {twin} should be one table, but differ")
+            names.setdefault(twin, own)
     sign = "embeddings.token_embedding.weight"
     tower = next((n.removesuffix(sign) for n in names if n.endswith(sign)), None)
     if tower is not None and not tower.endswith("text_model."):
@@ -162,6 +177,30 @@ def _table_names(tensors: LazyTensors) -> dict[str, str]:
     return {n: o for n, o in names.items() if not n.endswith(_NO_WEIGHTS)}
 
 
+def _check_scales(tensors: LazyTensors) -> None:
+    """Refuses quantised weights other than float8 with one scale, or one a row: their values would be wrong.
+
+    Raises:
+      ConversionError: a scale without a float8 weight, of another shape, or a weight of whole numbers.
+    """
+    for name in tensors:
+        layer, _, last = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if last == "weight" and tensors.spec(name).dtype.kind in "iub":
+            raise ConversionError(
+                f"{name} is {tensors.spec(name).dtype}: quantised otherwise than float8, not supported"
+            )
+        if last not in SCALES:
+            continue
+        if weight not in tensors or tensors.spec(weight).dtype not in _FLOAT8:
+            raise ConversionError(f"{name} is a scale, but {weight} is not a float8 weight beside it")
+        shape, rows = tensors.spec(name).shape, tensors.spec(weight).shape[0]
+        if last in SCALES[:2] and shape not in ((), (1,), (rows,), (rows, 1)):
+            raise ConversionError(
+                f"{name} has shape {shape}, but one scale, or one for each of {rows} rows, is supported"
+            )
+
+
 def _refuse_relatives(name: str) -> None:
     """Names what has Flux's shapes but is another model: Kontext reads a second image's tokens.
 
@@ -169,7 +208,7 @@ def _refuse_relatives(name: str) -> None:
       ConversionError: `name`, of a file or of a pipeline's class, is that of a relative.
     """
     for sign, relative in RELATIVES.items():
-        if sign in name.lower():
+        if re.search(sign, name.lower()):
             raise ConversionError(f"{name} is {relative}, which is not supported: use FLUX.1 dev or schnell")
 
 
@@ -195,7 +234,8 @@ def _refuse(path: Path) -> None:
 def _hints(path: Path) -> dict[str, Any]:
     """The config.json beside the weights, if there is one."""
     config = (path if path.is_dir() else path.parent) / "config.json"
-    return read_json(config) if config.is_file() else {}
+    entries = read_json(config) if config.is_file() else {}
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ its numpy interface knows no float8 and writes only what is in memory at once.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -111,8 +112,8 @@ def shard_files(path: Path) -> list[Path]:
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else [path]
     if indices:
         try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({Path(name).name for name in json.loads(indices[0].read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise SafetensorsError(f"{indices[0]} is not an index of shards: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -122,6 +123,14 @@ def shard_files(path: Path) -> list[Path]:
     if not files:
         raise SafetensorsError(f"no safetensors file in {folder}")
     return files
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one: what an earlier attempt that was killed left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Writer:
@@ -147,6 +156,7 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._left = set(specs)
+        remove(self._partial)
         self._stream = self._partial.open("wb")
         try:
             os.posix_fallocate(self._stream.fileno(), 0, self._start + end)

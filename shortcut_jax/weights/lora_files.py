@@ -173,7 +173,8 @@ def _fuse(found: list[Factors | None], widths: list[tuple[int, int]]) -> Factors
         return Factors(first.down, np.concatenate([f.up for f in present]), first.alpha)
     rank = max(f.rank for f in present)
     equal = all(f.scale == first.scale for f in present)
-    dtype = common_dtype({x.dtype for f in present for x in (f.down, f.up)})
+    # Scales that differ are multiplied in, which a 16-bit dtype would round.
+    dtype = common_dtype({x.dtype for f in present for x in (f.down, f.up)}) if equal else np.dtype(np.float32)
     down = np.zeros((count * rank, widths[0][0]), dtype)
     up = np.zeros((sum(out for _, out in widths), count * rank), dtype)
     row = 0

@@ -181,16 +181,14 @@ def check(
     _compare("in the checkpoint, but not in this model", set(source_shapes) - names, names)
     for rule in wanted:
         inner = [_block_shape(rule, shapes[t]) for t in rule.targets]
+        expected = [x.shape for x in rule.transform.backward([_blank(shape) for shape in inner])]
         for block in _expand(rule, depths):
-            given = [source_shapes[name] for name in block]
-            try:
-                made = rule.transform.forward([_blank(shape) for shape in given], inner)
-            except ValueError:
-                made = []
-            if [x.shape for x in made] != inner:
+            given = [tuple(source_shapes[name]) for name in block]
+            if given != expected:
                 raise ConversionError(
                     f"{', '.join(block)} of shape {', '.join(map(str, given))} does not fit "
-                    f"{', '.join(rule.targets)} of shape {', '.join(map(str, inner))}"
+                    f"{', '.join(rule.targets)} of shape {', '.join(map(str, inner))}: "
+                    f"it should be {', '.join(map(str, expected))}"
                 )
 
 

@@ -100,3 +100,26 @@ def test_a_folder_is_complete_or_absent(tmp_path):
     with complete_or_absent(target, overwrite=True):
         pass
     assert not (target / "part").exists()
+
+
+def test_an_interrupt_while_replacing_keeps_the_old_one(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    target, real = tmp_path / "out", Path.rename
+    target.mkdir()
+    (target / "part").write_text("old")
+
+    def rename(self, other):
+        if self.name == ".out.partial":
+            raise KeyboardInterrupt
+        return real(self, other)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename)
+        with complete_or_absent(target, overwrite=True) as folder:
+            (folder / "part").write_text("new")
+    assert (target / "part").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / ".out.partial").write_text("a file, left by a kill")
+    with complete_or_absent(target, overwrite=True) as folder:
+        (folder / "part").write_text("new")
+    assert (target / "part").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -96,3 +96,20 @@ def test_what_a_geometry_is_read_from_is_named_where_it_is_missing_or_misshapen(
             identify({**shapes, name: (5, 5, 5)})
     strange = {**_theirs("flux-dev", "bfl"), "single_blocks.x.weight": (1,)}
     assert identify(strange)[0].config == preset("flux-dev")  # the table then names what is left over
+
+
+def test_two_models_of_a_kind_and_configs_of_another_function_are_refused():
+    twice = _theirs("flux-30m", "bfl")
+    twice = {f"{p}{k}": v for p in ("model_ema.", "model.diffusion_model.") for k, v in twice.items()}
+    with pytest.raises(ConversionError, match=r"under model\.diffusion_model\., model_ema\."):
+        identify(twice)
+    for table, name, value in (
+        ("clip", "hidden_act", "gelu"),
+        ("clip", "layer_norm_eps", 1e-6),
+        ("t5", "feed_forward_proj", "relu"),
+        ("t5", "layer_norm_epsilon", 1e-5),
+    ):
+        with pytest.raises(ConversionError, match=f"config.json says {name} {value!r}"):
+            identify(_theirs(table, table), {name: value})
+    with pytest.raises(ConversionError, match="name num_attention_heads"):
+        identify(_theirs("clip", "clip"), {"num_attention_heads": 7})

@@ -123,11 +123,62 @@ def test_relatives_with_the_shapes_of_flux_are_refused_by_name(tmp_path, params)
     _save(tmp_path / "flux1-kontext-dev.safetensors", tensors)
     with pytest.raises(ConversionError, match=r"flux1-kontext-dev\.safetensors is FLUX\.1 Kontext"):
         open_pretrained(tmp_path / "flux1-kontext-dev.safetensors")
-    for name, message in (
-        ("FluxKontextPipeline", "Kontext"),
-        ("FluxFillPipeline", "Fill"),
-        ("FluxControlPipeline", "Canny"),
-    ):
+    for name, message in (("Kontext", "Kontext"), ("Fill", "Fill"), ("Control", "Canny")):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": f"Flux{name}Pipeline"}))
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(ConversionError, match=rf"Flux{name}Pipeline is FLUX\.1 {message}"):
             open_pretrained(tmp_path)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(AXES))
+    _save(tmp_path / "transformer" / "m.safetensors", to_torch(params, flux_diffusers.RULES))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}))
+    with pytest.raises(ConversionError, match="Kontext"):
+        open_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxControlNetPipeline"}))
+    assert open_pretrained(tmp_path)[0].found.kind == "flux"
+
+
+def test_a_pipeline_folder_has_everything_that_its_index_names(tmp_path, params):
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(AXES))
+    _save(tmp_path / "transformer" / "m.safetensors", to_torch(params, flux_diffusers.RULES))
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    assert len(open_pretrained(tmp_path)) == 1
+    absent = {"text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **absent}))
+    with pytest.raises(ConversionError, match="names text_encoder_2, tokenizer, which is not there"):
+        open_pretrained(tmp_path)
+
+
+def test_scales_that_would_be_dropped_or_misread_are_refused(tmp_path, params):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    tensors = to_torch(params, flux_bfl.RULES)
+    name = "double_blocks.0.img_attn.proj"
+    small = {**tensors, f"{name}.weight": tensors[f"{name}.weight"].astype(ml_dtypes.float8_e4m3fn)}
+    ones = np.ones
+    for source, change, message in (
+        (tensors, {f"{name}.weight_scale": ones(1, "f")}, "is not a float8 weight beside it"),
+        (small, {"nowhere.scale_weight": ones(1, "f")}, "nowhere.weight is not a float8 weight"),
+        (small, {f"{name}.weight_scale": ones((1, 32), "f")}, r"has shape \(1, 32\), but one scale"),
+        (small, {f"{name}.weight_scale": ones((4, 4), "f")}, r"has shape \(4, 4\), but one scale"),
+        (tensors, {f"{name}.weight": ones((32, 32), "i1")}, "is int8: quantised otherwise than float8"),
+    ):
+        _save(tmp_path / "x.safetensors", {**source, **change})
+        with pytest.raises(ConversionError, match=message):
+            open_pretrained(tmp_path / "x.safetensors")
+
+
+def test_two_embeddings_of_t5_have_to_be_one(tmp_path):
+    from tests.weights.test_text import T5, _t5, _weights
+
+    weights = _weights(_t5())
+    table = "encoder.embed_tokens.weight"
+    weights = {k: v for k, v in weights.items() if k != table}
+    for twin, fine in ((weights["shared.weight"], True), (weights["shared.weight"] + 1, False)):
+        _save(tmp_path / "t5.safetensors", {**weights, table: twin})
+        if fine:
+            (model,) = open_pretrained(tmp_path / "t5.safetensors")
+            assert model.found.config.width == T5.width and "left out: encoder.embed_tokens" in model.notes[0]
+        else:
+            with pytest.raises(ConversionError, match="should be one table, but differ"):
+                open_pretrained(tmp_path / "t5.safetensors")

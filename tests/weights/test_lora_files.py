@@ -1,5 +1,6 @@
 import inspect
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -68,7 +69,10 @@ def test_a_peft_file_goes_out_as_it_came(name, shapes):
 
 
 @pytest.mark.parametrize("name", ["all", "several ranks"])
-def test_diffusers_loads_what_we_write_with_the_same_output(name, params, shapes, highest_precision, caplog):
+def test_diffusers_loads_what_we_write_with_the_same_output(
+    name, params, shapes, highest_precision, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # else nothing reaches `caplog`
     # PEFT finds a module by the end of its name, so the last layer would take the blocks' `proj_out` with it.
     modules = random_modules(shapes, **RANKS[name])
     tensors, metadata = to_peft(modules)
@@ -76,6 +80,10 @@ def test_diffusers_loads_what_we_write_with_the_same_output(name, params, shapes
     config = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
     model.load_lora_adapter(_torch(tensors), metadata=config)
     assert "unexpected" not in caplog.text and "missing" not in caplog.text
+    # No key missing, none unexpected: what the model holds now is what we wrote.
+    loaded = {k.replace(".default_0.", "."): v for k, v in model.state_dict().items() if "lora_" in k}
+    assert loaded.keys() == {k.removeprefix("transformer.") for k in tensors}
+    assert all(np.array_equal(loaded[k.removeprefix("transformer.")], v) for k, v in tensors.items())
     actual = apply_flux(CFG, params, collections(modules, shapes))
     assert relative(actual, _run_reference(model)) <= 1e-5
     assert relative(actual, _run_reference(_reference(params))) > 1e-2

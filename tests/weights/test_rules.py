@@ -76,6 +76,10 @@ def test_one_parameter_is_read_at_a_time():
         ({"first.bias": np.ones(5)}, "first.bias of shape (5,) does not fit first/bias of shape (4,)"),
         ({"blocks.1.q.weight": np.ones((6, 5))}, "blocks.1.q.weight, blocks.1.k.weight of shape (6, 5), (6, 4)"),
         ({"blocks.1.both.weight": np.ones((8, 4))}, "blocks.1.both.weight of shape (8, 4) does not fit"),
+        # The right number of values in another order would reshape to garbage.
+        ({"first.weight": np.ones((3, 4))}, "first.weight of shape (3, 4) does not fit"),
+        ({"first.bias": np.ones((2, 2))}, "it should be (4,)"),
+        ({"blocks.0.both.weight": np.ones((4, 7))}, "blocks.0.both.weight of shape (4, 7) does not fit"),
     ],
 )
 def test_what_does_not_fit_is_named_before_a_value_is_read(change, message):
