@@ -108,11 +108,13 @@ def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None
     """Writes a model's parameters as an Orbax pytree, a few at a time: the largest one sets the memory.
 
     Orbax copies numpy arrays before it writes them, but not arrays of JAX on the host; and it writes in chunks, so that
-    a device can later read its shard alone.
+    a device can later read its shard alone. Each chunk is a file: its one-database format (OCDBT) would hold the whole
+    of a tensor a second time before it writes.
     """
     import orbax.checkpoint.experimental.v1 as ocp
 
     context = ocp.Context()
+    context.array.saving.use_ocdbt = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     host = jax.local_devices(backend="cpu")[0]
     waiting: dict[str, jax.Array] = {}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shortcut_jax.weights import flux_diffusers
-from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, spec_of
+from shortcut_jax.weights.params import Params, Spec, common_dtype, spec_of
 from shortcut_jax.weights.rules import ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -246,7 +246,8 @@ class Merged(Params):
         a = self._arrays[f"{target}/a"].astype(np.float32).reshape(blocks, math.prod(x.inputs), parts, -1)
         b = self._arrays[f"{home}/b"].astype(np.float32).reshape(blocks, a.shape[-1], parts, -1)
         scale = self._scales[home].reshape(blocks, parts)
-        result = empty(value.shape, value.dtype)
+        # A lazy base reads a fresh array each time, which may be changed.
+        result = value if isinstance(self._base, Params) and value.flags.writeable else np.copy(value)
         there, here = (y.reshape(blocks, a.shape[1], parts, -1) for y in (value, result))
         for i in range(blocks):
             for p in range(parts):
