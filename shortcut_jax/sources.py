@@ -195,7 +195,7 @@ def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:
     # Orbax reads the stored dtype; each device then casts its shards.
     stored = {k: jax.ShapeDtypeStruct(w.shape, params.spec(k).dtype, sharding=w.sharding) for k, w in wanted.items()}
     placed = flat_paths(params.place(nest(stored)))
-    return nest({k: placed[k].astype(w.dtype) for k, w in wanted.items()})
+    return nest({k: placed.pop(k).astype(w.dtype) for k, w in wanted.items()})
 
 
 def _shard(value: np.ndarray, wanted: Any) -> jax.Array:

@@ -6,6 +6,7 @@ A folder appears under its name only when it is complete.
 import ctypes
 import dataclasses
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,9 +100,19 @@ def complete_or_absent(target: Path, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         if old.exists() and not target.exists():
             old.rename(target)
-        remove(partial)
+        _remove_while_written(partial)
         raise
     remove(old)
+
+
+def _remove_while_written(folder: Path, seconds: float = 10.0) -> None:
+    """Removes a folder into which threads of an interrupted save may still write for a moment."""
+    end = time.monotonic() + seconds
+    remove(folder)
+    time.sleep(0.2)
+    while folder.exists() and time.monotonic() < end:
+        remove(folder)
+        time.sleep(0.2)
 
 
 def write_params(folder: Path, params: Iterable[tuple[str, np.ndarray]]) -> None:

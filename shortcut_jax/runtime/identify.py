@@ -1,6 +1,7 @@
 """What a checkpoint is, told from its names and shapes alone: which models, by which table, of which geometry."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,11 +66,20 @@ def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Fou
             own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
             found.append(make(prefix, own, hints or {}))
     if not found:
+        _check_signs(shapes)
         examples = ", ".join(sorted(shapes)[:3]) or "nothing"
         raise ConversionError(
             f"this is not a Flux transformer, its autoencoder, a T5 encoder or a CLIP text tower: it holds {examples}"
         )
     return found
+
+
+def _check_signs(shapes: Shapes) -> None:
+    """Tells of a model that is there but for the very name it is known by."""
+    for sign, _ in _SIGNS:
+        stem = re.split(r"\.0\.|\.attn|\.embeddings", sign)[0] + "."
+        if any(name.startswith(stem) or f".{stem}" in name for name in shapes):
+            _dims(shapes, sign, 0)
 
 
 def describe(found: Found) -> str:
@@ -111,7 +121,9 @@ def _dims(shapes: Shapes, name: str, count: int) -> tuple[int, ...]:
     return tuple(shapes[name])
 
 
-def _flux(layout: str, image_in: str, norm: str, stacks: tuple[str, str], names: tuple[str, str, str]) -> Callable:
+def _flux(
+    layout: str, image_in: str, image_out: str, norm: str, stacks: tuple[str, str], names: tuple[str, str, str]
+) -> Callable:
     text_in, pooled_in, guidance_in = names
     rules = flux_bfl.RULES if layout == "bfl" else flux_diffusers.RULES
 
@@ -121,6 +133,12 @@ def _flux(layout: str, image_in: str, norm: str, stacks: tuple[str, str], names:
         if channels in OTHER_CHANNELS:
             raise ConversionError(
                 f"this is {OTHER_CHANNELS[channels]}, which is not supported: use FLUX.1 dev or schnell"
+            )
+        outputs = _dims(shapes, image_out, 2)[0]
+        if channels != outputs:
+            raise ConversionError(
+                f"{image_in} reads {channels} channels, but the model gives {outputs}: this is a relative of Flux with "
+                f"further inputs, which is not supported: use FLUX.1 dev or schnell"
             )
         axes: tuple[int, ...] = tuple(hints.get("axes_dims_rope", ROTARY_AXES.get(head_size, ())))
         if sum(axes) != head_size:
@@ -213,6 +231,7 @@ _SIGNS: tuple[tuple[str, Callable[[str, Shapes, Mapping[str, Any]], Found]], ...
         _flux(
             "bfl",
             "img_in.weight",
+            "final_layer.linear.weight",
             "double_blocks.0.img_attn.norm.query_norm.scale",
             ("double_blocks", "single_blocks"),
             ("txt_in.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.weight"),
@@ -223,6 +242,7 @@ _SIGNS: tuple[tuple[str, Callable[[str, Shapes, Mapping[str, Any]], Found]], ...
         _flux(
             "diffusers",
             "x_embedder.weight",
+            "proj_out.weight",
             "transformer_blocks.0.attn.norm_q.weight",
             ("transformer_blocks", "single_transformer_blocks"),
             (

@@ -113,3 +113,20 @@ def test_two_models_of_a_kind_and_configs_of_another_function_are_refused():
             identify(_theirs(table, table), {name: value})
     with pytest.raises(ConversionError, match="name num_attention_heads"):
         identify(_theirs("clip", "clip"), {"num_attention_heads": 7})
+
+
+def test_the_name_a_model_is_known_by_and_further_inputs_are_named():
+    for table, kind, sign in (
+        ("bfl", "flux-dev", "double_blocks.0.img_attn.qkv.weight"),
+        ("diffusers", "flux-dev", "transformer_blocks.0.attn.add_q_proj.weight"),
+        ("vae-bfl", "vae", "encoder.mid.attn_1.q.weight"),
+        ("vae-diffusers", "vae", "encoder.mid_block.attentions.0.to_q.weight"),
+        ("t5", "t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        ("clip", "clip", "text_model.embeddings.token_embedding.weight"),
+    ):
+        shapes = {f"prefix.{k}": v for k, v in _theirs(kind, table).items() if k != sign}
+        with pytest.raises(ConversionError, match=re.escape(f"missing from the checkpoint: {sign} (nearest")):
+            identify(shapes)
+    for channels in (96, 192, 320):
+        with pytest.raises(ConversionError, match=f"reads {channels} channels, but the model gives 64"):
+            identify(_theirs("flux-dev", "bfl") | {"img_in.weight": (3072, channels)})
