@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 
+from shortcut_jax.runtime import exported
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora import Factors, Merged, expand, stack
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read, to_kohya, to_peft
@@ -70,7 +71,7 @@ def test_a_peft_file_goes_out_as_it_came(name, shapes):
 
 @pytest.mark.parametrize("name", ["all", "several ranks"])
 def test_diffusers_loads_what_we_write_with_the_same_output(
-    name, params, shapes, highest_precision, caplog, monkeypatch
+    name, params, shapes, highest_precision, caplog, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # else nothing reaches `caplog`
     # PEFT finds a module by the end of its name, so the last layer would take the blocks' `proj_out` with it.
@@ -84,6 +85,11 @@ def test_diffusers_loads_what_we_write_with_the_same_output(
     loaded = {k.replace(".default_0.", "."): v for k, v in model.state_dict().items() if "lora_" in k}
     assert loaded.keys() == {k.removeprefix("transformer.") for k in tensors}
     assert all(np.array_equal(loaded[k.removeprefix("transformer.")], v) for k, v in tensors.items())
+    # The file itself, with its header, by its path.
+    exported.write_tensors(tmp_path / "lora.safetensors", tensors, metadata)
+    by_path = _reference(params)
+    by_path.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors")
+    np.testing.assert_array_equal(_run_reference(by_path), _run_reference(model))
     actual = apply_flux(CFG, params, collections(modules, shapes))
     assert relative(actual, _run_reference(model)) <= 1e-5
     assert relative(actual, _run_reference(_reference(params))) > 1e-2
