@@ -225,7 +225,7 @@ def _refuse(path: Path) -> None:
         if file.suffix in PICKLES:
             target = file.with_suffix(".safetensors").name
             raise ConversionError(
-                f"{file} is a pickle, which could run any code, so it is not opened. Where you trust it, in its folder: "
+                f"{file} is a pickle, which could run any code, so it is not opened. If you trust it, in its folder: "
                 f"""python -c "import torch, safetensors.torch as s; """
                 f"""s.save_file(torch.load('{file.name}', weights_only=True), '{target}')\" """
                 f"(where tensors share memory, save clones of them)"
