@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from shortcut_jax.core.latents import PATCH, image_ids, text_ids
-from shortcut_jax.core.types import Batch
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.core.types import Batch, Condition
 from shortcut_jax.data.records import latent_size
 from shortcut_jax.data.words import encode_words
 from shortcut_jax.models.attention import unsharded
 from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import Flux, FluxConfig
 from shortcut_jax.models.linear import no_constraint
+from shortcut_jax.models.lora import init_adapters
 from shortcut_jax.resolve import check_tensor, global_batch, mesh_shape, model_config, step_settings
 from shortcut_jax.runtime.distributed import platform_of
 from shortcut_jax.runtime.metrics import peak_flops
@@ -31,10 +33,15 @@ from shortcut_jax.settings import Settings
 from shortcut_jax.steps.optim import make_optimizer
 from shortcut_jax.steps.state import TrainState, init_state
 from shortcut_jax.steps.train_step import make_train_step
+from shortcut_jax.steps.views import Frozen, evaluations
+from shortcut_jax.weights.rules import nest
+
+BASE_DTYPE = jnp.bfloat16
+"""What a frozen base is held in."""
 
 
 class Assembly:
-    """Everything that a main needs of a run, built from settings. Only `init_state` puts arrays on devices.
+    """Everything that a main needs of a run, built from settings. Only `init_state` and `freeze` put arrays on devices.
 
     Attributes:
       settings: as given.
@@ -75,8 +82,11 @@ class Assembly:
     def flops(self) -> int:
         """Model FLOPs of one step."""
         s = self.settings
-        jumped = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.jumping * s.jumps
-        return step_flops(self.model, self.num_image_tokens, s.data.text_tokens, self.batch_size, jumped)
+        student, first, slow = evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
+        jumping = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.self_rows
+        jumped = jumping * (first + slow) * s.jumps // 2
+        tokens = self.num_image_tokens, s.data.text_tokens
+        return step_flops(self.model, *tokens, self.batch_size * student, jumped, frozen=s.train == "lora")
 
     @property
     def peak_flops(self) -> float | None:
@@ -99,24 +109,66 @@ class Assembly:
     @cached_property
     def state_shapes(self) -> TrainState:
         """The train state as abstract arrays with their shardings."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return self._placed(jax.eval_shape(self._init, jax.random.key(0)))
+
+    @cached_property
+    def network_shapes(self) -> Any:
+        """The weights of the whole network, in the dtype that they start in, with their shardings."""
+        if self.settings.train == "lora":
+            return self.state_shapes.frozen.base
+        return self.state_shapes.params
+
+    def _placed(self, shapes: Any) -> Any:
         shardings = tree_shardings(self.mesh, shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _init(self, key: jax.Array) -> TrainState:
-        return init_state(init_params(self.model, key), make_optimizer(self.settings.optimizer, self.settings.steps))
+        return self._start(init_params(self.model, key), None, None)
 
-    def init_state(self, params: Any = None) -> TrainState:
-        """The state before the first step, from the given weights (which are donated) or from random ones.
+    def _start(self, weights: Any, adapters: Any, teacher: Any) -> TrainState:
+        s = self.settings
+        if s.train == "lora":
+            fresh = self._fresh_adapters(weights)
+            teacher = fresh if s.teacher_lora and teacher is None else teacher
+            start = teacher if adapters is None else adapters
+            train = fresh if start is None else start
+        else:
+            train = weights
+        return init_state(train, make_optimizer(s.optimizer, s.steps), self._freeze(weights, teacher))
 
-        Each device computes its own shards.
+    def _fresh_adapters(self, weights: Any) -> Any:
+        shapes = {path: leaf.shape for path, leaf in flat_paths(weights).items()}
+        key = jax.random.fold_in(jax.random.key(self.settings.seed), 1)
+        return nest(init_adapters(key, shapes, self.settings.lora.rank, self.settings.lora.paths))
+
+    def _freeze(self, weights: Any, teacher: Any) -> Frozen:
+        s = self.settings
+        base = jax.tree.map(lambda x: x.astype(BASE_DTYPE), weights) if s.has_base else None
+        scale = jnp.asarray(s.lora.scale, jnp.float32) if s.train == "lora" else None
+        unconditional = None
+        if s.guide != "told":
+            txt, vec = text_encoder(s, self.model)("")
+            unconditional = Condition(jnp.asarray(txt)[None], jnp.asarray(vec)[None])
+        # A copy: the student may start from the teacher's adapters, and donated buffers must not alias.
+        return Frozen(base, scale, jax.tree.map(jnp.copy, teacher), unconditional)
+
+    def init_state(self, weights: Any = None, adapters: Any = None, teacher: Any = None) -> TrainState:
+        """The state before the first step. Each device computes its own shards.
+
+        Args:
+          weights: of the whole network (`network_shapes`), donated; random ones by default.
+          adapters: what training starts from; the teacher's or fresh ones by default.
+          teacher: adapters of the teacher.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        if params is not None:
-            optimizer = make_optimizer(self.settings.optimizer, self.settings.steps)
-            start = lambda given: init_state(given, optimizer)
-            return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
-        return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.settings.seed))
+        if weights is None:
+            return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.settings.seed))
+        return jax.jit(self._start, out_shardings=shardings, donate_argnums=0)(weights, adapters, teacher)
+
+    def freeze(self, weights: Any = None, teacher: Any = None) -> Frozen:
+        """What is frozen alone, for a state whose other parts are restored; `weights` are donated."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes.frozen)
+        return jax.jit(self._freeze, out_shardings=shardings, donate_argnums=0)(weights, teacher)
 
     @cached_property
     def train_step(self) -> Any:
@@ -140,6 +192,15 @@ def init_params(cfg: FluxConfig, key: jax.Array) -> Any:
     plain = dataclasses.replace(cfg, constrain=no_constraint, per_shard=unsharded, attention="xla")
     model = Flux(plain)
     return model.init(key, *inputs, image_ids(4, 4), text_ids(1), *optional)["params"]
+
+
+def fresh_embeddings(model: FluxConfig, key: jax.Array, names: list[str]) -> dict[str, Any]:
+    """Embedders from scratch whose output is zero, so that the network is the one it was without them."""
+    drawn = {name: init_params(model, key)[name] for name in names}
+    return {
+        name: {**layers, "out_layer": jax.tree.map(jnp.zeros_like, layers["out_layer"])}
+        for name, layers in drawn.items()
+    }
 
 
 def text_encoder(settings: Settings, cfg: FluxConfig) -> Any:

@@ -12,26 +12,30 @@ from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.models.presets import PRESETS, preset
 from shortcut_jax.runtime.sharding import MeshShape
-from shortcut_jax.settings import ConfigError, EvalSettings, Settings, build, flatten, to_dict
+from shortcut_jax.settings import ConfigError, Settings, build, flatten, to_dict
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
 from shortcut_jax.steps.optim import SCHEDULES
 from shortcut_jax.steps.train_step import StepSettings
-from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.steps.views import GUIDES, TEACHER, VIEWS
+
+EMBEDDED_GUIDANCE = (0.0, 7.5)
+"""The range that models with a guidance embedding are told by default, as published for FLUX.1 dev."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 _AT_LEAST_ONE = (
     *("steps", "accumulate", "log_every", "keep", "data.text_tokens"),
-    *("eval.batch_size", "eval.columns", "model.scan_unroll"),
+    *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank"),
 )
 _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every"),
-    *("rows.self_rows", "rows.flow_rows", "rows.teacher_rows"),
+    *("rows.self_rows", "rows.flow_rows", "data.limit"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
-_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift")
+_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio")
 _DECAYS = ("ema.fast", "ema.slow", "optimizer.b1", "optimizer.b2")
-_PROBABILITIES = ("data.caption_dropout", "shift.dynamic")
+_PROBABILITIES = ("data.caption_dropout", "shift.dynamic", "teacher_share")
+_PATHS = ("optimizer.decay_paths", "lora.paths")
 
 
 def from_config(config: typing.Any) -> Settings:
@@ -64,6 +68,8 @@ def _check(s: Settings) -> None:
     _one_of("data.text_encoder", s.data.text_encoder, ("words", "stored"))
     _one_of("eval.view", s.eval.view, VIEWS)
     _one_of("init_view", s.init_view, VIEWS)
+    _one_of("train", s.train, ("all", "lora"))
+    _one_of("guide", s.guide, GUIDES)
     values = flatten(to_dict(s))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         _one_of(name, values[name], DTYPES)
@@ -78,26 +84,91 @@ def _check(s: Settings) -> None:
     for name in _PROBABILITIES:
         _require(0.0 <= values[name] <= 1.0, f"{name} is {values[name]}, but must be in [0, 1]")
     _check_student(s)
-    _check_evaluation(s.eval)
+    _check_evaluation(s)
     _require(
         s.data.store == "latents" or s.data.text_encoder == "words",
         "data.text_encoder is 'stored', but data.store 'pixels' has no stored text states: set data.text_encoder=words",
     )
+    for name in _PATHS:
+        try:
+            re.compile(values[name])
+        except re.error as error:
+            raise ConfigError(f"{name} is {values[name]!r}, which is not a regular expression: {error}") from None
     _require(
-        len(s.guidance) == 2 and s.guidance[0] <= s.guidance[1],
-        f"guidance is {s.guidance}, but must be (low, high) with low <= high",
+        not (s.ema.restart_every and s.ema.restart_auto),
+        f"ema.restart_every is {s.ema.restart_every} and ema.restart_auto is true: choose one of them",
     )
-    try:
-        re.compile(s.optimizer.decay_paths)
-    except re.error as error:
-        raise ConfigError(
-            f"optimizer.decay_paths is {s.optimizer.decay_paths!r}, which is not a regular expression: {error}"
-        ) from None
     _require(
         (s.batch_size is None) != (s.batch_per_device is None),
         f"give exactly one of batch_size and batch_per_device, not {s.batch_size} and {s.batch_per_device}",
     )
-    model_config(s, "cpu", check_backend=False)
+    _check_post_training(s)
+    _check_guidance(s, model_config(s, "cpu", check_backend=False))
+
+
+def _check_post_training(s: Settings) -> None:
+    _require(
+        not s.has_base or s.init_from is not None or s.base is not None,
+        f"{'train=lora' if s.train == 'lora' else f'teacher_share={s.teacher_share}'} needs pretrained weights: "
+        f"set init_from (or base) to a checkpoint, such as a converted FLUX.1 or the workdir of a run",
+    )
+    _require(
+        s.train == "all" or s.objective != "shortcut",
+        "objective=shortcut has a step-size embedding that no base has, and trains all weights: set train=all",
+    )
+    _require(
+        s.has_base or s.base is None, f"base={s.base}, but nothing is frozen: set train=lora, or init_from instead"
+    )
+    _require(
+        s.teacher_lora is None or (s.train == "lora" and s.teacher_share > 0),
+        f"teacher_lora={s.teacher_lora} goes with train=lora and a teacher_share above 0",
+    )
+    if not s.teacher_share:
+        return
+    _require(
+        s.objective == "scfm" and s.rows.self_rows > 0,
+        f"teacher_share is {s.teacher_share}, but objective={s.objective} with rows.self_rows={s.rows.self_rows} has "
+        f"no rows to learn from a teacher: set objective=scfm and rows.self_rows to at least 1",
+    )
+    grid, jumps, finest = s.teacher_grid, s.jumps, max(s.student_steps)
+    _require(
+        grid >= jumps and grid % jumps == 0,
+        f"teacher_grid is {grid}, but must be a multiple of jumps={jumps}: a student step is {jumps} teacher steps",
+    )
+    _require(
+        finest * jumps <= grid,
+        f"student_steps has {finest}, whose targets take {finest * jumps} steps (jumps={jumps}), finer than the "
+        f"teacher's grid of {grid}: drop it, or set teacher_grid to at least {finest * jumps}",
+    )
+
+
+def _check_guidance(s: Settings, model: FluxConfig) -> None:
+    _require(
+        len(s.guidance) in (0, 2) and list(s.guidance) == sorted(s.guidance),
+        f"guidance is {s.guidance}, but must be (low, high) with low <= high",
+    )
+    if s.guide == "told":
+        _require(
+            model.guidance or not s.guidance,
+            f"guidance is {s.guidance}, but {s.model.preset} has no guidance embedding to be told it: set guidance=(), "
+            f"or guide=both for classifier-free guidance in student and targets, or guide=teacher with "
+            f"model.guidance=true to distil it into an embedding",
+        )
+        return
+    _require(bool(s.guidance), f"guide={s.guide} needs a range of scales: set guidance=(low, high)")
+    _require(
+        s.objective == "scfm" and s.data.text_encoder == "words",
+        f"guide={s.guide} needs objective=scfm and the empty caption's text states (data.text_encoder=words)",
+    )
+    _require(
+        model.guidance == (s.guide != "both"),
+        f"guide={s.guide} {'needs a' if s.guide != 'both' else 'goes with a model without'} guidance embedding: set "
+        f"model.guidance={'false' if model.guidance else 'true'}",
+    )
+    _require(
+        s.guide != "teacher" or s.teacher_share > 0,
+        "guide=teacher needs a teacher: set teacher_share above 0",
+    )
 
 
 def _check_student(s: Settings) -> None:
@@ -114,20 +185,16 @@ def _check_student(s: Settings) -> None:
         f"jumps is {s.jumps}, but must be an even number of at least 2",
     )
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
-    _require(
-        s.rows.teacher_rows == 0,
-        f"rows.teacher_rows is {s.rows.teacher_rows}, but a teacher comes only with post-training, which this version "
-        f"does not have: set rows.teacher_rows=0",
-    )
     _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
 
 
-def _check_evaluation(e: EvalSettings) -> None:
+def _check_evaluation(s: Settings) -> None:
+    e = s.eval
     _require(bool(e.steps) and min(e.steps) >= 1, f"eval.steps is {e.steps}, but step counts must be at least 1")
     _require(bool(e.seeds), "eval.seeds is empty: name at least one noise seed")
     _require(min(e.seeds) >= 0, f"eval.seeds is {e.seeds}, but seeds must not be negative")
     for view in e.views:
-        _one_of("eval.views", view, VIEWS)
+        _one_of("eval.views", view, (*VIEWS, TEACHER) if s.has_base else VIEWS)
     _require(len(e.images) == len(e.views), f"eval.images {e.images} and eval.views {e.views} must have one entry each")
     _require(all(n == 0 or n >= 2 for n in e.images), f"eval.images is {e.images}: a view needs 0 (all) or at least 2")
 
@@ -139,7 +206,7 @@ def model_config(s: Settings, platform: str, check_backend: bool = True) -> Flux
       ConfigError: an unknown preset, a geometry that does not fit together, or an attention backend that cannot run.
     """
     m = s.model
-    names = ("double_blocks", "single_blocks", "width", "heads", "axes")
+    names = ("double_blocks", "single_blocks", "width", "heads", "axes", "guidance")
     overrides = {n: getattr(m, n) for n in names if getattr(m, n) is not None}
     try:
         cfg = preset(m.preset)
@@ -247,9 +314,19 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
 
 def objective_settings(s: Settings) -> ObjectiveSettings:
     """The objective's part of the settings."""
-    low, high = s.guidance
+    low, high = s.guidance or EMBEDDED_GUIDANCE
     student = StudentSteps(s.student_steps, s.student_weights, s.jumps)
-    return ObjectiveSettings(s.objective, s.rows, student, s.shift, s.timestep, (low, high))
+    return ObjectiveSettings(
+        s.objective,
+        s.rows,
+        student,
+        s.shift,
+        s.timestep,
+        (low, high),
+        s.guide,
+        s.teacher_share,
+        s.teacher_grid,
+    )
 
 
 def step_settings(s: Settings, model: FluxConfig) -> StepSettings:

@@ -5,6 +5,7 @@ Ranges and divisibility are checked in `resolve.py`.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps
 from shortcut_jax.core.tree import first_match
 from shortcut_jax.data.records import DataSettings
+from shortcut_jax.models.presets import preset
 from shortcut_jax.steps.optim import OptimizerSettings
 
 
@@ -30,11 +32,12 @@ class ModelSettings:
 
     Attributes:
       preset: a row of `models/presets.py`.
-      double_blocks: overrides the preset, as do the next four.
+      double_blocks: overrides the preset, as do the next five.
       single_blocks: see `FluxConfig`.
       width: see `FluxConfig`.
       heads: see `FluxConfig`.
       axes: see `FluxConfig`.
+      guidance: whether there is a guidance embedding; see `FluxConfig`.
       compute_dtype: dtype of activations and matrix products.
       param_dtype: dtype of the weights.
       remat: rematerialisation policy: none, full, selective or dots.
@@ -48,11 +51,34 @@ class ModelSettings:
     width: int | None = None
     heads: int | None = None
     axes: tuple[int, ...] | None = None
+    guidance: bool | None = None
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
     scan_unroll: int = 1
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters, where `train` is lora.
+
+    Attributes:
+      rank: r.
+      alpha: the product of the factors is multiplied by alpha / r.
+      rslora: by alpha / sqrt(r) instead (rank-stabilised LoRA).
+      paths: regular expression over the whole path of a layer; all linear layers by default.
+    """
+
+    rank: int = 64
+    alpha: float = 64.0
+    rslora: bool = False
+    paths: str = ".*"
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -70,7 +96,7 @@ class EvalSettings:
 
     Attributes:
       steps: sampling step counts, a row of the grid and a column of the report each.
-      views: weights that the report judges.
+      views: weights that the report judges; `teacher` too, where there is one.
       images: images a view is judged on, in the order of `views`; 0 means as many as the data set has.
       seeds: noise seeds of the report; the table gives mean and spread.
       captions: captions of the sample grid; empty means those of the first records of the data set.
@@ -101,18 +127,27 @@ class Settings:
       objective: scfm, flow or shortcut.
       steps: training steps.
       seed: seed of initial weights, data order and every random draw.
-      init_from: checkpoint to start from instead of random weights: whatever `sources.open_models` reads.
+      train: all, or lora: adapters on a frozen base, which stays bfloat16.
+      lora: the adapters.
+      init_from: checkpoint to start from instead of random weights: whatever `sources.open_models` reads. With lora it
+        is the base, or adapters (a workdir of ours, a PEFT or kohya file) that training goes on from.
       init_view: weights of it, where it is a training workdir: online, fast or slow.
+      base: the frozen base and teacher, where it is not `init_from` or has moved; its content is what counts.
+      teacher_lora: adapters that make the base the teacher (it was fine-tuned); lora starts from a copy of them.
+      teacher_share: probability that a self row learns from the teacher instead of from the model itself.
+      teacher_grid: steps of the teacher's grid.
       batch_size: global batch, rows a step; give this or `batch_per_device`.
       batch_per_device: rows a step for each device along the mesh axes data and fsdp.
       accumulate: micro-batches a step.
-      rows: rows of each kind in each group of consecutive rows (scfm, shortcut); teacher rows have to be 0.
+      rows: rows of each kind in each group of consecutive rows (scfm, shortcut).
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
       jumps: grid steps of a student step, an even number.
       shift: timestep shift of self rows.
       timestep: how flow rows draw t: uniform or logit_normal.
-      guidance: range of the guidance scale that models with a guidance embedding are told in training.
+      guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
+        with a guidance embedding.
+      guide: where it enters: told, both, teacher or targets (see `steps.views.GUIDES`).
       max_skipped: skipped (non-finite) steps in a row that are borne; one more stops the run.
       grad_reduce_dtype: dtype in which weight gradients are added up between devices.
       log_every: steps between lines of metrics.
@@ -124,8 +159,14 @@ class Settings:
     objective: str = "scfm"
     steps: int = 1000
     seed: int = 0
+    train: str = "all"
+    lora: LoraSettings = field(default_factory=LoraSettings)
     init_from: str | None = None
     init_view: str = "slow"
+    base: str | None = None
+    teacher_lora: str | None = None
+    teacher_share: float = 0.0
+    teacher_grid: int = 32
     batch_size: int | None = None
     batch_per_device: int | None = None
     accumulate: int = 1
@@ -135,7 +176,8 @@ class Settings:
     jumps: int = 2
     shift: ShiftRange = field(default_factory=ShiftRange)
     timestep: str = "uniform"
-    guidance: tuple[float, float] = (0.0, 7.5)
+    guidance: tuple[float, ...] = ()
+    guide: str = "told"
     max_skipped: int = 0
     grad_reduce_dtype: str = "float32"
     log_every: int = 10
@@ -149,10 +191,15 @@ class Settings:
     ema: EmaSettings = field(default_factory=EmaSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether a run has frozen weights: a base, a teacher, or both in one."""
+        return self.train == "lora" or self.teacher_share > 0
+
 
 MARKS = (
     (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
-    (r"mesh\..*|eval\..*|data\.dir|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device", "free"),
+    (r"mesh\..*|eval\..*|data\.dir|base|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device", "free"),
     (r"model\.(remat|attention|scan_unroll)", "free"),
     (r".*", "identity"),
 )
@@ -224,6 +271,10 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 def complete(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored config with the defaults of fields that are newer than it: a default means what was done before."""
+    if "guide" not in stored:  # Older than post-training: no rows had a teacher, and all configs had a guidance range.
+        stored = {**stored, "rows": {k: v for k, v in stored["rows"].items() if k != "teacher_rows"}}
+        if not preset(stored["model"]["preset"]).guidance:
+            stored["guidance"] = ()
     return _complete(stored, to_dict(Settings()))
 
 

@@ -1,7 +1,7 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +15,15 @@ from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.resolve import from_config, model_config
-from shortcut_jax.runtime.checkpoint import stored_config
+from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.identify import Found, describe
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors, parse_json, read_json
-from shortcut_jax.settings import complete
-from shortcut_jax.weights.lora import Modules, unstack
+from shortcut_jax.settings import Settings, complete
+from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
+from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
-from shortcut_jax.weights.params import Spec, specs_of
+from shortcut_jax.weights.params import Params, Spec, shapes_of, spec_of, specs_of
 from shortcut_jax.weights.rules import ConversionError, Converted, nest
 
 KINDS = ("flux", "vae", "clip", "t5")
@@ -71,12 +72,13 @@ def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flat_paths(abstract_params(kind, config)).items()}
 
 
-def open_models(path: Path, view: str = "slow") -> list[Model]:
+def open_models(path: Path, view: str = "slow", base: Path | None = None) -> list[Model]:
     """The models in a PyTorch checkpoint, a converted folder or a training workdir; nothing but headers is read.
 
     Args:
       path: a file, or a folder.
       view: of a workdir: `online`, `fast` or `slow`.
+      base: of a workdir whose run trained adapters, which are merged into it; where it was read from by default.
 
     Raises:
       SafetensorsError, ConversionError, ConvertedError: it is none of these, damaged, or does not fit its table.
@@ -89,7 +91,7 @@ def open_models(path: Path, view: str = "slow") -> list[Model]:
             if m.kind in KINDS
         ]
     if (path / "checkpoints").is_dir():
-        return [_open_workdir(path, view)]
+        return [_open_workdir(path, view, base)]
     return [_open_found(m.found, m.tensors, m.notes) for m in open_pretrained(path)]
 
 
@@ -98,15 +100,25 @@ def _open_found(found: Found, tensors: Mapping[str, np.ndarray], notes: tuple[st
     return Model(found.kind, found.config, params, str(found), notes)
 
 
-def _open_workdir(workdir: Path, view: str) -> Model:
+class _Workdir(NamedTuple):
+    """A training workdir: its settings, what it says of its base, its network, one view of what it trained."""
+
+    settings: Settings
+    base: dict[str, Any] | None
+    network: FluxConfig
+    params: OrbaxParams
+    step: int
+    notes: tuple[str, ...]
+
+
+def _read_workdir(workdir: Path, view: str) -> _Workdir:
     folder = workdir / "checkpoints"
-    config = stored_config(folder)
+    meta = stored_meta(folder)
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-    if config is None or not steps:
+    if meta is None or not steps:
         raise ConvertedError(f"no checkpoint in {folder}: train first, or name another workdir")
-    network = dataclasses.replace(
-        model_config(from_config(complete(config)), "cpu", check_backend=False), attention="xla"
-    )
+    settings = from_config(complete(meta["config"]))
+    network = dataclasses.replace(model_config(settings, "cpu", check_backend=False), attention="xla")
     errors = []
     for step in reversed(steps):
         try:
@@ -115,9 +127,61 @@ def _open_workdir(workdir: Path, view: str) -> Model:
             errors.append(str(error))
             continue
         skipped = (f"the checkpoint of step {s} is damaged and passed over" for s in steps if s > step)
-        origin = f"{view} weights of step {step} in {workdir}: {_words(network)}"
-        return Model("flux", network, params, origin, tuple(skipped))
+        return _Workdir(settings, meta["base"], network, params, step, tuple(skipped))
     raise ConvertedError(f"no readable checkpoint in {folder}: {errors[0]}")
+
+
+def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
+    run = _read_workdir(workdir, view)
+    origin = f"{view} weights of step {run.step} in {workdir}: {_words(run.network)}"
+    if run.settings.train != "lora":
+        return Model("flux", run.network, run.params, origin, run.notes)
+    path = base or Path(str(base_of(workdir)))
+    if not path.exists():
+        raise ConvertedError(
+            f"{workdir} holds adapters, and their base {path} is not there: name its place with --base"
+        )
+    given = next((m for m in open_models(path, run.settings.init_view) if m.kind == "flux"), None)
+    if given is None:
+        raise ConvertedError(f"the base {path} of {workdir} holds no Flux transformer")
+    whole = _Completed(given.params, run)
+    modules, _ = open_lora(workdir, run.network, view)
+    params = Merged(whole, modules, shapes_of(whole))
+    return Model("flux", run.network, params, f"{origin}, merged into {given.origin}", (*given.notes, *run.notes))
+
+
+class _Completed(Params):
+    """A base with the embeddings that it had not before training, drawn anew from the run's seed."""
+
+    def __init__(self, base: Mapping[str, np.ndarray], run: _Workdir):
+        from shortcut_jax.assemble import fresh_embeddings
+
+        wanted = param_shapes("flux", run.network)
+        names = sorted({path.split("/")[0] for path in wanted if path not in base and path.startswith("guidance_in/")})
+        draw = jax.jit(lambda key: fresh_embeddings(run.network, key, names))
+        fresh = flat_paths(draw(jax.random.key(run.settings.seed))) if names else {}
+        self._base, self._fresh = base, {path: np.array(value) for path, value in fresh.items()}
+
+    def spec(self, name: str) -> Spec:
+        """See `Params`."""
+        value = self._fresh.get(name)
+        return spec_of(self._base, name) if value is None else Spec(value.dtype, value.shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        value = self._fresh.get(name)
+        return self._base[name] if value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._base, *self._fresh))
+
+    def __len__(self) -> int:
+        return len(self._base) + len(self._fresh)
+
+
+def base_of(path: Path) -> str | None:
+    """Where the base of a workdir's adapters was, as its checkpoint says; None where `path` does not say."""
+    meta = stored_meta(path / "checkpoints")
+    return meta["base"]["path"] if meta and meta["base"] else None
 
 
 def _words(config: FluxConfig) -> str:
@@ -149,13 +213,21 @@ def holds_lora(path: Path) -> bool:
     """Whether a source holds adapters."""
     if (path / RECORD).is_file():
         return any(m.kind == "lora" for m in read_record(path)[0])
-    if (path / "checkpoints").is_dir() or (path / "model_index.json").is_file():
+    if (path / "checkpoints").is_dir():
+        meta = stored_meta(path / "checkpoints")
+        return meta is not None and complete(meta["config"])["train"] == "lora"
+    if (path / "model_index.json").is_file():
         return False
     return is_lora(open_tensors(path))
 
 
-def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
-    """The adapters in a LoRA file, a PEFT folder or a converted folder, and what the reader should be told.
+def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules, tuple[str, ...]]:
+    """The adapters in a LoRA file, a PEFT or converted folder or a workdir, and what the reader should be told.
+
+    Args:
+      path: of it.
+      base: geometry of the network they are for.
+      view: of a workdir: `online`, `fast` or `slow`.
 
     Raises:
       SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, or of another base.
@@ -166,6 +238,8 @@ def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
             raise ConversionError(f"{path} holds no LoRA")
         own = param_shapes("flux", stored.config.base)
         return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own), ()
+    if (path / "checkpoints").is_dir():
+        return _workdir_lora(path, base, view)
     tensors = open_tensors(path)
     if not is_lora(tensors):
         raise ConversionError(f"{path} holds no LoRA: its names have neither lora_A nor lora_down")
@@ -177,6 +251,19 @@ def open_lora(path: Path, base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
     elif beside.is_file():
         config = read_json(beside)
     return read(tensors, param_shapes("flux", base), config)
+
+
+def _workdir_lora(path: Path, base: FluxConfig, view: str) -> tuple[Modules, tuple[str, ...]]:
+    run = _read_workdir(path, view)
+    if run.settings.train != "lora":
+        raise ConversionError(f"{path} holds no LoRA: its run trained all weights")
+    shapes, lora = param_shapes("flux", run.network), run.settings.lora
+    record = {
+        n: (lora.rank, lora.scale * lora.rank) for n, u, _ in expand(shapes) if f"{u.targets[-1]}/b" in run.params
+    }
+    modules = unstack(dict(run.params), record, shapes)
+    check_lora(modules, param_shapes("flux", base))
+    return modules, run.notes
 
 
 def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:

@@ -1,5 +1,7 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
+import dataclasses
+import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.pipeline import batches, make_samples
 from shortcut_jax.data.records import check_available, open_source
 from shortcut_jax.generate import Generator
-from shortcut_jax.initial import open_initial
+from shortcut_jax.initial import BaseRecord
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
 from shortcut_jax.resolve import check_images, from_config, objective_settings
 from shortcut_jax.runtime import distributed
@@ -27,7 +29,8 @@ from shortcut_jax.runtime.metrics import Meter, MetricLog, read_metrics, save_cu
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
-from shortcut_jax.workdir import check_workdir, record_of, restore_or_init, write_record
+from shortcut_jax.steps.views import evaluations
+from shortcut_jax.workdir import check_workdir, meta_of, open_start, record_of, restore_or_init, write_record
 
 Source = Sequence[dict[str, Any]]
 """Records by index, as `open_source` gives them."""
@@ -44,10 +47,13 @@ def main(argv: Sequence[str]) -> int:
     command.define_config(values, "config", "Config file.", argv)
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/CONFIG-OBJECTIVE by default.", flag_values=values)
     flags.DEFINE_integer("stop_at", None, "Stop after this step, as if interrupted.", flag_values=values)
+    flags.DEFINE_string("base", None, "Frozen base of the run, where it has moved.", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "Only compile the step and print what it needs.", flag_values=values)
     flags.DEFINE_string("target", None, "Devices of a dry run, as cpu:8.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["config"])
+    if options.base is not None:
+        options.config.base = options.base
     settings = from_config(options.config)
     if options.dry_run:
         from shortcut_jax import dry_run
@@ -59,9 +65,31 @@ def main(argv: Sequence[str]) -> int:
         raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)
     distributed.initialize()
-    name = Path(config_flags.get_config_filename(values["config"])).stem
-    workdir = Path(options.workdir or f"runs/{name}-{settings.objective}")
-    return train(Assembly(settings), workdir, options.stop_at)
+    config_file = Path(config_flags.get_config_filename(values["config"]))
+    workdir = Path(options.workdir or f"runs/{config_file.stem}-{settings.objective}")
+    assembly = Assembly(settings)
+    code = train_teacher(config_file, settings) if stored_config(workdir / "checkpoints") is None else 0
+    return code or train(assembly, workdir, options.stop_at)
+
+
+def train_teacher(config_file: Path, settings: Settings) -> int:
+    """Trains what a run starts from first, where it is absent or unfinished and the config file tells how.
+
+    Such a config file has a `get_teacher_config()` beside `get_config()`. Returns the exit code.
+    """
+    make = runpy.run_path(str(config_file)).get("get_teacher_config")
+    if make is None or settings.init_from is None:
+        return 0
+    workdir = Path(settings.init_from).expanduser()
+    teacher = dataclasses.replace(from_config(make()), data=settings.data, mesh=settings.mesh)
+    teacher = dataclasses.replace(teacher, data=dataclasses.replace(teacher.data, limit=0))
+    if workdir.exists() and not (workdir / "config.json").is_file():
+        return 0  # someone else's checkpoint
+    steps = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) if workdir.exists() else 0
+    if workdir.exists() and (steps >= teacher.steps or stored_config(workdir / "checkpoints") is None):
+        return 0
+    say(f"init_from={settings.init_from} {'is not finished' if steps else 'is not there'}: training the teacher first")
+    return train(Assembly(teacher), workdir)
 
 
 class Outputs(NamedTuple):
@@ -72,12 +100,14 @@ class Outputs(NamedTuple):
       checkpoints: of the train state.
       log: scalars and pictures.
       draw_grid: weights -> the sample grid, with the same noise and captions every time.
+      base: what a checkpoint says of the frozen base, if there is one.
     """
 
     workdir: Path
     checkpoints: Checkpoints
     log: MetricLog
     draw_grid: Callable[[Any], Image.Image]
+    base: BaseRecord | None = None
 
 
 def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
@@ -94,19 +124,21 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
     with distributed.Interruptions() as interruptions:
         check_workdir(workdir, record_of(assembly))
         source = open_source(settings.data)
+        records = min(len(source), settings.data.limit or len(source))
+        if records < assembly.batch_size:
+            say(f"{records} images for {assembly.batch_size} rows a step: each is repeated, with noise of its own")
         check_images(settings, assembly.model, [record["image"].shape for record in _looked_at(source)])
-        fresh = stored_config(workdir / "checkpoints") is None
-        initial = open_initial(assembly) if settings.init_from and fresh else None
+        initial = open_start(assembly, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
         log = MetricLog(workdir)
         start = max(checkpoints.steps(), default=0)
         try:
-            state, start = restore_or_init(assembly, checkpoints, initial)
+            state, start, base = restore_or_init(assembly, checkpoints, initial)
             write_record(workdir, assembly)
             announce(assembly, workdir, start)
             stop = min(stop_at or settings.steps, settings.steps)
-            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, source))
+            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, source), base)
             interruptions.check()
             if start < stop:
                 state = loop(assembly, source, outputs, state, start, stop, interruptions)
@@ -149,7 +181,7 @@ def loop(
     s = assembly.settings
     sharding = batch_sharding(assembly.mesh)
     rows = process_rows(sharding, assembly.batch_size)
-    samples = make_samples(source, text_encoder(s, assembly.model), s.data.caption_dropout, s.seed)
+    samples = make_samples(source, text_encoder(s, assembly.model), s.data.caption_dropout, s.seed, s.data.limit)
     data = batches(samples, rows, assembly.batch_size, start, stop)
     meter = Meter(assembly.batch_size, assembly.flops, assembly.peak_flops)
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
@@ -167,7 +199,7 @@ def loop(
             if last or _due(step, s.checkpoint_every):
                 record(*pending, s, outputs.log, meter, bar)
                 pending = None
-                save(step, assembly, outputs.checkpoints, state, metrics)
+                save(step, assembly, outputs, state, metrics)
             if _due(step, s.sample_every) and not last:
                 show(step, s, outputs, state)
             if signal:
@@ -185,6 +217,8 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
             f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
             f"finite, {skipped} steps in a row (max_skipped {s.max_skipped}); nothing of them was kept"
         )
+    if s.ema.restart_auto and int(metrics["ema_restarted"]) and jax.process_index() == 0:
+        tqdm.write(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
     if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
         bar.initial, bar.start_t = step, time.time()
         bar.last_print_t = bar.start_t
@@ -196,17 +230,12 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
     bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
 
 
-def save(
-    step: int, assembly: Assembly, checkpoints: Checkpoints, state: TrainState, metrics: dict[str, jax.Array]
-) -> None:
+def save(step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array]) -> None:
     """Starts a checkpoint of a state that is known to be finite."""
     if not np.isfinite(float(metrics["param_norm"])):
         raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
-    if step in checkpoints.steps():
-        return
-    counters = {name: int(getattr(state, name)) for name in ("step", "skipped", "skipped_total")}
-    meta = {"step": step, "seed": assembly.settings.seed, "config": record_of(assembly), "counters": counters}
-    checkpoints.save(step, to_items(state), meta)
+    if step not in outputs.checkpoints.steps():
+        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base))
 
 
 def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
@@ -248,12 +277,14 @@ def finish(
         return
     workdir = outputs.workdir
     records = read_metrics(workdir / "metrics.jsonl")
-    save_curves(workdir / "loss.png", records, ["loss", "loss/flow", "loss/self"])
+    save_curves(workdir / "loss.png", records, ["loss", "loss/flow", "loss/self", "loss/teacher"])
     facts = {
         "objective": s.objective,
         "steps": s.steps,
         "global batch": assembly.batch_size,
-        "parameters": f"{count_parameters(state.params):,}",
+        "parameters": f"{count_parameters(assembly.network_shapes):,}",
+        **({"trained": f"{count_parameters(state.params):,} in adapters"} if s.train == "lora" else {}),
+        "EMA restarts": int(state.lags.restarts),
         "skipped steps": int(state.skipped_total),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "finished": time.strftime("%Y-%m-%d"),
@@ -285,16 +316,23 @@ def _due(step: int, every: int) -> bool:
 def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     """Tells what is about to run."""
     s, cfg = assembly.settings, assembly.model
-    parameters = count_parameters(assembly.state_shapes.params)
+    millions = lambda tree: f"{count_parameters(tree) / 1e6:.1f} M"
+    adapters = f", {millions(assembly.state_shapes.params)} in adapters of rank {s.lora.rank}" * (s.train == "lora")
     kind = assembly.mesh.devices.flat[0].device_kind
     say(
-        f"{s.objective} · {s.model.preset}, {parameters / 1e6:.1f} M parameters in {cfg.param_dtype}, computing in "
-        f"{cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows a step, "
-        f"{assembly.flops / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
+        f"{s.objective} · {s.model.preset}, {millions(assembly.network_shapes)} parameters{adapters} in "
+        f"{cfg.param_dtype}, computing in {cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows "
+        f"a step, {assembly.flops / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
         + (f", resuming at step {start}" if start else "")
         + ("; all steps are done" if start >= s.steps else "; compiling the first step")
     )
-    untaught = objective_settings(s).student.untaught
+    if s.guide != "told":
+        student, first, slow = evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
+        say(
+            f"guide={s.guide}: a self row is evaluated {student} times with a gradient, and {first} + {slow} times "
+            f"without for each pair of jumps"
+        )
+    untaught = objective_settings(s).untaught
     if s.objective != "flow" and untaught and not start:
         counts = ", ".join(map(str, untaught))
         say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")

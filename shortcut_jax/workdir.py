@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from shortcut_jax.assemble import Assembly
-from shortcut_jax.initial import load_initial
-from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
+from shortcut_jax.initial import BaseRecord, Initial, freeze, open_initial, start
+from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import describe_shardings, replicated
 from shortcut_jax.settings import ConfigError, compare, complete, to_dict
-from shortcut_jax.sources import Model
-from shortcut_jax.steps.state import TrainState, from_items, to_items
+from shortcut_jax.steps.state import TrainState, from_items, to_counters, to_items
 
 
 def record_of(assembly: Assembly) -> dict[str, Any]:
@@ -43,27 +41,54 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         say(f"changed since the last run: {line}")
 
 
+def open_start(assembly: Assembly, workdir: Path) -> Initial:
+    """What a run needs besides its workdir: weights to start from, or the base of adapters. See `open_initial`."""
+    s, meta = assembly.settings, stored_meta(workdir / "checkpoints")
+    if meta is None:
+        return open_initial(assembly) if s.init_from or s.base else Initial()
+    return open_initial(assembly, meta["base"]) if s.has_base else Initial()
+
+
 def restore_or_init(
-    assembly: Assembly, checkpoints: Checkpoints, initial: Model | None = None
-) -> tuple[TrainState, int]:
-    """The newest readable state of a workdir, or a fresh one, from given weights if there are any."""
+    assembly: Assembly, checkpoints: Checkpoints, initial: Initial
+) -> tuple[TrainState, int, BaseRecord | None]:
+    """The newest readable state of a workdir, or a fresh one; its step; what is to be said of its base.
+
+    Raises:
+      ConfigError: the base has changed.
+      CheckpointError: none can be read.
+    """
     if not checkpoints.steps():
-        return assembly.init_state(load_initial(assembly, initial) if initial else None), 0
+        state, base = start(assembly, initial)
+        return state, 0, base
 
-    def read(step: int) -> tuple[TrainState, int]:
-        meta = checkpoints.meta(step)
-        items = checkpoints.restore(step, to_items(assembly.state_shapes))
-        whole = replicated(assembly.mesh)
-        counters = {k: jax.device_put(np.int32(v), whole) for k, v in meta["counters"].items()}
-        return from_items(items, counters), int(meta["step"])
+    def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return checkpoints.restore(step, to_items(assembly.state_shapes)), checkpoints.meta(step)
 
-    return checkpoints.newest_readable(read)
+    items, meta = checkpoints.newest_readable(read)
+    frozen, base = freeze(assembly, initial, meta.get("base"))
+    whole = replicated(assembly.mesh)
+    state = from_items(items, meta["counters"], frozen, lambda scalar: jax.device_put(scalar, whole))
+    return state, int(meta["step"]), base
+
+
+def meta_of(step: int, assembly: Assembly, state: TrainState, base: BaseRecord | None) -> dict[str, Any]:
+    """What is stored as JSON beside the arrays of a checkpoint."""
+    return {
+        "step": step,
+        "seed": assembly.settings.seed,
+        "config": record_of(assembly),
+        "counters": to_counters(state),
+        "base": base and base._asdict(),
+    }
 
 
 def write_record(workdir: Path, assembly: Assembly) -> None:
     """Writes the resolved config and sharding table beside the run, for people."""
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(json.dumps(record_of(assembly), indent=2) + "\n")
-        shapes = assembly.state_shapes.params
+        shapes: Any = assembly.state_shapes.params
+        if assembly.settings.has_base:
+            shapes = {"trained": shapes, "frozen": assembly.state_shapes.frozen}
         table = describe_shardings(jax.tree.map(lambda x: x.sharding, shapes), shapes)
         (workdir / "shardings.txt").write_text(table + "\n")

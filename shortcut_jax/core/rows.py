@@ -5,7 +5,6 @@ same counts of each kind, so a split is a slice of an unsharded axis: slicing th
 move activations between devices.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
 
-KINDS = ("teacher", "self", "flow")
+KINDS = ("self", "flow")
 """The kinds of rows, in their order within a group."""
 
 
@@ -24,33 +23,26 @@ class RowGroup:
     """Rows of each kind in a group of consecutive rows, in the order of `KINDS`.
 
     Attributes:
-      self_rows: self-distilled rows.
+      self_rows: self-distilled rows; with a teacher, a share of them, drawn anew each step, learns from it instead.
       flow_rows: flow-matching rows.
-      teacher_rows: rows distilled from a frozen teacher.
     """
 
     self_rows: int = 1
     flow_rows: int = 3
-    teacher_rows: int = 0
 
     @property
-    def counts(self) -> tuple[int, int, int]:
+    def counts(self) -> tuple[int, int]:
         """Rows of each of `KINDS`."""
-        return self.teacher_rows, self.self_rows, self.flow_rows
+        return self.self_rows, self.flow_rows
 
     @property
     def size(self) -> int:
         """P, the rows of a group."""
         return sum(self.counts)
 
-    @property
-    def jumping(self) -> int:
-        """Rows of a group whose target takes jumps through networks."""
-        return self.teacher_rows + self.self_rows
 
-
-def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any, Any]:
-    """Splits the rows of every leaf [B, ...] into the teacher, self and flow rows of each group, order kept."""
+def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any]:
+    """Splits the rows of every leaf [B, ...] into the self and flow rows of each group, order kept."""
 
     def part(start: int, stop: int) -> Any:
         def take(x: Array) -> Array:
@@ -59,8 +51,7 @@ def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any, Any]:
 
         return jax.tree.map(take, tree)
 
-    first, second, last = itertools.pairwise((0, *itertools.accumulate(group.counts)))
-    return part(*first), part(*second), part(*last)
+    return part(0, group.self_rows), part(group.self_rows, group.size)
 
 
 def merge_kinds(parts: Sequence[Any], group: RowGroup) -> Any:

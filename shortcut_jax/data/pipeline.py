@@ -29,15 +29,19 @@ class _DropCaption(grain.transforms.RandomMap):
 
 
 def make_samples(
-    source: Sequence[dict[str, Any]], encode_text: EncodeText, caption_dropout: float, seed: int
+    source: Sequence[dict[str, Any]], encode_text: EncodeText, caption_dropout: float, seed: int, limit: int = 0
 ) -> grain.MapDataset:
-    """The endless stream of single samples as `Batch` rows: shuffled anew each epoch, captions dropped at random."""
+    """The endless stream of single samples as `Batch` rows: shuffled anew each epoch, captions dropped at random.
+
+    Only the first `limit` records are used; 0 means all.
+    """
 
     def to_row(element: dict[str, Any]) -> Batch:
         txt, vec = encode_text(element["caption"])
         return Batch(to_latents(element["image"]), txt, vec)
 
-    samples = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    records = grain.MapDataset.source(source)
+    samples = (records[:limit] if limit else records).shuffle(seed=seed).repeat()
     return samples.random_map(_DropCaption(caption_dropout), seed=seed + 1).map(to_row)
 
 

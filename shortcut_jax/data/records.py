@@ -30,6 +30,7 @@ class DataSettings:
       text_encoder: `words`, or `stored` for states prepared with the set.
       text_tokens: M; longer captions are cut.
       caption_dropout: probability of replacing a caption by the empty one.
+      limit: records of the split that are trained on, from its beginning; 0 means all.
     """
 
     name: str = "digits"
@@ -41,6 +42,7 @@ class DataSettings:
     text_encoder: str = "words"
     text_tokens: int = 8
     caption_dropout: float = 0.1
+    limit: int = 0
 
 
 LATENT_STRIDE = 8

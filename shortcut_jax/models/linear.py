@@ -98,8 +98,9 @@ class Linear(nn.Module):
     """A linear layer with parameters `kernel` [*in, *out] and `bias` [*out], and an adapter where there is one.
 
     An adapter is low-rank factors in the collection `lora`: `a` [*in, r] and `b` [r, *out], or [*in, parts, r] and
-    [r, parts, *out] where each part of the output (its first axis) has factors of its own. Its `scale` is in the
-    collection `lora_scale`, one a part. The layer then adds scale * (x a) b, computed in the compute dtype.
+    [r, parts, *out] where each part of the output (its first axis) has factors of its own. The layer then adds
+    scale * (x a) b, computed in the compute dtype. The `scale` is in the collection `lora_scale`: [] or [parts], or
+    with rows of their own [B, r] or [B, parts, r] (r may be 1): a row whose scale is 0 gets exactly the base's output.
 
     Attributes:
       out: the output axes, for instance (3, heads, head size).
@@ -125,21 +126,35 @@ class Linear(nn.Module):
         shape = (*x.shape[x.ndim - self.in_dims :], *self.out)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, tuple(self.out), self.param_dtype) if self.use_bias else None
-        options = LinearOptions(self.names, self.in_dims, self.compute_dtype, self.reduce_dtype, self.constrain)
-        y = linear(x, kernel, bias, options)
+        y = linear(x, kernel, bias, self._options(self.names, self.in_dims))
         own = self.low(x)
         if own is None or not self.has_variable("lora", "b"):
             return y
-        low = own if low is None else own + low
-        low = low * self.get_variable("lora_scale", "scale")[..., None].astype(self.compute_dtype)
-        b: Array = self.get_variable("lora", "b").astype(self.compute_dtype)
-        if low.ndim == x.ndim - self.in_dims + 1:
-            return y + jnp.tensordot(low, b, 1)
-        return y + jnp.einsum("...pr,rpk->...pk", low, b.reshape(*b.shape[:2], -1)).reshape(y.shape)
+        return y + self._raised(own if low is None else own + low, x.ndim - self.in_dims)
 
     def low(self, x: Array) -> Array | None:
         """The input times `a`, [..., r] or [..., parts, r]; None without an adapter."""
         if not self.has_variable("lora", "a"):
             return None
-        a: Array = self.get_variable("lora", "a").astype(self.compute_dtype)
-        return jnp.tensordot(x.astype(self.compute_dtype), a, self.in_dims)
+        a: Array = self.get_variable("lora", "a")
+        names = (*self.names[: self.in_dims], *(None,) * (a.ndim - self.in_dims))
+        return linear(x, a, None, self._options(names, self.in_dims))
+
+    def _raised(self, low: Array, row_dims: int) -> Array:
+        """Scale times `low` times `b`; the rows of `low` have `row_dims` axes, and its parts one, if there are any."""
+        b: Array = self.get_variable("lora", "b")
+        scale: Array = self.get_variable("lora_scale", "scale").astype(low.dtype)
+        has_parts = low.ndim == row_dims + 2
+        if scale.ndim == has_parts:
+            scale = scale[..., None]
+        else:
+            scale = scale.reshape(scale.shape[0], *(1,) * (row_dims - 1), *scale.shape[1:])
+        low, out_names = low * scale, self.names[self.in_dims :]
+        if not has_parts:
+            return linear(low, b, None, self._options((None, *out_names), 1))
+        options = self._options((None, *out_names[1:]), 1)
+        parts = [linear(low[..., p, :], b[:, p], None, options) for p in range(low.shape[-2])]
+        return jnp.stack(parts, axis=row_dims)
+
+    def _options(self, names: Names, in_dims: int) -> LinearOptions:
+        return LinearOptions(names, in_dims, self.compute_dtype, self.reduce_dtype, self.constrain)

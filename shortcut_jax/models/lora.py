@@ -1,10 +1,11 @@
-"""Fresh LoRA adapters for kernels with parts and heads as axes; `linear.Linear` applies them.
+"""LoRA adapters for kernels with parts and heads as axes: fresh ones, their scales; `linear.Linear` applies them.
 
 Beyond the legend in `core/types.py`: r rank, P parts.
 """
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,3 +54,39 @@ def init_adapters(key: Array, shapes: Mapping[str, tuple[int, ...]], rank: int, 
         jax.random.normal(keys[path], shape) / rank if path.endswith("/a") else jnp.zeros(shape, jnp.float32)
     )
     return {path: make(path, shape) for path, shape in wanted.items()}
+
+
+def scales(adapters: Any, scale: Array) -> Any:
+    """The collection `lora_scale` for adapters that share one scale.
+
+    Args:
+      adapters: nested dicts, `b` and its neighbours in the dict of each layer.
+      scale: a scalar, or [B, r] for rows (and ranks) with scales of their own; r may be 1.
+
+    Returns:
+      Nested dicts with the `scale` of each layer that has a `b`: [depth, B, parts, r] less the axes it does not have.
+    """
+
+    def walk(node: Any, path: str) -> Any:
+        if "b" in node:
+            shape = node["b"].shape
+            depth = shape[:1] if "_blocks/" in path else ()
+            parts = shape[len(depth) + 1 : len(depth) + 2] if path.endswith("qkv") else ()
+            # Rows come before parts, ranks after them.
+            row = jnp.expand_dims(scale, 1) if scale.ndim and parts else scale
+            whole = (*scale.shape[:1], *parts, *scale.shape[1:])
+            return {"scale": jnp.broadcast_to(row, (*depth, *whole)).astype(jnp.float32)}
+        return {k: walk(v, f"{path}/{k}" if path else k) for k, v in node.items() if isinstance(v, dict)}
+
+    return walk(adapters, "")
+
+
+def concatenate(first: Any, second: Any) -> Any:
+    """Two sets of adapters of the same layers as one of twice the rank: the sum of both, each with its own scale."""
+
+    def join(path: Any, x: Array, y: Array) -> Array:
+        if path[-1].key == "a":
+            return jnp.concatenate([x, y], axis=-1)
+        return jnp.concatenate([x, y], axis=int(path[0].key.endswith("_blocks")))
+
+    return jax.tree_util.tree_map_with_path(join, first, second)

@@ -149,8 +149,8 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def stored_config(folder: Path) -> dict[str, Any] | None:
-    """The config in the newest readable `meta` of a checkpoint folder, by reading small JSON files only; or None.
+def stored_meta(folder: Path) -> dict[str, Any] | None:
+    """The newest readable `meta` of a checkpoint folder, by reading small JSON files only; or None.
 
     Raises:
       CheckpointError: that checkpoint is of another format.
@@ -159,7 +159,14 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
         return None
     for path in sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name)):
         try:
-            return _checked(json.loads((path / META / "metadata").read_text()), path)["config"]
-        except (OSError, ValueError, KeyError):
+            meta = _checked(json.loads((path / META / "metadata").read_text()), path)
+            return {"base": None, **meta, "config": meta["config"]}
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """The config in `stored_meta`."""
+    meta = stored_meta(folder)
+    return meta and meta["config"]

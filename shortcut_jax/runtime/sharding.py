@@ -36,6 +36,15 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*_blocks/.*mlp_in/bias", P(None, "tensor")),
     (r".*_blocks/.*mlp_out/kernel", P(None, "tensor", "fsdp")),
     (r".*_blocks/.*modulation/linear/kernel", P(None, "fsdp", None, None)),
+    # Adapters: the axes that they share with their kernel are split like it, the rank never.
+    (r".*_blocks/.*qkv/a", P(None, "fsdp", None, None)),
+    (r".*_blocks/.*qkv/b", P(None, None, None, "tensor", None)),
+    (r".*_blocks/.*(attn|mlp)_out/a", P(None, "tensor")),
+    (r".*_blocks/.*(attn|mlp)_out/b", P(None, None, "fsdp")),
+    (r".*_blocks/.*mlp_in/a", P(None, "fsdp", None)),
+    (r".*_blocks/.*mlp_in/b", P(None, None, "tensor")),
+    (r".*_blocks/.*modulation/linear/a", P(None, "fsdp", None)),
+    (r".*/a|.*/b", P()),
     # The autoencoder is small: its convolutions are whole.
     (r"(.*/)?(encoder|decoder)/.*kernel", P()),
     # Ends.
@@ -50,7 +59,10 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 """Ordered (path regex, spec): the first match wins; a parameter that matches none is an error."""
 
-STATE_RULES = (*PARAM_RULES, (r"(.*/)?(step|count|skipped|skipped_total)", P()))
+STATE_RULES = (
+    *PARAM_RULES,
+    (r"(.*/)?(step|count|skipped|skipped_total)|lags/.*|frozen/(scale|unconditional/.*)", P()),
+)
 """The same for a whole train state: moments and averages end in the path of their parameter."""
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from shortcut_jax.core.flow import interpolate, velocity_target
+from shortcut_jax.core.flow import interpolate, per_row, velocity_target
 from shortcut_jax.core.rows import RowGroup, merge_kinds, split_kinds
 from shortcut_jax.core.schedules import (
     Intervals,
@@ -22,7 +22,8 @@ from shortcut_jax.core.schedules import (
     teacher_steps,
 )
 from shortcut_jax.core.shortcut import scfm_target, shortcut_target
-from shortcut_jax.core.types import Array, Condition, StepVelocity
+from shortcut_jax.core.types import Array, Condition
+from shortcut_jax.steps.views import Networks
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class ObjectiveSettings:
       student: the student step counts of self rows.
       shift: the timestep shift of teacher and self rows.
       timestep: how flow rows draw t, `uniform` or `logit_normal`.
-      guidance: range of the guidance scale a row is told, for models with a guidance embedding.
+      guidance: range of the guidance scale of a row.
+      guide: where it enters, one of `views.GUIDES`.
+      teacher_share: probability that a self row learns from the teacher instead.
       teacher_grid: steps of the grid that teacher rows walk on, a multiple of the jumps.
     """
 
@@ -45,7 +48,15 @@ class ObjectiveSettings:
     shift: ShiftRange
     timestep: str
     guidance: tuple[float, float]
+    guide: str = "told"
+    teacher_share: float = 0.0
     teacher_grid: int = 32
+
+    @property
+    def untaught(self) -> tuple[int, ...]:
+        """The student step counts whose targets are made of steps that no row trains."""
+        taught = self.teacher_grid // self.student.jumps if self.teacher_share else 0
+        return tuple(m for m in self.student.untaught if m * self.student.jumps != taught)
 
 
 class Draws(NamedTuple):
@@ -54,16 +65,16 @@ class Draws(NamedTuple):
     Attributes:
       noise_BNC: standard normal.
       t_B: times of flow rows.
-      intervals: student steps of self rows.
+      intervals: student steps of self and teacher rows, each on its own grid.
       guidance_B: guidance scales.
-      teacher: student steps of teacher rows on the teacher's grid; None where the groups have none.
+      teacher_B: which of the self rows learn from the teacher; None without one.
     """
 
     noise_BNC: Array
     t_B: Array
     intervals: Intervals
     guidance_B: Array
-    teacher: Intervals | None = None
+    teacher_B: Array | None = None
 
 
 class DrawKeys(NamedTuple):
@@ -93,92 +104,74 @@ class Examples(NamedTuple):
     target_BNC: Array
 
 
-class Averages(NamedTuple):
-    """The networks that make targets, as functions of the condition: `averages.fast(condition)` is a v(x, t, d).
-
-    Attributes:
-      fast: the fast EMA of the student.
-      slow: the slow EMA of the student.
-      teacher: the frozen teacher; None in training from scratch.
-    """
-
-    fast: Callable[[Condition], StepVelocity]
-    slow: Callable[[Condition], StepVelocity]
-    teacher: Callable[[Condition], StepVelocity] | None = None
-
-
 def draw(key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: ObjectiveSettings) -> Draws:
     """All random numbers of one step, for `num_rows` rows of latents of shape [N, C]."""
     keys = DrawKeys(*jax.random.split(key, len(DrawKeys._fields)))
     low, high = settings.guidance
-    teacher = None
-    if row_group(settings).teacher_rows:
+    intervals = draw_intervals(keys.interval, num_rows, settings.student, settings.shift, shape_NC[0])
+    guidance_B = jax.random.uniform(keys.guidance, (num_rows,), minval=low, maxval=high)
+    teacher_B = None
+    if settings.teacher_share:
+        key_kind, key_interval = jax.random.split(keys.teacher)
+        teacher_B = jax.random.uniform(key_kind, (num_rows,)) < settings.teacher_share
         steps = teacher_steps(settings.teacher_grid, settings.student.jumps)
-        teacher = draw_intervals(keys.teacher, num_rows, steps, settings.shift, shape_NC[0])
+        fine = draw_intervals(key_interval, num_rows, steps, settings.shift, shape_NC[0])
+        choose = lambda a, b: jnp.where(per_row(teacher_B, a), a, b)
+        intervals = jax.tree.map(choose, fine, intervals)
+    if settings.guide != "told":
+        # A flow row learns the velocity of its caption as it is.
+        group = row_group(settings)
+        is_flow_B = jnp.arange(num_rows) % group.size >= group.self_rows
+        guidance_B = jnp.where(is_flow_B, 1.0, guidance_B)
     return Draws(
         noise_BNC=jax.random.normal(keys.noise, (num_rows, *shape_NC)),
         t_B=draw_timesteps(keys.timestep, num_rows, settings.timestep),
-        intervals=draw_intervals(keys.interval, num_rows, settings.student, settings.shift, shape_NC[0]),
-        guidance_B=jax.random.uniform(keys.guidance, (num_rows,), minval=low, maxval=high),
-        teacher=teacher,
+        intervals=intervals,
+        guidance_B=guidance_B,
+        teacher_B=teacher_B,
     )
 
 
-def flow_examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
+def flow_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """Plain flow matching: noise - data at a random time."""
-    del averages, settings
+    del networks, settings
     noise_BNC, t_B = rows.draws.noise_BNC, rows.draws.t_B
     x_BNC = interpolate(rows.x0_BNC, noise_BNC, t_B)
     return Examples(x_BNC, t_B, jnp.zeros_like(t_B), velocity_target(rows.x0_BNC, noise_BNC))
 
 
-def _interval_start(rows: Rows, times_BJ: Array) -> tuple[Array, Array, Array]:
+def _interval_start(rows: Rows) -> tuple[Array, Array, Array]:
     """State and time at each row's interval start, and the interval's length."""
+    times_BJ = rows.draws.intervals.times_BJ
     t_B = times_BJ[:, 0]
     return interpolate(rows.x0_BNC, rows.draws.noise_BNC, t_B), t_B, t_B - times_BJ[:, -1]
 
 
-def _scfm_examples(rows: Rows, times_BJ: Array, first: StepVelocity, slow: StepVelocity) -> Examples:
-    x_BNC, t_B, length_B = _interval_start(rows, times_BJ)
+def _scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    del settings
+    x_BNC, t_B, length_B = _interval_start(rows)
+    first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
+    times_BJ = rows.draws.intervals.times_BJ
     target_BNC = scfm_target(x_BNC, times_BJ, lambda x, t: first(x, t, None), lambda x, t: slow(x, t, None))
     return Examples(x_BNC, t_B, length_B, target_BNC)
 
 
-def _scfm_teacher_examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
-    del settings
-    if averages.teacher is None or rows.draws.teacher is None:
-        raise ValueError("teacher rows need a teacher")
-    teacher, slow = averages.teacher(rows.condition), averages.slow(rows.condition)
-    return _scfm_examples(rows, rows.draws.teacher.times_BJ, teacher, slow)
-
-
-def _scfm_self_examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
-    del settings
-    fast, slow = averages.fast(rows.condition), averages.slow(rows.condition)
-    return _scfm_examples(rows, rows.draws.intervals.times_BJ, fast, slow)
-
-
-def _shortcut_self_examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
+def _shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     times_BJ, count_B = rows.draws.intervals
-    x_BNC, t_B, length_B = _interval_start(rows, times_BJ)
-    slow = averages.slow(rows.condition)
+    x_BNC, t_B, length_B = _interval_start(rows)
+    slow = networks.slow(rows.condition)
     return Examples(x_BNC, t_B, length_B, shortcut_target(x_BNC, times_BJ, count_B, slow, settings.student))
 
 
-def _no_teacher_examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
-    del rows, averages
-    raise ValueError(f"{settings.name} has no teacher rows")
-
-
-Objective = Callable[[Rows, Averages, ObjectiveSettings], Examples]
+Objective = Callable[[Rows, Networks, ObjectiveSettings], Examples]
 
 
 def _by_kind(*objectives: Objective) -> Objective:
     """The objective that asks each kind of row, in the order of `rows.KINDS`, for its own examples."""
 
-    def examples(rows: Rows, averages: Averages, settings: ObjectiveSettings) -> Examples:
+    def examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
         parts = zip(objectives, split_kinds(rows, settings.rows), settings.rows.counts, strict=True)
-        asked = [objective(part, averages, settings) if count else None for objective, part, count in parts]
+        asked = [objective(part, networks, settings) if count else None for objective, part, count in parts]
         return merge_kinds(asked, settings.rows)
 
     return examples
@@ -186,8 +179,8 @@ def _by_kind(*objectives: Objective) -> Objective:
 
 OBJECTIVES: dict[str, Objective] = {
     "flow": flow_examples,
-    "scfm": _by_kind(_scfm_teacher_examples, _scfm_self_examples, flow_examples),
-    "shortcut": _by_kind(_no_teacher_examples, _shortcut_self_examples, flow_examples),
+    "scfm": _by_kind(_scfm_examples, flow_examples),
+    "shortcut": _by_kind(_shortcut_examples, flow_examples),
 }
 
 

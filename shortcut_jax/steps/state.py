@@ -1,13 +1,16 @@
 """The train state: everything a step reads and writes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from shortcut_jax.core.ema import DualEma, init_ema
+from shortcut_jax.core.ema import DualEma, Lags, init_ema, init_lags
 from shortcut_jax.core.types import Array
+from shortcut_jax.steps.views import TEACHER, Frozen, Weights, teacher_of, whole
 
 
 class TrainState(NamedTuple):
@@ -15,11 +18,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: training steps done, skipped ones included (int32).
-      params: the online weights.
-      ema: fast and slow average of the weights, float32.
+      params: what is trained: the online weights, or the online adapters of a frozen base.
+      ema: fast and slow average of it, float32.
       opt_state: optax state.
       skipped: skipped steps in a row, up to now (int32).
       skipped_total: skipped steps in all (int32).
+      lags: memory of the rule that restarts the averages.
+      frozen: what no step changes: base and teacher. It passes through each step and is in no checkpoint.
     """
 
     step: Array
@@ -28,17 +33,25 @@ class TrainState(NamedTuple):
     opt_state: Any
     skipped: Array
     skipped_total: Array
+    lags: Lags
+    frozen: Frozen
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step: both averages are copies of the weights."""
+COUNTERS = ("step", "skipped", "skipped_total")
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Frozen) -> TrainState:
+    """The state before the first step: both averages are copies of what is trained."""
     zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(zero(), params, init_ema(params), optimizer.init(params), zero(), zero())
+    opt_state = optimizer.init(params)
+    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), init_lags(), frozen)
 
 
-def choose_view(state: TrainState, view: str) -> Any:
-    """The weights of a view: `online`, `fast` or `slow`."""
-    return state.params if view == "online" else getattr(state.ema, view)
+def choose_view(state: TrainState, view: str) -> Weights:
+    """The network of a view: `online`, `fast`, `slow`, or `teacher` where there is one."""
+    if view == TEACHER:
+        return teacher_of(state.frozen)
+    return whole(state.params if view == "online" else getattr(state.ema, view), state.frozen)
 
 
 def num_updates(state: TrainState) -> Array:
@@ -48,10 +61,15 @@ def num_updates(state: TrainState) -> Array:
 
 def select_state(keep: Array, new: TrainState, old: TrainState) -> TrainState:
     """`new` where `keep`, else `old` with the step counted as skipped; no weight, moment or average moves then."""
-    chosen = jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, old)
+    empty = Frozen()
+    select = lambda n, o: jnp.where(keep, n, o)
+    chosen = jax.tree.map(select, new._replace(frozen=empty), old._replace(frozen=empty))
     missed = 1 - keep.astype(jnp.int32)
     return chosen._replace(
-        step=old.step + 1, skipped=(old.skipped + 1) * missed, skipped_total=old.skipped_total + missed
+        step=old.step + 1,
+        skipped=(old.skipped + 1) * missed,
+        skipped_total=old.skipped_total + missed,
+        frozen=old.frozen,
     )
 
 
@@ -60,7 +78,33 @@ def to_items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "fast": state.ema.fast, "slow": state.ema.slow, "optimizer": state.opt_state}
 
 
-def from_items(items: dict[str, Any], counters: dict[str, Any]) -> TrainState:
-    """The inverse of `to_items`, with the scalars `step`, `skipped` and `skipped_total`."""
-    ema = DualEma(items["fast"], items["slow"])
-    return TrainState(params=items["params"], ema=ema, opt_state=items["optimizer"], **counters)
+def to_counters(state: TrainState) -> dict[str, float]:
+    """The scalars of a state, for JSON; exact, since float32 is a subset of what JSON holds."""
+    lags = {f"lag_{name}": float(value) for name, value in state.lags._asdict().items()}
+    return {name: int(getattr(state, name)) for name in COUNTERS} | lags
+
+
+def from_items(
+    items: dict[str, Any],
+    counters: dict[str, float],
+    frozen: Frozen,
+    place: Callable[[np.ndarray], Array] = jnp.asarray,
+) -> TrainState:
+    """The inverse of `to_items` and `to_counters`; checkpoints without lags are older than the rule that reads them.
+
+    Args:
+      items: see `to_items`.
+      counters: see `to_counters`.
+      frozen: what is in no checkpoint.
+      place: puts a scalar on the devices.
+    """
+    integer, scalar = (lambda value, t=t: place(np.asarray(value, t)) for t in (np.int32, np.float32))
+    fast, slow, restarts = (counters.get(f"lag_{name}", 0.0) for name in Lags._fields)
+    return TrainState(
+        params=items["params"],
+        ema=DualEma(items["fast"], items["slow"]),
+        opt_state=items["optimizer"],
+        lags=Lags(scalar(fast), scalar(slow), integer(restarts)),
+        frozen=frozen,
+        **{name: integer(counters[name]) for name in COUNTERS},
+    )

@@ -16,12 +16,13 @@ from shortcut_jax.core.shortcut import squared_error
 from shortcut_jax.core.tree import distance, global_norm
 from shortcut_jax.core.types import Array, Batch, Condition
 from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.steps.objectives import OBJECTIVES, Averages, ObjectiveSettings, Rows, draw, row_group
+from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, Rows, draw, row_group
 from shortcut_jax.steps.optim import OptimizerSettings, make_optimizer, make_schedule
 from shortcut_jax.steps.state import TrainState, num_updates, select_state
-from shortcut_jax.steps.views import VelocityOf, make_velocity
+from shortcut_jax.steps.views import Networks, VelocityOf, make_velocity
 
 Metrics = dict[str, Array]
+Parts = dict[str, tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,21 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, num_updates(state), settings.ema)
+        ema, lags, ratio = update_ema(state.ema, state.lags, params, num_updates(state), settings.ema)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new_state = state._replace(params=params, ema=ema, opt_state=opt_state)
+        new_state = state._replace(params=params, ema=ema, opt_state=opt_state, lags=lags)
         new_state = select_state(finite, new_state, state)
         metrics = {
             "loss": loss,
-            **parts,
+            **{f"loss/{kind}": total / jnp.maximum(share, 1e-9) for kind, (total, share) in parts.items()},
             "grad_norm": grad_norm,
             "param_norm": global_norm(new_state.params),
             "ema_distance/fast": distance(new_state.params, new_state.ema.fast),
             "ema_distance/slow": distance(new_state.params, new_state.ema.slow),
+            "ema_restarts": new_state.lags.restarts,
+            "ema_restarted": new_state.lags.restarts - state.lags.restarts,
+            **({"ema_staleness": ratio} if settings.ema.restart_auto else {}),
             "learning_rate": schedule(num_updates(state)),
             "skipped": new_state.skipped,
             "skipped_total": new_state.skipped_total,
@@ -90,14 +94,15 @@ def make_rows(settings: StepSettings, key: Array, batch: Batch) -> Rows:
     x0_BNC = patchify(batch.latents_BhwC.astype(jnp.float32))
     draws = draw(key, x0_BNC.shape[0], x0_BNC.shape[1:], settings.objective)
     draws = jax.tree.map(lambda x: constrain(x, ("batch",) + (None,) * (x.ndim - 1)), draws)
-    guidance_B = draws.guidance_B if settings.model.guidance else None
+    scaled = settings.model.guidance or settings.objective.guide != "told"
+    guidance_B = draws.guidance_B if scaled else None
     return Rows(x0_BNC, Condition(batch.txt_BMT, batch.vec_BV, guidance_B), draws)
 
 
 def accumulate_gradients(
     settings: StepSettings, velocity_of: VelocityOf, state: TrainState, rows: Rows
-) -> tuple[Array, Metrics, Any]:
-    """Loss, its parts by row kind, and gradients: means over the micro-batches of one step."""
+) -> tuple[Array, Parts, Any]:
+    """Loss, its parts (see `loss_parts`), and gradients: means over the micro-batches of one step."""
     evaluate = partial(loss_and_gradients, settings, velocity_of, state)
     num = settings.accumulate
     if num == 1:
@@ -117,23 +122,29 @@ def accumulate_gradients(
 
 def loss_and_gradients(
     settings: StepSettings, velocity_of: VelocityOf, state: TrainState, rows: Rows
-) -> tuple[Array, Metrics, Any]:
+) -> tuple[Array, Parts, Any]:
     """Targets first, outside the differentiated function; then the student's loss on the online weights."""
     objective = settings.objective
-    averages = Averages(partial(velocity_of, state.ema.fast), partial(velocity_of, state.ema.slow))
-    examples = OBJECTIVES[objective.name](rows, averages, objective)
+    networks = Networks(velocity_of, state.frozen, state.ema.fast, state.ema.slow, objective.guide)
+    examples = OBJECTIVES[objective.name](rows, networks, objective)
     target_BNC = jax.lax.stop_gradient(examples.target_BNC)
 
     def loss_fn(params: Any) -> tuple[Array, Array]:
-        prediction_BNC = velocity_of(params, rows.condition)(examples.x_BNC, examples.t_B, examples.step_B)
-        error_B = squared_error(prediction_BNC, target_BNC)
+        student = networks.student(params, rows.condition)
+        error_B = squared_error(student(examples.x_BNC, examples.t_B, examples.step_B), target_BNC)
         return jnp.mean(error_B), error_B
 
     (loss, error_B), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return loss, loss_parts(error_B, row_group(objective)), grads
+    return loss, loss_parts(error_B, rows.draws.teacher_B, row_group(objective)), grads
 
 
-def loss_parts(error_B: Array, group: RowGroup) -> Metrics:
-    """The mean error of each kind of row that the groups have, such as `loss/self`."""
-    parts = zip(KINDS, split_kinds(error_B, group), group.counts, strict=True)
-    return {f"loss/{kind}": jnp.mean(part_B) for kind, part_B, count in parts if count}
+def loss_parts(error_B: Array, teacher_B: Array | None, group: RowGroup) -> Parts:
+    """For each kind of row that there is (`teacher`, `self`, `flow`): its share of the loss, and of the rows."""
+    kinds = split_kinds((error_B, jnp.ones_like(error_B) if teacher_B is None else 1.0 - teacher_B), group)
+    parts = {}
+    for kind, (part_B, own_B), count in zip(KINDS, kinds, group.counts, strict=True):
+        own_B = own_B if kind == "self" else jnp.ones_like(own_B)
+        masks = {"teacher": 1.0 - own_B} if kind == "self" and teacher_B is not None else {}
+        for name, mask_B in {**masks, kind: own_B}.items() if count else ():
+            parts[name] = (jnp.sum(part_B * mask_B) / len(error_B), jnp.sum(mask_B) / len(error_B))
+    return parts

@@ -1,16 +1,100 @@
-"""Parameter trees as velocity functions: online, fast, slow (and teacher) are one apply with different trees."""
+"""Parameter trees as velocity functions: online, fast, slow and teacher are one apply with different trees.
+
+The only file that knows whether all weights are trained, or adapters on a frozen base.
+"""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import jax
+import jax.numpy as jnp
+
+from shortcut_jax.core.flow import per_row
 from shortcut_jax.core.latents import image_ids, text_ids
 from shortcut_jax.core.types import Array, Condition, StepVelocity
 from shortcut_jax.models.flux import Flux, FluxConfig
+from shortcut_jax.models.lora import concatenate, scales
 
 VIEWS = ("online", "fast", "slow")
+TEACHER = "teacher"
 
-VelocityOf = Callable[[Any, Condition], StepVelocity]
-"""(parameters, condition) -> v(x, t, d)."""
+GUIDES = ("told", "both", "teacher", "targets")
+"""Where the guidance scale of a row enters training.
+
+told: it is fed to the guidance embedding, if there is one, of all networks alike; nothing is computed with it.
+both: classifier-free guidance inside the student and its targets.
+teacher: classifier-free guidance in the teacher's jump only; the student's embedding tells it the scale.
+targets: classifier-free guidance in every jump while the student is told the scale. It compounds; kept to show that.
+"""
+
+
+class Frozen(NamedTuple):
+    """What training reads and never changes; all None where there is no base.
+
+    Attributes:
+      base: weights of the whole network: what adapters are added to, and the teacher.
+      scale: what the adapters' products are multiplied by, a scalar; None where all weights are trained.
+      teacher: adapters that make the base the teacher; None for the bare base.
+      unconditional: the empty caption, one row; None where no classifier-free guidance is computed.
+    """
+
+    base: Any = None
+    scale: Array | None = None
+    teacher: Any = None
+    unconditional: Condition | None = None
+
+
+class Adapted(NamedTuple):
+    """A base with adapters.
+
+    Attributes:
+      base: weights of the whole network.
+      lora: adapters, nested like the layers they belong to.
+      scale: a scalar, or [B, r] where rows have scales of their own.
+    """
+
+    base: Any
+    lora: Any
+    scale: Array
+
+
+Weights = Any
+"""Weights of the whole network, as a parameter tree or as `Adapted`."""
+
+VelocityOf = Callable[[Weights, Condition], StepVelocity]
+"""(weights, condition) -> v(x, t, d)."""
+
+
+def whole(train: Any, frozen: Frozen) -> Weights:
+    """A network from what is trained: an online, fast or slow tree."""
+    return train if frozen.scale is None else Adapted(frozen.base, train, frozen.scale)
+
+
+def teacher_of(frozen: Frozen) -> Weights:
+    """The teacher: the base, with its own adapters if it has any."""
+    if frozen.teacher is None or frozen.scale is None:
+        return frozen.base
+    return Adapted(frozen.base, frozen.teacher, frozen.scale)
+
+
+def mixed(train: Any, frozen: Frozen, teacher_B: Array) -> Adapted:
+    """One network that is the teacher for the rows of `teacher_B` and `train` for the others, by gains of 0 and 1."""
+    if frozen.scale is None:
+        raise ValueError("only adapters can be switched by row")
+    gain_B1 = frozen.scale * (1.0 - teacher_B.astype(jnp.float32))[:, None]
+    if frozen.teacher is None:
+        return Adapted(frozen.base, train, gain_B1)
+    lora = concatenate(train, frozen.teacher)
+    (rank,) = {leaf.shape[-1] // 2 for path, leaf in jax.tree_util.tree_leaves_with_path(lora) if path[-1].key == "a"}
+    gain_BR = jnp.concatenate([gain_B1.repeat(rank, 1), (frozen.scale - gain_B1).repeat(rank, 1)], axis=1)
+    return Adapted(frozen.base, lora, gain_BR)
+
+
+def collections(weights: Weights) -> dict[str, Any]:
+    """Weights as the collections that the network is applied with."""
+    if isinstance(weights, Adapted):
+        return {"params": weights.base, "lora": weights.lora, "lora_scale": scales(weights.lora, weights.scale)}
+    return {"params": weights}
 
 
 def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
@@ -20,12 +104,12 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
     """
     model, img_ids_N3 = Flux(cfg), image_ids(height, width)
 
-    def velocity_of(params: Any, condition: Condition) -> StepVelocity:
+    def velocity_of(weights: Weights, condition: Condition) -> StepVelocity:
         txt_ids_M3 = text_ids(condition.txt_BMT.shape[1])
 
         def velocity(x_BNC: Array, t_B: Array, d_B: Array | None = None) -> Array:
             out_BNC = model.apply(
-                {"params": params},
+                collections(weights),
                 x_BNC,
                 t_B,
                 condition.txt_BMT,
@@ -42,11 +126,91 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
     return velocity_of
 
 
-def guided(conditional: StepVelocity, unconditional: StepVelocity, scale: Array | float) -> StepVelocity:
-    """Classifier-free guidance: v_u + scale (v_c - v_u), two evaluations a step."""
+def guided(
+    conditional: StepVelocity, unconditional: StepVelocity, scale: Array | float, rows_B: Array | None = None
+) -> StepVelocity:
+    """Classifier-free guidance: v_u + scale (v_c - v_u), two evaluations a step.
+
+    Args:
+      conditional: v_c.
+      unconditional: v_u.
+      scale: a number, or one a row.
+      rows_B: the rows it is for; the others get v_c. None means all.
+    """
 
     def velocity(x_BNC: Array, t_B: Array, d_B: Array | None) -> Array:
-        v_u = unconditional(x_BNC, t_B, d_B)
-        return v_u + scale * (conditional(x_BNC, t_B, d_B) - v_u)
+        v_c, v_u = conditional(x_BNC, t_B, d_B), unconditional(x_BNC, t_B, d_B)
+        factor = per_row(scale, x_BNC) if isinstance(scale, jax.Array) and scale.ndim else scale
+        v_BNC = v_u + factor * (v_c - v_u)
+        return v_BNC if rows_B is None else jnp.where(per_row(rows_B, x_BNC), v_BNC, v_c)
 
     return velocity
+
+
+def unconditional_rows(frozen: Frozen, condition: Condition) -> Condition:
+    """The empty caption for every row of a condition, its guidance kept."""
+    if frozen.unconditional is None:
+        raise ValueError("classifier-free guidance needs the empty caption")
+    like = lambda x, rows: jnp.broadcast_to(x, rows.shape)
+    txt, vec, _ = frozen.unconditional
+    return condition._replace(txt_BMT=like(txt, condition.txt_BMT), vec_BV=like(vec, condition.vec_BV))
+
+
+class Networks:
+    """The networks of a step as functions of the condition, guided as `guide` (one of `GUIDES`) says.
+
+    `networks.slow(condition)` is a v(x, t, d).
+    """
+
+    def __init__(self, velocity_of: VelocityOf, frozen: Frozen, fast: Any, slow: Any, guide: str):
+        """Takes both averages of what is trained, and what is frozen."""
+        self._velocity_of, self._frozen, self._guide = velocity_of, frozen, guide
+        self._fast, self._slow = fast, slow
+
+    def student(self, train: Any, condition: Condition) -> StepVelocity:
+        """The network that learns; gradients flow through both branches of its guidance."""
+        return self._guided(whole(train, self._frozen), condition, ("both",))
+
+    def slow(self, condition: Condition) -> StepVelocity:
+        """The slow average."""
+        return self._guided(whole(self._slow, self._frozen), condition, ("both", "targets"))
+
+    def first(self, condition: Condition, teacher_B: Array | None) -> StepVelocity:
+        """The teacher for the rows of `teacher_B` and the fast average for the others; the latter for all if None."""
+        if teacher_B is None:
+            return self._guided(whole(self._fast, self._frozen), condition, ("both", "targets"))
+        velocity = self._first(condition, teacher_B)
+        if self._guide == "told":
+            return velocity
+        empty = self._first(unconditional_rows(self._frozen, condition), teacher_B)
+        return guided(velocity, empty, _scale(condition), teacher_B if self._guide == "teacher" else None)
+
+    def _first(self, condition: Condition, teacher_B: Array) -> StepVelocity:
+        frozen = self._frozen
+        if frozen.scale is not None:
+            return self._velocity_of(mixed(self._fast, frozen, teacher_B), condition)
+        teacher, fast = (self._velocity_of(w, condition) for w in (teacher_of(frozen), self._fast))
+        return lambda x_BNC, t_B, d_B: jnp.where(
+            per_row(teacher_B, x_BNC), teacher(x_BNC, t_B, d_B), fast(x_BNC, t_B, d_B)
+        )
+
+    def _guided(self, weights: Weights, condition: Condition, guides: tuple[str, ...]) -> StepVelocity:
+        velocity = self._velocity_of(weights, condition)
+        if self._guide not in guides:
+            return velocity
+        empty = self._velocity_of(weights, unconditional_rows(self._frozen, condition))
+        return guided(velocity, empty, _scale(condition))
+
+
+def _scale(condition: Condition) -> Array:
+    if condition.guidance_B is None:
+        raise ValueError("classifier-free guidance needs a scale for each row")
+    return cast(Array, condition.guidance_B)
+
+
+def evaluations(guide: str, adapters: bool, teacher: bool) -> tuple[int, int, int]:
+    """Forward passes of a row: in the student, in one of the first jumps, in one of the slow average's."""
+    double = lambda *guides: 2 if guide in guides else 1
+    networks = 2 if teacher and not adapters else 1
+    first = double("both", "targets", *(("teacher",) if teacher else ()))
+    return double("both"), networks * first, double("both", "targets")

@@ -1,0 +1,52 @@
+"""Post-training on the embedded default: adapters that make a trained digits model need few steps.
+
+Command:  python -m shortcut_jax.train --config=configs/digits_distill.py
+Hardware: two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from shortcut_jax.settings import default_config
+
+
+def get_config() -> ConfigDict:
+    """The run's config."""
+    c = default_config()
+    c.objective = "scfm"
+    c.train = "lora"
+    c.init_from = "runs/digits-teacher"
+    c.lora.rank, c.lora.alpha = 16, 16.0
+    c.teacher_share, c.teacher_grid = 0.4, 32
+    c.rows.self_rows, c.rows.flow_rows = 1, 0
+    c.student_steps = (1, 2, 3, 4, 6, 8, 12, 16)
+    c.steps = 600
+    c.batch_size = 128
+    c.model.preset = "digits"
+    c.mesh.data, c.mesh.fsdp = -1, 1
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.b2 = 0.99
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 10.0
+    c.ema.warmup = True
+    c.data.caption_dropout = 0.0
+    c.eval.views, c.eval.images = ("teacher", "slow"), (0, 0)
+    return c
+
+
+def get_teacher_config() -> ConfigDict:
+    """The run that is made first where `init_from` is not there: plain flow matching."""
+    c = default_config()
+    c.objective = "flow"
+    c.steps = 1500
+    c.batch_size = 128
+    c.model.preset = "digits"
+    c.mesh.data, c.mesh.fsdp = -1, 1
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.b2 = 0.99
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.warmup_steps = 50
+    c.optimizer.schedule = "cosine"
+    c.ema.warmup = True
+    c.data.caption_dropout = 0.05
+    c.eval.views, c.eval.images = ("slow",), (0,)
+    return c
