@@ -4,6 +4,9 @@ Command:  python -m shortcut_jax.train --config=configs/digits_distill.py
 Hardware: two CPU cores.
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from shortcut_jax.settings import default_config
@@ -35,18 +38,9 @@ def get_config() -> ConfigDict:
 
 def get_teacher_config() -> ConfigDict:
     """The run that is made first where `init_from` is not there: plain flow matching."""
-    c = default_config()
+    c = runpy.run_path(str(Path(__file__).with_name("digits.py")))["get_config"]()
     c.objective = "flow"
-    c.steps = 1500
-    c.batch_size = 128
-    c.model.preset = "digits"
-    c.mesh.data, c.mesh.fsdp = -1, 1
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.b2 = 0.99
-    c.optimizer.weight_decay = 0.01
-    c.optimizer.warmup_steps = 50
-    c.optimizer.schedule = "cosine"
-    c.ema.warmup = True
-    c.data.caption_dropout = 0.05
+    c.steps = 3000
+    c.optimizer.learning_rate = 3e-3
     c.eval.views, c.eval.images = ("slow",), (0,)
     return c

@@ -34,7 +34,7 @@ from shortcut_jax.runtime.converted import (
 )
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.tokenizers import check_tokenizer, copy_tokenizer
-from shortcut_jax.sources import Model, holds_lora, open_lora, open_models, param_shapes, sampling_of
+from shortcut_jax.sources import Model, holds_lora, network_of, open_lora, open_models, param_shapes, sampling_of
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("view", None, VIEWS, "Weights of a workdir; slow by default.", flag_values=values)
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Cast to; as stored by default.", flag_values=values)
     flags.DEFINE_string("lora", None, "LoRA to merge into the transformer, in float32.", flag_values=values)
-    flags.DEFINE_string("base", None, "Checkpoint that a LoRA given by --from belongs to.", flag_values=values)
+    flags.DEFINE_string("base", None, "Checkpoint that adapters given by --from belong to.", flag_values=values)
+    flags.DEFINE_boolean("merged", False, "Write a workdir's adapters merged into their base.", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "Folder of CLIP's tokenizer.", flag_values=values)
     flags.DEFINE_string("tokenizer_2", None, "Folder of T5's tokenizer.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace what is at --to.", flag_values=values)
@@ -116,17 +117,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _gather(sources: Sequence[Path], options: Any) -> Job:
     """Opens everything and tells what was found."""
-    adapters = [s for s in sources if holds_lora(s)]
+    adapters = [] if options.merged else [s for s in sources if holds_lora(s)]
     if options.view and not any((s / "checkpoints").is_dir() for s in sources):
         raise UsageError("--view chooses among the weights of a training workdir, but no --from is one")
     if adapters:
         return _gather_lora(sources, adapters, options)
-    if options.base:
+    if options.base and not options.merged:
         raise UsageError("--base goes with a LoRA given by --from; to merge one use --lora")
+    _check_merged(sources, options)
     models: dict[str, Model] = {}
     sampling: Sampling | None = None
     for source in sources:
-        found = open_models(source, options.view or "slow")
+        found = open_models(source, options.view or "slow", Path(options.base).expanduser() if options.base else None)
         for model in found:
             if model.kind in models:
                 raise UsageError(f"two of the sources hold a {model.kind} model: {models[model.kind].origin}; {source}")
@@ -141,6 +143,12 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
     return Job(models, sampling, None, _tokenizers(sources, options))
 
 
+def _check_merged(sources: Sequence[Path], options: Any) -> None:
+    """Merging on request is for workdirs; files are merged into a base by --lora."""
+    if options.merged and not (len(sources) == 1 and (sources[0] / "checkpoints").is_dir() and holds_lora(sources[0])):
+        raise UsageError("--merged goes with one --from, the workdir of a run that trained adapters")
+
+
 def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any) -> Job:
     if len(sources) > 1 or options.lora:
         raise UsageError(f"{adapters[0]} is a LoRA: convert it alone, or merge it into a base with --lora")
@@ -152,10 +160,12 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
         base = bases[0]
     elif (source / RECORD).is_file():
         base = next(m.config.base for m in read_record(source)[0] if m.kind == "lora")
+    elif (source / "checkpoints").is_dir():
+        base = network_of(source)
     else:
         base = preset("flux-dev")
     try:
-        modules, notes = open_lora(source, base)
+        modules, notes = open_lora(source, base, options.view or "slow")
     except ConversionError as error:
         hint = "" if options.base else " (taken for a LoRA of FLUX.1; name another base with --base)"
         raise ConversionError(f"{error}{hint}") from error

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import jax
 
@@ -11,6 +12,7 @@ from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.hlo import compile_and_partition, count_kinds
 from shortcut_jax.settings import Settings
+from shortcut_jax.steps.state import TrainState
 
 GB = 1e9
 
@@ -37,9 +39,9 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
         distributed.simulate_devices(int(count))
     assembly = Assembly(settings)
     shapes = assembly.state_shapes
-    parameters = count_parameters(shapes.params)
-    local_bytes = sum(map(_local_bytes, jax.tree.leaves(shapes)))
-    per_parameter = local_bytes * assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor / parameters
+    parameters = count_parameters(assembly.network_shapes)
+    shards = assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor
+    state_bytes = _local_bytes(shapes)
     print(
         f"{settings.model.preset} · {settings.objective} · mesh {assembly.mesh_shape} on "
         f"{assembly.mesh.devices.flat[0].device_kind}"
@@ -48,8 +50,12 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
         ("parameters", f"{parameters:,}"),
         ("rows a step", f"{assembly.batch_size:,}"),
         ("model FLOPs a step", f"{assembly.flops:.4g} ({assembly.flops / assembly.batch_size / 1e12:.3g} T a row)"),
-        ("state a device", f"{local_bytes / GB:.2f} GB ({per_parameter:.2f} bytes a parameter over the shards)"),
+        ("state a device", f"{state_bytes / GB:.2f} GB ({state_bytes * shards / parameters:.2f} bytes a parameter)"),
     ]
+    if settings.train == "lora":
+        trained = count_parameters(shapes.params)
+        rows.insert(1, ("adapters", f"{trained:,} (rank {settings.lora.rank}, {trained / parameters:.1%})"))
+    rows += [(f"  {name}", f"{size / GB:.2f} GB") for name, size in _kinds(shapes).items() if size]
     for row in rows:
         _print_row(*row)
     begin = time.perf_counter()
@@ -74,9 +80,20 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
     return 0 if fits else 1
 
 
-def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's shard."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+def _kinds(state: TrainState) -> dict[str, int]:
+    """Bytes of one device's shard of a state, by what they are for."""
+    return {
+        "frozen base": _local_bytes(state.frozen.base),
+        "teacher's adapters": _local_bytes(state.frozen.teacher),
+        "trained weights": _local_bytes(state.params),
+        "moments": _local_bytes(state.opt_state),
+        "fast and slow EMA": _local_bytes(state.ema),
+    }
+
+
+def _local_bytes(tree: Any) -> int:
+    """Bytes of one device's shards."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _print_row(name: str, value: str) -> None:

@@ -197,7 +197,7 @@ def _record(assembly: Assembly, initial: Initial, base: Any) -> BaseRecord | Non
     return BaseRecord(str(Path(str(initial.path)).absolute()), fingerprint(base), assembly.settings.model.preset)
 
 
-def load_base(assembly: Assembly, path: Path, stored: dict[str, Any]) -> Any:
+def load_base(assembly: Assembly, path: str | Path, stored: dict[str, Any]) -> Any:
     """The base of a run that is only sampled, on devices.
 
     Raises:

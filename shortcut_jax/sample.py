@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -18,14 +19,14 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.words import count_words
 from shortcut_jax.generate import Generator
+from shortcut_jax.initial import load_base
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_config
+from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
-from shortcut_jax.settings import complete
-from shortcut_jax.steps.state import choose_view
-from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.settings import ConfigError, complete
+from shortcut_jax.steps.views import VIEWS, Adapted
 from shortcut_jax.text_to_image import TextToImage
 
 USAGE = (
@@ -33,8 +34,8 @@ USAGE = (
     '--prompt="..." [--steps=4] [--num=16] [--out=samples.png]'
 )
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "workdir": {"num": 16, "guidance": 1.0, "view": "slow"},
-    "checkpoint": {"num": 1, "guidance": None, "height": 1024, "width": 1024, "text_tokens": None},
+    "workdir": {"num": 16, "guidance": 1.0, "view": "slow", "base": None},
+    "checkpoint": {"num": 1, "guidance": None, "height": 1024, "width": 1024, "text_tokens": None, "lora": []},
 }
 """What is sampled -> the options that go with it only, or differ by it."""
 
@@ -49,28 +50,51 @@ class Pipeline:
       step: the training step whose weights were read.
     """
 
-    def __init__(self, workdir: str | Path, view: str = "slow", max_steps: int = 1000, batch_size: int = 16):
-        """Reads one view (`online`, `fast` or `slow`) of the newest readable checkpoint, and nothing else.
+    def __init__(
+        self,
+        workdir: str | Path,
+        view: str = "slow",
+        max_steps: int = 1000,
+        batch_size: int = 16,
+        base: str | Path | None = None,
+        lora_scale: float = 1.0,
+    ):
+        """Reads one view (`online`, `fast` or `slow`) of the newest readable checkpoint, and nothing else but its base.
+
+        Args:
+          workdir: of a run.
+          view: weights, or adapters.
+          max_steps: the most sampling steps that will be asked for.
+          batch_size: pictures sampled at once.
+          base: of a run that trained adapters, where it has moved.
+          lora_scale: strength of its adapters; 0 gives the base.
 
         Raises:
           CheckpointError: the workdir has no readable checkpoint.
-          ValueError: an unknown view.
+          ConfigError: the base is not there, or not the one that the run was trained on.
+          ValueError: an unknown view, or base or scale for a run without adapters.
         """
         if view not in VIEWS:
             raise ValueError(f"view is {view!r}, but must be one of {', '.join(VIEWS)}")
         folder = Path(workdir) / "checkpoints"
-        config = stored_config(folder)
-        if config is None:
+        meta = stored_meta(folder)
+        if meta is None:
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
-        config, mesh = complete(config), {"data": -1, "fsdp": 1, "tensor": 1}
+        config, mesh = complete(meta["config"]), {"data": -1, "fsdp": 1, "tensor": 1}
         self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
         checkpoints = Checkpoints(folder, read_only=True)
         assembly = Assembly(self.settings, training=False)
-        wanted = choose_view(assembly.state_shapes, view)
+        if self.settings.train == "all" and (base is not None or lora_scale != 1.0):
+            raise ValueError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
+        shapes = assembly.state_shapes
+        wanted = shapes.params if view == "online" else getattr(shapes.ema, view)
         item = "params" if view == "online" else view
         self.params, self.step = checkpoints.newest_readable(
             lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
         )
+        if self.settings.train == "lora":
+            frozen = load_base(assembly, base or meta["base"]["path"], meta["base"])
+            self.params = Adapted(frozen, self.params, jnp.float32(self.settings.lora.scale * lora_scale))
         self._assembly = assembly
         self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift)
         checkpoints.close()
@@ -122,6 +146,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
     flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow average.", flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale; none, or 3.5 if embedded.", flag_values=values)
+    flags.DEFINE_string("base", None, "With --workdir: base of its adapters, where it has moved.", flag_values=values)
+    flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
     flags.DEFINE_string("out", "samples.png", "File to write.", flag_values=values)
     options = _resolved(command.parse(values, argv, USAGE, required=["prompt"]))
     num = options.num
@@ -135,7 +162,15 @@ def main(argv: Sequence[str]) -> int:
     distributed.initialize()
     if options.checkpoint is not None:
         return _sample_checkpoint(options, out)
-    pipeline = Pipeline(options.workdir, options.view, max_steps=options.steps, batch_size=min(num, 64))
+    scales = options.lora_scale or [1.0]
+    if len(scales) > 1:
+        raise UsageError(f"--lora_scale is given {len(scales)} times, but a workdir has one set of adapters")
+    try:
+        pipeline = Pipeline(options.workdir, options.view, options.steps, min(num, 64), options.base, scales[0])
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if options.guidance != 1.0:
         classifier_free = "classifier-free, two evaluations a step"
         how = "through the guidance embedding" if pipeline.distilled_guidance else classifier_free
@@ -168,7 +203,10 @@ def _resolved(options: types.SimpleNamespace) -> types.SimpleNamespace:
 
 def _sample_checkpoint(options: types.SimpleNamespace, out: Path) -> int:
     """Samples a converted pipeline: one picture as it is, several as a contact sheet."""
-    pipeline = TextToImage(options.checkpoint)
+    scales = options.lora_scale or [1.0] * len(options.lora)
+    if len(scales) != len(options.lora):
+        raise UsageError(f"--lora is given {len(options.lora)} times, --lora_scale {len(scales)}: give one for each")
+    pipeline = TextToImage(options.checkpoint, loras=list(zip(options.lora, scales, strict=True)))
     arguments = {k: getattr(options, k) for k in ("steps", "guidance", "height", "width", "num", "text_tokens")}
     try:
         pipeline.check(options.prompt, **arguments)

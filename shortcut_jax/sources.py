@@ -178,6 +178,11 @@ class _Completed(Params):
         return len(self._base) + len(self._fresh)
 
 
+def network_of(workdir: Path) -> FluxConfig:
+    """The geometry of the network that a workdir's run trained."""
+    return _read_workdir(workdir, "slow").network
+
+
 def base_of(path: Path) -> str | None:
     """Where the base of a workdir's adapters was, as its checkpoint says; None where `path` does not say."""
     meta = stored_meta(path / "checkpoints")

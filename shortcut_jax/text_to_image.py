@@ -29,8 +29,10 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.runtime.tokenizers import Tokenizer
-from shortcut_jax.sources import Model, abstract_params, place
+from shortcut_jax.sources import Model, abstract_params, open_lora, place
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
+from shortcut_jax.weights.lora import Merged
+from shortcut_jax.weights.params import shapes_of
 from shortcut_jax.weights.rules import nest
 
 EMBEDDED_GUIDANCE = 3.5
@@ -68,15 +70,24 @@ class TextToImage:
       compute_dtype: of activations and matrix products.
     """
 
-    def __init__(self, folder: str | Path, compute_dtype: str | None = None, devices: Sequence[Any] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        compute_dtype: str | None = None,
+        devices: Sequence[Any] | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+    ):
         """Opens `folder`; nothing but headers and tokenizers is read.
 
         Args:
           folder: made by `shortcut_jax.convert`.
           compute_dtype: bfloat16 on GPU and TPU and float32 on CPU, by default.
           devices: all, by default.
+          loras: adapters (LoRA files, or workdirs that trained some) and their strengths; they are merged, in float32,
+            as the weights are read.
 
         Raises:
+          ConversionError: adapters of another base.
           ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its models do not go together.
         """
         devices = list(jax.devices() if devices is None else devices)
@@ -98,6 +109,18 @@ class TextToImage:
         for kind, model in self.models.items():
             config = dataclasses.replace(model.config, compute_dtype=self.compute_dtype, **changes[kind])
             self.models[kind] = model._replace(config=config)
+        for path, strength in loras:
+            self._add_lora(Path(path).expanduser(), strength)
+
+    def _add_lora(self, path: Path, strength: float) -> None:
+        if not path.exists():
+            raise ConvertedError(f"the LoRA {path} is not there")
+        model = self.models["flux"]
+        modules, notes = open_lora(path, model.config)
+        scaled = {name: f._replace(alpha=f.alpha * strength) for name, f in modules.items()}
+        params = Merged(model.params, scaled, shapes_of(model.params))
+        origin = f"{model.origin} with {strength:g} x {path.name}"
+        self.models["flux"] = model._replace(params=params, origin=origin, notes=(*model.notes, *notes))
 
     @cached_property
     def params(self) -> dict[str, Any]:
