@@ -284,7 +284,7 @@ def finish(
         "global batch": assembly.batch_size,
         "parameters": f"{count_parameters(assembly.network_shapes):,}",
         **({"trained": f"{count_parameters(state.params):,} in adapters"} if s.train == "lora" else {}),
-        "EMA restarts": int(state.lags.restarts),
+        "EMA restarts": int(state.memory.restarts),
         "skipped steps": int(state.skipped_total),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "finished": time.strftime("%Y-%m-%d"),

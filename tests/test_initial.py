@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax import command, convert, train
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.initial import load_initial, open_initial
+from shortcut_jax.initial import open_initial, start
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
@@ -43,7 +43,7 @@ def sources(tmp_path_factory):
 def test_weights_arrive_on_a_mesh_shard_by_shard_in_the_dtype_of_the_run(sources, name):
     folder, params = sources
     assembly = tiny_assembly(8, init_from=str(folder / name), mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
-    state = assembly.init_state(load_initial(assembly, open_initial(assembly)))
+    state = start(assembly, open_initial(assembly))[0]
     for tree in (state.params, state.ema.fast, state.ema.slow):
         for path, value in flat_paths(tree).items():
             assert value.dtype == np.float32
@@ -88,7 +88,7 @@ def test_placing_holds_one_tensor_on_the_host_at_a_time():
 def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):
     folder, params = sources
     assembly = tiny_assembly(init_from=str(folder / "orbax"), objective="shortcut")
-    loaded = flat_paths(load_initial(assembly, open_initial(assembly)))
+    loaded = flat_paths(start(assembly, open_initial(assembly))[0].params)
     assert {k for k in loaded if k not in params} == {k for k in loaded if k.startswith("step_in/")}
     assert not np.any(loaded["step_in/out_layer/kernel"]) and np.any(loaded["step_in/in_layer/kernel"])
     assert loaded.keys() == flat_paths(assembly.state_shapes.params).keys()
@@ -100,7 +100,7 @@ def test_training_starts_from_a_workdir_and_resumes_without_it(trained, tmp_path
     quiet = {"eval__views": "()", "eval__images": "()", "objective": "flow", "init_from": str(trained)}
     small = {**quiet, "optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "steps": 2}
     assert train.main(arguments(tmp_path / "run", "--stop_at=1", **small)) == 0
-    assert f"starting from slow weights of step 4 in {trained}" in capfd.readouterr().err
+    assert f"starting from: slow weights of step 4 in {trained}" in capfd.readouterr().err
     shapes = tiny_assembly(student_steps=(1, 2, 4)).state_shapes.params
     old = Checkpoints(trained / "checkpoints", read_only=True).restore(4, {"slow": shapes})["slow"]
     new = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).restore(1, {"params": shapes})["params"]
@@ -116,7 +116,7 @@ def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(so
     exported.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(shapes)))
     cases = (
         ({"init_from": str(tmp_path / "nowhere")}, "is not there"),
-        ({"init_from": str(tmp_path / "lora.safetensors")}, "is a LoRA, but all weights are trained: merge it"),
+        ({"init_from": str(tmp_path / "lora.safetensors")}, "is a LoRA, but train=all: set train=lora"),
         (
             {"init_from": str(folder / "orbax"), "model__double_blocks": 1},
             "checkpoint -> config: double_blocks: 2 -> 1",

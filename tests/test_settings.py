@@ -98,7 +98,6 @@ def test_marks_tell_identity_schedule_and_free_changes_apart():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows__teacher_rows": 1}, "teacher_rows is 1, but a teacher comes only with post-training"),
         ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate is 0\.0, but must be positive"),
         ({"optimizer__b1": 1.0}, r"optimizer\.b1 is 1\.0, but must be in \[0, 1\)"),
         ({"optimizer__b2": -0.1}, r"optimizer\.b2 is -0\.1"),
@@ -129,17 +128,36 @@ def test_the_objective_decides_on_the_step_size_input():
 def test_flops_of_a_step_count_the_jumps_of_self_rows():
     flow, scfm = tiny_assembly(objective="flow"), tiny_assembly()
     assert scfm.flops / flow.flops == pytest.approx(3.5 / 3)
-    rows = RowGroup(self_rows=1, flow_rows=1, teacher_rows=2)
+    rows = RowGroup(self_rows=3, flow_rows=1)
     taught = Assembly(dataclasses.replace(scfm.settings, rows=rows, jumps=4), jax.devices()[:1])
     assert taught.flops / flow.flops == pytest.approx((3 + 0.75 * 4) / 3)
+
+
+def test_flops_of_post_training_are_those_of_a_frozen_base_and_of_every_evaluation():
+    rows = {"rows__self_rows": 1, "rows__flow_rows": 0, "init_from": "x"}
+    forwards = lambda **changes: (
+        tiny_assembly(**{**rows, **changes}).flops / (tiny_assembly(objective="flow").flops / 3)
+    )
+    lora = {"train": "lora", "teacher_share": 0.4}
+    assert forwards(train="lora", objective="flow") == pytest.approx(2)
+    assert forwards(**lora) == pytest.approx(4)
+    assert forwards(teacher_share=0.4) == pytest.approx(3 + 2 + 1)
+    assert forwards(**lora, guide="both", guidance=(1.0, 4.0)) == pytest.approx(2 * 4)
+    embedded = {**lora, "guidance": (1.0, 4.0), "model__guidance": True}
+    plain = forwards(**lora, model__guidance=True)
+    assert forwards(**embedded, guide="teacher") == pytest.approx(plain * 5 / 4)
+    assert forwards(**embedded, guide="targets") == pytest.approx(plain * 6 / 4)
 
 
 def test_a_stored_config_older_than_a_field_has_its_default():
     config = to_dict(from_config(tiny_config()))
     older = {k: v for k, v in config.items() if k != "init_from"}
-    older["rows"] = {k: v for k, v in config["rows"].items() if k != "teacher_rows"}
     older["ema"] = {**config["ema"], "slow": 0.5}
     assert complete(older) == {**config, "ema": {**config["ema"], "slow": 0.5}}
     assert not any(compare(complete(older | {"ema": config["ema"]}), config).values())
+    before_teachers = {k: v for k, v in older.items() if k != "guide"} | {"guidance": [0.0, 7.5]}
+    before_teachers["rows"] = {**config["rows"], "teacher_rows": 0}
+    assert from_config(complete(before_teachers)).guidance == ()
+    assert complete({**before_teachers, "model": {**config["model"], "preset": "flux-dev"}})["guidance"] == [0.0, 7.5]
     with pytest.raises(ConfigError, match="unknown config key 'gone'"):
         from_config(complete({**older, "gone": 1}))

@@ -42,17 +42,17 @@ class DualEma(NamedTuple):
     slow: Any
 
 
-class Lags(NamedTuple):
-    """What the restart rule remembers, scalars.
+class Memory(NamedTuple):
+    """What the restart rule remembers of both averages, (fast, slow), since the last restart.
 
     Attributes:
-      fast: how many updates the fast average trails weights that move at a constant speed.
-      slow: the same of the slow average.
+      lag: how many updates they trail weights that move at a constant speed, shape [2].
+      noise: their variance where that of the weights is 1 and white in time, shape [2].
       restarts: restarts so far (int32).
     """
 
-    fast: Array
-    slow: Array
+    lag: Array
+    noise: Array
     restarts: Array
 
 
@@ -62,9 +62,9 @@ def init_ema(params: Any) -> DualEma:
     return DualEma(*(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) for _ in range(2)))
 
 
-def init_lags() -> Lags:
-    """No lag: the averages are copies of the weights."""
-    return Lags(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+def init_memory() -> Memory:
+    """The averages are copies of the weights: no lag, and all of their noise."""
+    return Memory(jnp.zeros(2), jnp.ones(2), jnp.zeros((), jnp.int32))
 
 
 def decay_at(decay: float, num_updates: Array, warmup: bool) -> Array:
@@ -78,47 +78,51 @@ def average(ema: Any, params: Any, decay: Array | float) -> Any:
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(jnp.float32), ema, params)
 
 
-def staleness(fast_distance: Array, slow_distance: Array, lags: Lags) -> Array:
-    """How far the slow average is behind the weights, in units of the weights' own noise.
+def staleness(distance_2: Array, decay_2: Array, memory: Memory) -> Array:
+    """How far the slow average is behind the weights, in units of the noise that a restart would bring back.
 
-    Weights that drift by u an update around which they scatter by s lie at a squared distance of s^2 + (u lag)^2 from
-    an average. Two averages of different lag give both unknowns: u from the difference, s from the rest.
+    Let the weights drift by u an update and scatter around that by s. Then their squared distance from an average is
+    s^2 V + u^2 lag^2 with a known V, and two averages of different lag give both unknowns. The slow average is off by
+    u lag through the drift and by s sqrt(noise) through the scatter; one that is restarted, by s alone.
 
     Args:
-      fast_distance: norm of weights - fast average.
-      slow_distance: norm of weights - slow average.
-      lags: of both averages.
+      distance_2: norms of weights - fast average and of weights - slow average, after the update.
+      decay_2: the decays of that update.
+      memory: after the update.
 
     Returns:
-      u lag_slow / s: what a restart removes (the lag) over what it costs (the noise that averaging had removed). A
-      restart lessens the squared error of the slow average exactly where this is above 1.
+      u lag / (s sqrt(1 - noise)) of the slow average: what a restart removes over what it costs. A restart lessens the
+      squared error of the slow average exactly where this is above 1.
     """
-    fast2, slow2 = jnp.square(fast_distance), jnp.square(slow_distance)
-    tiny = jnp.finfo(jnp.float32).tiny
-    apart = jnp.square(lags.slow) - jnp.square(lags.fast)
-    drift2 = jnp.where(apart > 1e-3, jnp.maximum(slow2 - fast2, 0.0) / jnp.maximum(apart, 1e-3), 0.0)
-    noise2 = jnp.maximum(fast2 - drift2 * jnp.square(lags.fast), 1e-6 * fast2)
-    return jnp.sqrt(drift2 / jnp.maximum(noise2, tiny)) * lags.slow
+    square_2, lag2_2 = jnp.square(distance_2), jnp.square(memory.lag)
+    # What the average held before the update, and the weights, both scatter.
+    v_2 = memory.noise - jnp.square(1.0 - decay_2) + jnp.square(decay_2)
+    determinant = v_2[0] * lag2_2[1] - v_2[1] * lag2_2[0]
+    drift2 = jnp.maximum(v_2[0] * square_2[1] - v_2[1] * square_2[0], 0.0)
+    scatter2 = jnp.maximum(square_2[0] * lag2_2[1] - square_2[1] * lag2_2[0], 1e-6 * square_2[0] * lag2_2[1])
+    cost2 = scatter2 * jnp.maximum(1.0 - memory.noise[1], 0.0)
+    known = (determinant > 1e-6) & (cost2 > 0.0)
+    return jnp.where(known, jnp.sqrt(drift2 * lag2_2[1] / jnp.where(known, cost2, 1.0)), 0.0)
 
 
-def is_stale(ratio: Array, lags: Lags, settings: EmaSettings) -> Array:
+def is_stale(ratio: Array, memory: Memory, settings: EmaSettings) -> Array:
     """The automatic restart rule, a boolean: the slow average lags by more than the noise it removes.
 
     Never before the fast average has forgotten the last restart (1 - 1/e of its final lag): until then the two are one
-    average, so that neither is the self-distillation stable nor can `staleness` tell drift from noise.
+    average, so that neither is the self-distillation stable nor can `staleness` tell drift from scatter.
     """
-    settled = lags.fast >= (1.0 - 1.0 / math.e) * settings.fast / (1.0 - settings.fast)
+    settled = memory.lag[0] >= (1.0 - 1.0 / math.e) * settings.fast / (1.0 - settings.fast)
     return settled & (ratio > settings.restart_ratio)
 
 
 def update_ema(
-    ema: DualEma, lags: Lags, params: Any, num_updates: Array, settings: EmaSettings
-) -> tuple[DualEma, Lags, Array]:
+    ema: DualEma, memory: Memory, params: Any, num_updates: Array, settings: EmaSettings
+) -> tuple[DualEma, Memory, Array]:
     """Both averages after one optimizer step.
 
     Args:
       ema: averages before the step.
-      lags: the rule's memory before the step.
+      memory: the rule's memory before the step.
       params: weights after the step.
       num_updates: optimizer steps before this one (int32 scalar).
       settings: decays, warm-up and restart.
@@ -128,16 +132,16 @@ def update_ema(
     """
     decays = [decay_at(decay, num_updates, settings.warmup) for decay in (settings.fast, settings.slow)]
     ema = DualEma(*(average(old, params, decay) for old, decay in zip(ema, decays, strict=True)))
-    fast, slow = (decay * (lag + 1.0) for lag, decay in zip(lags[:2], decays, strict=True))
-    lags, ratio = Lags(fast, slow, lags.restarts), jnp.zeros(())
+    decay_2 = jnp.stack(decays)
+    lag, noise = decay_2 * (memory.lag + 1.0), jnp.square(decay_2) * memory.noise + jnp.square(1.0 - decay_2)
+    memory, ratio = Memory(lag, noise, memory.restarts), jnp.zeros(())
     if settings.restart_auto:
-        ratio = staleness(distance(params, ema.fast), distance(params, ema.slow), lags)
-        restart = is_stale(ratio, lags, settings)
+        ratio = staleness(jnp.stack([distance(params, e) for e in ema]), decay_2, memory)
+        restart = is_stale(ratio, memory, settings)
     elif settings.restart_every:
         restart = (num_updates + 1) % settings.restart_every == 0
     else:
-        return ema, lags, ratio
-    choose = lambda e, p: jnp.where(restart, p.astype(jnp.float32), e)
-    ema = DualEma(*(jax.tree.map(choose, e, params) for e in ema))
-    keep = 1.0 - restart.astype(jnp.float32)
-    return ema, Lags(lags.fast * keep, lags.slow * keep, lags.restarts + restart.astype(jnp.int32)), ratio
+        return ema, memory, ratio
+    choose = lambda new, old: jax.tree.map(lambda n, o: jnp.where(restart, n.astype(o.dtype), o), new, old)
+    fresh = init_memory()._replace(restarts=memory.restarts + 1)
+    return DualEma(*(choose(params, e) for e in ema)), choose(fresh, memory), ratio

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shortcut_jax.core.ema import DualEma, Lags, init_ema, init_lags
+from shortcut_jax.core.ema import DualEma, Memory, init_ema, init_memory
 from shortcut_jax.core.types import Array
 from shortcut_jax.steps.views import TEACHER, Frozen, Weights, teacher_of, whole
 
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
       opt_state: optax state.
       skipped: skipped steps in a row, up to now (int32).
       skipped_total: skipped steps in all (int32).
-      lags: memory of the rule that restarts the averages.
+      memory: of the rule that restarts the averages.
       frozen: what no step changes: base and teacher. It passes through each step and is in no checkpoint.
     """
 
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     skipped: Array
     skipped_total: Array
-    lags: Lags
+    memory: Memory
     frozen: Frozen
 
 
@@ -44,7 +44,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Fro
     """The state before the first step: both averages are copies of what is trained."""
     zero = lambda: jnp.zeros((), jnp.int32)
     opt_state = optimizer.init(params)
-    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), init_lags(), frozen)
+    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), init_memory(), frozen)
 
 
 def choose_view(state: TrainState, view: str) -> Weights:
@@ -78,19 +78,19 @@ def to_items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "fast": state.ema.fast, "slow": state.ema.slow, "optimizer": state.opt_state}
 
 
-def to_counters(state: TrainState) -> dict[str, float]:
-    """The scalars of a state, for JSON; exact, since float32 is a subset of what JSON holds."""
-    lags = {f"lag_{name}": float(value) for name, value in state.lags._asdict().items()}
-    return {name: int(getattr(state, name)) for name in COUNTERS} | lags
+def to_counters(state: TrainState) -> dict[str, Any]:
+    """The counters and the restart rule's memory, for JSON; exact, since JSON's numbers hold float32."""
+    memory = {name: np.asarray(value).tolist() for name, value in state.memory._asdict().items()}
+    return {name: int(getattr(state, name)) for name in COUNTERS} | {"memory": memory}
 
 
 def from_items(
     items: dict[str, Any],
-    counters: dict[str, float],
+    counters: dict[str, Any],
     frozen: Frozen,
     place: Callable[[np.ndarray], Array] = jnp.asarray,
 ) -> TrainState:
-    """The inverse of `to_items` and `to_counters`; checkpoints without lags are older than the rule that reads them.
+    """The inverse of `to_items` and `to_counters`; checkpoints without a memory are older than the rule that needs it.
 
     Args:
       items: see `to_items`.
@@ -98,13 +98,13 @@ def from_items(
       frozen: what is in no checkpoint.
       place: puts a scalar on the devices.
     """
-    integer, scalar = (lambda value, t=t: place(np.asarray(value, t)) for t in (np.int32, np.float32))
-    fast, slow, restarts = (counters.get(f"lag_{name}", 0.0) for name in Lags._fields)
+    fresh = init_memory()
+    stored = counters.get("memory") or fresh._asdict()
     return TrainState(
         params=items["params"],
         ema=DualEma(items["fast"], items["slow"]),
         opt_state=items["optimizer"],
-        lags=Lags(scalar(fast), scalar(slow), integer(restarts)),
+        memory=Memory(*(place(np.asarray(stored[k], v.dtype)) for k, v in fresh._asdict().items())),
         frozen=frozen,
-        **{name: integer(counters[name]) for name in COUNTERS},
+        **{name: place(np.asarray(counters[name], np.int32)) for name in COUNTERS},
     )

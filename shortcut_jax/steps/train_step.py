@@ -64,10 +64,10 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema, lags, ratio = update_ema(state.ema, state.lags, params, num_updates(state), settings.ema)
+        ema, memory, ratio = update_ema(state.ema, state.memory, params, num_updates(state), settings.ema)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new_state = state._replace(params=params, ema=ema, opt_state=opt_state, lags=lags)
+        new_state = state._replace(params=params, ema=ema, opt_state=opt_state, memory=memory)
         new_state = select_state(finite, new_state, state)
         metrics = {
             "loss": loss,
@@ -76,8 +76,8 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
             "param_norm": global_norm(new_state.params),
             "ema_distance/fast": distance(new_state.params, new_state.ema.fast),
             "ema_distance/slow": distance(new_state.params, new_state.ema.slow),
-            "ema_restarts": new_state.lags.restarts,
-            "ema_restarted": new_state.lags.restarts - state.lags.restarts,
+            "ema_restarts": new_state.memory.restarts,
+            "ema_restarted": new_state.memory.restarts - state.memory.restarts,
             **({"ema_staleness": ratio} if settings.ema.restart_auto else {}),
             "learning_rate": schedule(num_updates(state)),
             "skipped": new_state.skipped,

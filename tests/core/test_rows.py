@@ -9,8 +9,6 @@ GROUPS = [
     RowGroup(1, 3),
     RowGroup(2, 2),
     RowGroup(3, 1),
-    RowGroup(2, 1, teacher_rows=1),
-    RowGroup(3, 0, teacher_rows=1),
 ]
 
 
@@ -36,16 +34,14 @@ def test_splitting_and_merging_are_inverse(group):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("rows", [4, 24])
 def test_the_kind_of_a_row_is_a_function_of_its_place_in_the_group(group, rows):
-    teacher_part, self_part, flow_part = split_kinds(_tree(rows), group)
+    self_part, flow_part = split_kinds(_tree(rows), group)
     place = np.arange(rows) % group.size
-    first, last = group.teacher_rows, group.teacher_rows + group.self_rows
-    np.testing.assert_array_equal(teacher_part["scalar"], np.flatnonzero(place < first))
-    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero((first <= place) & (place < last)))
-    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= last))
+    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero(place < group.self_rows))
+    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= group.self_rows))
     np.testing.assert_array_equal(flow_part["wide"][:, 0, 0], flow_part["scalar"] * 100)
 
 
-@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4), RowGroup(0, 0, teacher_rows=4)])
+@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4)])
 def test_a_group_of_one_kind_gives_all_rows_to_it(group):
     tree = _tree(8)
     parts = split_kinds(tree, group)

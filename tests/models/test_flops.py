@@ -52,5 +52,6 @@ def test_the_formula_counts_every_matrix_product_of_the_traced_model(optional):
 def test_a_training_step_is_three_forwards_a_row_and_one_for_rows_without_gradient():
     cfg = preset("tiny")
     forward = forward_flops(cfg, 16, 4)
-    assert step_flops(cfg, 16, 4, rows=8, forward_only_rows=0) == 24 * forward
-    assert step_flops(cfg, 16, 4, rows=8, forward_only_rows=5) == 29 * forward
+    assert step_flops(cfg, 16, 4, 8, 0, frozen=False) == 24 * forward
+    assert step_flops(cfg, 16, 4, 8, 5, frozen=False) == 29 * forward
+    assert step_flops(cfg, 16, 4, 8, 5, frozen=True) == 21 * forward

@@ -8,17 +8,17 @@ import pytest
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import FIRST_TIME, ShiftRange, StudentSteps
 from shortcut_jax.core.types import Condition
-from shortcut_jax.steps.objectives import OBJECTIVES, Averages, ObjectiveSettings, Rows, draw, row_group
+from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, Rows, draw, row_group
 from shortcut_jax.steps.train_step import loss_parts
 
 BATCH, SHAPE = 24, (5, 4)
 GROUP = RowGroup(self_rows=1, flow_rows=3)
-TAUGHT = RowGroup(self_rows=2, flow_rows=1, teacher_rows=1)
+TAUGHT = RowGroup(self_rows=3, flow_rows=1)
 
 
-def _settings(name, group=GROUP, jumps=2):
+def _settings(name, group=GROUP, jumps=2, **kwargs):
     student = StudentSteps((1, 2, 4), jumps=jumps)
-    return ObjectiveSettings(name, group, student, ShiftRange(), "uniform", (0.0, 7.5))
+    return ObjectiveSettings(name, group, student, ShiftRange(), "uniform", (0.0, 7.5), **kwargs)
 
 
 def _rows(settings, seed=0):
@@ -30,25 +30,28 @@ def _rows(settings, seed=0):
 
 
 class Recorded:
-    """Averages of constant fields that write down who is asked what."""
+    """Networks of constant fields that write down who is asked what; `first` is the teacher where it is one."""
 
-    def __init__(self, **values):
-        self.calls = []
-        self.averages = Averages(**{name: self._network(name, value) for name, value in values.items()})
+    def __init__(self, fast, slow, teacher=None):
+        self.calls, self._values, self._teacher = [], {"fast": fast, "slow": slow}, teacher
 
-    def _network(self, name, value):
-        def of(condition):
-            def velocity(x_BNC, t_B, d_B):
-                self.calls.append((name, np.asarray(condition.vec_BV[:, 0]), np.asarray(t_B), d_B))
-                return jnp.full_like(x_BNC, value)
+    def _network(self, name, condition, teacher_B=None):
+        def velocity(x_BNC, t_B, d_B):
+            self.calls.append((name, np.asarray(condition.vec_BV[:, 0]), np.asarray(t_B), d_B, teacher_B))
+            v_BNC = jnp.full_like(x_BNC, self._values[name])
+            return v_BNC if teacher_B is None else jnp.where(teacher_B[:, None, None], self._teacher, v_BNC)
 
-            return velocity
+        return velocity
 
-        return of
+    def first(self, condition, teacher_B):
+        return self._network("fast", condition, teacher_B)
+
+    def slow(self, condition):
+        return self._network("slow", condition)
 
     def __call__(self, settings, rows):
         self.calls.clear()
-        return OBJECTIVES[settings.name](rows, self.averages, settings)
+        return OBJECTIVES[settings.name](rows, self, settings)
 
 
 def _places(*places, size=4):
@@ -84,7 +87,7 @@ def test_self_rows_are_the_first_of_each_group_and_keep_their_conditions_and_int
     (fast, *first), (slow, *second) = networks.calls
     assert (fast, slow) == ("fast", "slow")
     places, times = _places(0), np.asarray(rows.draws.intervals.times_BJ)
-    for j, (index, t, d) in enumerate((first, second)):
+    for j, (index, t, d, _) in enumerate((first, second)):
         np.testing.assert_array_equal(index, places)
         np.testing.assert_array_equal(t, times[places, j])
         assert d is None
@@ -97,55 +100,77 @@ def test_self_rows_are_the_first_of_each_group_and_keep_their_conditions_and_int
 def test_swapping_fast_and_slow_changes_the_target():
     settings = _settings("scfm")
     rows = _rows(settings)
-    field = lambda k: lambda condition: lambda x, t, d: k * x + 1.0
-    one, other = (
-        OBJECTIVES["scfm"](rows, a, settings) for a in (Averages(field(1), field(3)), Averages(field(3), field(1)))
-    )
+
+    class Fields:
+        def __init__(self, fast, slow):
+            field = lambda k: lambda x, t, d: k * x + 1.0
+            self.first, self.slow = (lambda condition, teacher_B: field(fast)), (lambda condition: field(slow))
+
+    one, other = (OBJECTIVES["scfm"](rows, Fields(*k), settings) for k in ((1, 3), (3, 1)))
     change = np.abs(np.asarray(one.target_BNC - other.target_BNC)).max(axis=(1, 2))
     assert (change[_places(0)] > 1e-3).all() and (change[_places(1, 2, 3)] == 0.0).all()
 
 
 @pytest.mark.parametrize("jumps", [2, 4])
-def test_each_kind_of_row_asks_its_own_networks_at_its_own_times(jumps):
-    settings = _settings("scfm", TAUGHT, jumps)
+def test_teacher_rows_take_their_first_jumps_on_the_teachers_grid_with_the_teacher(jumps):
+    settings = _settings("scfm", TAUGHT, jumps, teacher_share=0.4)
     rows, networks = _rows(settings), Recorded(teacher=3.0, fast=5.0, slow=7.0)
     examples = networks(settings, rows)
-    half = jumps // 2
-    expected = [("teacher", 0)] * half + [("slow", 0)] * half + [("fast", 1)] * half + [("slow", 1)] * half
-    assert len(networks.calls) == len(expected)
-    kinds = ((_places(0), rows.draws.teacher), (_places(1, 2), rows.draws.intervals))
-    for j, ((name, kind), (asked, index, t, _)) in enumerate(zip(expected, networks.calls, strict=True)):
-        places, intervals = kinds[kind]
-        assert asked == name
+    half, places = jumps // 2, _places(0, 1, 2)
+    assert [call[0] for call in networks.calls] == ["fast"] * half + ["slow"] * half
+    teacher = np.asarray(rows.draws.teacher_B)
+    assert 0 < teacher[places].sum() < len(places)
+    times = np.asarray(rows.draws.intervals.times_BJ)
+    for j, (_, index, t, _, asked) in enumerate(networks.calls):
         np.testing.assert_array_equal(index, places)
-        np.testing.assert_array_equal(t, intervals.times_BJ[places, j % jumps])
-    starts = (1.0 - np.asarray(examples.t_B)[_places(0)]) * 32
+        np.testing.assert_array_equal(t, times[places, j])
+        assert (asked is None) == (j >= half) and (asked is None or (asked == teacher[places]).all())
+    taught = np.intersect1d(places, np.flatnonzero(teacher))
+    starts = (1.0 - times[taught, 0]) * 32
     np.testing.assert_allclose(starts, np.round(starts / jumps) * jumps, atol=1e-3)
-    for places, value in ((_places(0), 5.0), (_places(1, 2), 6.0)):
-        np.testing.assert_allclose(examples.target_BNC[places], value, atol=2e-3)
+    np.testing.assert_allclose(times[taught, 0] - times[taught, -1], jumps / 32, atol=2e-5)
+    for kind, value in ((taught, 5.0), (np.setdiff1d(places, taught), 6.0)):
+        np.testing.assert_allclose(examples.target_BNC[kind], value, atol=2e-3)
     flow = _places(3)
     np.testing.assert_array_equal(examples.target_BNC[flow], (rows.draws.noise_BNC - rows.x0_BNC)[flow])
 
 
 def test_a_constant_field_is_the_target_of_teacher_and_self_rows():
-    settings = _settings("scfm", dataclasses.replace(TAUGHT, flow_rows=0))
-    rows = Rows(*jax.tree.map(lambda x: x[:21], _rows(settings)))
-    examples = Recorded(teacher=4.0, fast=4.0, slow=4.0)(settings, rows)
+    settings = _settings("scfm", RowGroup(1, 0), teacher_share=0.5)
+    examples = Recorded(teacher=4.0, fast=4.0, slow=4.0)(settings, _rows(settings))
     np.testing.assert_allclose(examples.target_BNC, 4.0, rtol=1e-6)
     assert float(examples.t_B.max()) <= FIRST_TIME
 
 
-def test_teacher_rows_change_no_other_draw_and_need_a_teacher():
-    with_teacher, without = (draw(jax.random.key(1), BATCH, SHAPE, _settings("scfm", g)) for g in (TAUGHT, GROUP))
-    assert without.teacher is None and with_teacher.teacher is not None
-    assert draw(jax.random.key(1), BATCH, SHAPE, _settings("flow", TAUGHT)).teacher is None
-    for a, b in zip(jax.tree.leaves(with_teacher._replace(teacher=None)), jax.tree.leaves(without), strict=True):
-        np.testing.assert_array_equal(a, b)
-    networks = Recorded(fast=1.0, slow=1.0)
-    for name, message in (("scfm", "teacher rows need a teacher"), ("shortcut", "shortcut has no teacher rows")):
-        settings = _settings(name, TAUGHT)
-        with pytest.raises(ValueError, match=message):
-            networks(settings, _rows(settings))
+def test_a_teacher_changes_no_draw_but_the_intervals_of_its_rows():
+    with_teacher, without = (
+        draw(jax.random.key(1), BATCH, SHAPE, _settings("scfm", TAUGHT, teacher_share=p)) for p in (0.4, 0.0)
+    )
+    assert without.teacher_B is None
+    own = ~np.asarray(with_teacher.teacher_B)
+    np.testing.assert_array_equal(with_teacher.intervals.times_BJ[own], without.intervals.times_BJ[own])
+    for name in ("noise_BNC", "t_B", "guidance_B"):
+        np.testing.assert_array_equal(getattr(with_teacher, name), getattr(without, name))
+
+
+def test_the_share_of_teacher_rows_is_drawn_anew_each_step():
+    settings = _settings("scfm", RowGroup(1, 0), teacher_share=0.4)
+    drawn = np.array([draw(jax.random.key(k), 8, SHAPE, settings).teacher_B for k in range(500)])
+    assert abs(drawn.mean() - 0.4) < 0.03
+    assert set(drawn.sum(axis=1)) >= {1, 2, 3, 4, 5, 6}
+
+
+def test_flow_rows_are_not_guided():
+    told, guided = (draw(jax.random.key(2), BATCH, SHAPE, _settings("scfm", guide=g)) for g in ("told", "both"))
+    np.testing.assert_array_equal(guided.guidance_B[_places(1, 2, 3)], 1.0)
+    np.testing.assert_array_equal(guided.guidance_B[_places(0)], told.guidance_B[_places(0)])
+
+
+def test_a_step_that_the_teacher_teaches_is_not_untaught():
+    settings = _settings("scfm", TAUGHT)
+    assert settings.untaught == (4,)
+    assert dataclasses.replace(settings, teacher_share=0.4, teacher_grid=16).untaught == ()
+    assert dataclasses.replace(settings, teacher_share=0.4, teacher_grid=32).untaught == (4,)
 
 
 def test_shortcut_rows_ask_the_slow_average_alone_and_tell_their_step_size():
@@ -155,14 +180,18 @@ def test_shortcut_rows_ask_the_slow_average_alone_and_tell_their_step_size():
     assert [call[0] for call in networks.calls] == ["slow", "slow"]
     places, intervals = _places(0), rows.draws.intervals
     times, taught = np.asarray(intervals.times_BJ)[places], np.asarray(intervals.count_B)[places] < 4
-    for j, (_, index, _, d) in enumerate(networks.calls):
+    for j, (_, index, _, d, _) in enumerate(networks.calls):
         np.testing.assert_array_equal(index, places)
         np.testing.assert_allclose(d, np.where(taught, times[:, j] - times[:, j + 1], 0.0), rtol=1e-6)
     np.testing.assert_allclose(examples.step_B[places], times[:, 0] - times[:, 2], rtol=1e-6)
 
 
-def test_loss_parts_are_means_over_the_rows_of_a_kind():
-    error_B = jnp.arange(8.0)
-    assert loss_parts(error_B, TAUGHT) == {"loss/teacher": 2.0, "loss/self": 3.5, "loss/flow": 5.0}
-    assert loss_parts(error_B, GROUP) == {"loss/self": 2.0, "loss/flow": 4.0}
-    assert loss_parts(error_B, row_group(_settings("flow"))) == {"loss/flow": 3.5}
+def test_loss_parts_are_sums_and_shares_of_the_rows_of_a_kind():
+    error_B, teacher_B = jnp.arange(8.0), jnp.array([1, 0, 0, 1, 0, 1, 1, 1], bool)
+    mean = lambda parts: {kind: (pytest.approx(float(a / b)), float(b)) for kind, (a, b) in parts.items()}
+    assert mean(loss_parts(error_B, None, GROUP)) == {"self": (2.0, 0.25), "flow": (4.0, 0.75)}
+    assert mean(loss_parts(error_B, None, row_group(_settings("flow")))) == {"flow": (3.5, 1.0)}
+    parts = mean(loss_parts(error_B, teacher_B, TAUGHT))
+    assert parts == {"teacher": (11 / 3, 3 / 8), "self": (7 / 3, 3 / 8), "flow": (5.0, 0.25)}
+    none = loss_parts(error_B, jnp.zeros(8, bool), TAUGHT)
+    assert none["teacher"] == (0.0, 0.0)
