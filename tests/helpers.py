@@ -30,6 +30,17 @@ def tiny_config(**changes):
     return c
 
 
+POST_TRAINING = dict(
+    train="lora",
+    init_from="given",
+    teacher_share=0.4,
+    rows__self_rows=1,
+    rows__flow_rows=0,
+    lora__rank=3,
+    lora__alpha=6.0,
+)
+
+
 def tiny_assembly(num_devices=1, **changes):
     return Assembly(from_config(tiny_config(**changes)), jax.devices()[:num_devices])
 
@@ -50,7 +61,8 @@ def noisy_state(assembly, seed=0):
     """A state with no weight at zero, and averages that differ from the weights and from each other."""
     state = jax.device_get(assembly.init_state())
     rng = np.random.default_rng(seed)
-    jitter = lambda tree: jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(x.dtype), tree)
+    jitter = lambda tree: jax.tree.map(lambda x: (x + 0.05 * rng.standard_normal(x.shape)).astype(x.dtype), tree)
     params = jitter(state.params)
-    state = state._replace(params=params, ema=type(state.ema)(jitter(params), jitter(params)))
+    frozen = state.frozen._replace(base=jitter(state.frozen.base), teacher=jitter(state.frozen.teacher))
+    state = state._replace(params=params, ema=type(state.ema)(jitter(params), jitter(params)), frozen=frozen)
     return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, assembly.state_shapes)
