@@ -18,6 +18,21 @@ class ConversionError(ValueError):
     """Names or shapes of a checkpoint that do not fit the table; the message names them."""
 
 
+def refuse_names(what: str, names: Set[str], others: Set[str] = frozenset()) -> None:
+    """Lists names that do not fit, with the nearest of `others` for the first one.
+
+    Raises:
+      ConversionError: there are such names.
+    """
+    if not names:
+        return
+    listed = sorted(names)
+    nearest = difflib.get_close_matches(listed[0], sorted(others), n=1)
+    hint = f" (nearest known name for the first: {nearest[0]})" if nearest else ""
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise ConversionError(f"{what}: {', '.join(listed[:5])}{more}{hint}")
+
+
 @dataclass(frozen=True)
 class Rule:
     """A row of a table."""
@@ -58,8 +73,8 @@ def check(
     """
     depths, wanted = _depths(shapes), _wanted(rules, shapes)
     names = {name for r in wanted for block in _expand(r, depths) for name in block}
-    _compare("missing from the checkpoint", names - set(source_shapes), set(source_shapes) - names)
-    _compare("in the checkpoint, but not in this model", set(source_shapes) - names, names)
+    refuse_names("missing from the checkpoint", names - set(source_shapes), set(source_shapes) - names)
+    refuse_names("in the checkpoint, but not in this model", set(source_shapes) - names, names)
     for rule in wanted:
         inner, expected = _inner_shapes(rule, shapes), _source_shapes(rule, shapes)
         for block in _expand(rule, depths):
@@ -212,7 +227,7 @@ def _depths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 def _wanted(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> list[Rule]:
     """The rows of parameters that a model has; a parameter without a row is an error."""
     wanted = [r for r in rules if r.targets[0] in shapes]
-    _compare("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})
+    refuse_names("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})
     return wanted
 
 
@@ -222,17 +237,6 @@ def _expand(rule: Rule, depths: Mapping[str, int]) -> list[list[str]]:
         return [list(rule.sources)]
     depth = depths.get(rule.targets[0].split("/")[0], 0)
     return [[name.format(i=i) for name in rule.sources] for i in range(depth)]
-
-
-def _compare(what: str, names: Set[str], others: Set[str] = frozenset()) -> None:
-    """Raises where `names` are not empty, with the nearest of `others` behind the first one."""
-    if not names:
-        return
-    listed = sorted(names)
-    nearest = difflib.get_close_matches(listed[0], sorted(others), n=1)
-    hint = f" (nearest known name for the first: {nearest[0]})" if nearest else ""
-    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise ConversionError(f"{what}: {', '.join(listed[:5])}{more}{hint}")
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
