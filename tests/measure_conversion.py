@@ -119,7 +119,9 @@ def _prepare(direction, folder, shapes):
     if direction == "merge":
         _write_lora(folder / "lora.safetensors", shapes)
         return source, folder / "merged.safetensors", ("--format=bfl", f"--lora={folder / 'lora.safetensors'}")
+    print("first to Orbax:")
     _measure("convert", source.stat().st_size / 1e9, source, folder / "orbax")
+    print("and back:")
     source.unlink()
     return folder / "orbax", folder / "back.safetensors", ("--format=bfl",)
 
