@@ -18,7 +18,8 @@ from shortcut_jax.resolve import from_config, model_config
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.identify import Found, describe
-from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors, parse_json, read_json
+from shortcut_jax.runtime.json_objects import parse_json, read_json
+from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora

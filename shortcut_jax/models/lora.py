@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from shortcut_jax.core.kernels import kernel_axes
 from shortcut_jax.core.types import Array
 
 SHARED = {"single_blocks/attn_out": "single_blocks/mlp_out"}
@@ -36,13 +37,10 @@ def adapter_shapes(shapes: Mapping[str, tuple[int, ...]], rank: int, paths: str 
             wanted |= {one, other} & {p.removesuffix("/kernel") for p in shapes}
     result = {}
     for layer in sorted(wanted):
-        shape = shapes[f"{layer}/kernel"]
-        depth, inner = (shape[:1], shape[1:]) if "_blocks/" in layer else ((), shape)
-        inputs = 2 if layer.endswith("attn_out") else 1  # heads and head size
-        parts = inner[1:2] if layer.endswith("qkv") else ()
-        result[f"{layer}/a"] = (*depth, *inner[:inputs], *parts, rank)
+        x = kernel_axes(layer, shapes[f"{layer}/kernel"])
+        result[f"{layer}/a"] = (*x.depth, *x.inputs, *x.parts, rank)
         if layer not in SHARED:
-            result[f"{layer}/b"] = (*depth, rank, *parts, *inner[inputs + len(parts) :])
+            result[f"{layer}/b"] = (*x.depth, rank, *x.parts, *x.outputs)
     return result
 
 

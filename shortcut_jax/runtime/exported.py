@@ -73,9 +73,10 @@ def write_file(file: Path, parts: Sequence[Part], progress: Progress) -> None:
     specs = {f"{p.prefix}{name}": spec for p in parts for name, spec in torch_specs(p.params, p.rules).items()}
     with Writer(file, specs, {"format": "pt"}) as writer:
         for part in parts:
-            for name, value in export(part.params, part.rules):
-                writer.write(part.prefix + name, value)
+            for name, first, value in export(part.params, part.rules):
+                writer.write(part.prefix + name, value, first)
                 progress(value.nbytes)
+                del value  # before the next one is made
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -99,9 +100,10 @@ def write_component(folder: Path, kind: str, config: Any, params: Mapping[str, n
     with ExitStack() as stack:
         open_file = lambda file, shard: stack.enter_context(Writer(folder / file, shard, {"format": "pt"}))
         writers = {file: open_file(file, shard) for file, shard in zip(files, shards, strict=True)}
-        for name, value in export(params, rules):
-            writers[home[name]].write(name, value)
+        for name, first, value in export(params, rules):
+            writers[home[name]].write(name, value, first)
             progress(value.nbytes)
+            del value  # before the next one is made
     total = sum(spec.nbytes for shard in shards for spec in shard.values())
     _write_json(folder / f"{stem}{INDEX_SUFFIX}", {"metadata": {"total_size": total}, "weight_map": home})
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -95,9 +96,19 @@ def describe(found: Found) -> str:
 
 
 def _count(shapes: Shapes, stack: str) -> int:
-    """Blocks of a stack whose names begin with `stack.NUMBER.`."""
-    numbers = {n.split(".")[stack.count(".") + 1] for n in shapes if n.startswith(f"{stack}.")}
-    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+    """Blocks of a stack whose names begin with `stack.NUMBER.`: the depth at which the fewest names are wrong.
+
+    A block that is absent between others is thus missing, while a stray number beyond them is left over.
+    """
+    places = [n.split(".")[stack.count(".") + 1] for n in shapes if n.startswith(f"{stack}.")]
+    sizes = Counter(int(p) for p in places if p.isdigit())
+    whole = max(sizes.values(), default=0)
+
+    def wrong(depth: int) -> int:
+        inside = sum(size for i, size in sizes.items() if i < depth)
+        return (whole * depth - inside) + (sizes.total() - inside)
+
+    return min((0, *(i + 1 for i in sizes)), key=lambda depth: (wrong(depth), -depth))
 
 
 def _same(hints: Mapping[str, Any], name: str, value: Any) -> None:

@@ -1,26 +1,24 @@
 """Opening what Flux users own: single files, shards, diffusers folders, whole pipelines; lazily, and named."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from shortcut_jax.runtime import quantised
 from shortcut_jax.runtime.identify import Found, identify
+from shortcut_jax.runtime.json_objects import read_json
+from shortcut_jax.runtime.quantised import Widened, beside_float8
 from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, shard_files
-from shortcut_jax.weights.params import Params, Spec
-from shortcut_jax.weights.rules import ConversionError
+from shortcut_jax.weights.rules import ConversionError, refuse_names
 
 TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
 PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 """Folders of a diffusers pipeline that hold weights."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
-"""Last parts of the names of scales beside float8 weights; those of inputs belong to float8 matrix products."""
 
 RELATIVES = {
     "kontext": "FLUX.1 Kontext",
@@ -29,10 +27,14 @@ RELATIVES = {
 }
 """Relatives of Flux by what the names of their files, folders or pipelines hold; some have its very shapes."""
 
-_NO_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
-"""Ends of names beside a CLIP text tower that are not used by it."""
+UNUSED = {
+    "position_ids": "a buffer of CLIP's text tower that counts its tokens",
+    "text_projection.weight": "CLIP's projection, which Flux does not use",
+    "logit_scale": "CLIP's temperature, which Flux does not use; ComfyUI writes one for T5 too",
+}
+"""Ends of the names of what is no part of the models but lies beside them, and what it is."""
 
-_FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+_EMBEDDING, _TWIN = "shared.weight", "encoder.embed_tokens.weight"  # T5's, under either name or both
 
 
 class Pretrained(NamedTuple):
@@ -47,43 +49,6 @@ class Pretrained(NamedTuple):
     found: Found
     tensors: Mapping[str, np.ndarray]
     notes: tuple[str, ...]
-
-
-class _Part(Params):
-    """One model's tensors by the names of its table; float8 ones are widened by their scale as they are read."""
-
-    def __init__(self, tensors: LazyTensors, names: Mapping[str, str]):
-        """Takes a file's tensors, and the name in it of each name here."""
-        self._tensors, self._names = tensors, names
-
-    @property
-    def float8(self) -> int:
-        """How many of them are float8."""
-        return sum(self._tensors.spec(n).dtype in _FLOAT8 for n in self._names.values())
-
-    def spec(self, name: str) -> Spec:
-        """See `Params`."""
-        spec = self._tensors.spec(self._names[name])
-        return Spec(np.dtype(np.float32), spec.shape) if spec.dtype in _FLOAT8 else spec
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        own = self._names[name]
-        value = self._tensors[own]
-        if value.dtype not in _FLOAT8:
-            return value
-        layer = own.rsplit(".", 1)[0]
-        scales = [self._tensors[f"{layer}.{s}"] for s in SCALES[:2] if f"{layer}.{s}" in self._tensors]
-        wide = value.astype(np.float32)
-        if not scales or not name.endswith(".weight"):
-            return wide
-        scale = scales[0].astype(np.float32)  # one for the tensor, or one a row
-        return wide * (scale.reshape(-1, *(1,) * (wide.ndim - 1)) if scale.size > 1 else scale.reshape(()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def open_pretrained(path: Path) -> list[Pretrained]:
@@ -110,27 +75,32 @@ def open_pretrained(path: Path) -> list[Pretrained]:
 
 def _open(path: Path) -> list[Pretrained]:
     tensors = open_tensors(path)
+    quantised.check(tensors)
     names = _table_names(tensors)
     shapes = {name: tensors.spec(own).shape for name, own in names.items()}
     _refuse_relatives(path.name)
     if (path.parent / "model_index.json").is_file():  # one folder of a pipeline
         _refuse_relatives(str(read_json(path.parent / "model_index.json").get("_class_name", "")))
-    _check_scales(tensors)
     models: list[Pretrained] = []
     taken: set[str] = set()
     for found in identify(shapes, _hints(path)):
         own = {n.removeprefix(found.prefix): o for n, o in names.items() if n.startswith(found.prefix)}
-        part = _Part(tensors, own)
+        part = Widened(tensors, own)
         taken.update(own.values())
-        notes = (f"{part.float8} float8 tensors are widened to float32",) if part.float8 else ()
-        models.append(Pretrained(found, part, notes))
-    left = sorted(n for n in set(tensors) - taken if not _beside_float8(n))
-    if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        models[0] = models[0]._replace(
-            notes=(*models[0].notes, f"not part of these models and left out: {', '.join(left[:5])}{more}")
-        )
+        models.append(Pretrained(found, part, part.notes))
+    left = {n for n in set(tensors) - taken if not beside_float8(n)}
+    reasons = {name: _unused(name, taken) for name in sorted(left)}
+    refuse_names("in the checkpoint, but in none of its models", {n for n in left if not reasons[n]}, taken)
+    notes = (f"left out: {name} ({reason})" for name, reason in reasons.items())
+    models[0] = models[0]._replace(notes=(*models[0].notes, *notes))
     return models
+
+
+def _unused(name: str, taken: Set[str]) -> str | None:
+    """Why a tensor is not needed beside those taken; None if it is not known to be so."""
+    if name.endswith(_TWIN) and name.removesuffix(_TWIN) + _EMBEDDING in taken:
+        return "T5's embedding, which is there twice"
+    return next((reason for end, reason in UNUSED.items() if name.endswith(end)), None)
 
 
 def open_tensors(path: Path) -> LazyTensors:
@@ -149,22 +119,16 @@ def open_tensors(path: Path) -> LazyTensors:
     return tensors
 
 
-def _beside_float8(name: str) -> bool:
-    """Whether a tensor belongs to the float8 weight beside it."""
-    return name.rsplit(".", 1)[-1] in (*SCALES, "scaled_fp8")
-
-
 def _table_names(tensors: LazyTensors) -> dict[str, str]:
     """The names that our tables use -> the names in the file, less what is no weight of its own.
 
     Writers of text encoders differ: T5's embedding is stored once, twice or under its encoder's name, newer libraries
     drop CLIP's `text_model.`, and CLIP's projection and buffers are no part of the tower.
     """
-    names = {n: n for n in tensors if not _beside_float8(n)}
+    names = {n: n for n in tensors if not beside_float8(n)}
     for name in list(names):
-        stem, embedding = name.removesuffix("encoder.embed_tokens.weight"), "shared.weight"
-        if stem != name:
-            own, twin = names.pop(name), stem + embedding
+        if name.endswith(_TWIN):
+            own, twin = names.pop(name), name.removesuffix(_TWIN) + _EMBEDDING
             if twin in names and not np.array_equal(tensors[own].view(np.uint8), tensors[twin].view(np.uint8)):
                 raise ConversionError(f"{name} and {twin} should be one table, but differ")
             names.setdefault(twin, own)
@@ -174,31 +138,7 @@ def _table_names(tensors: LazyTensors) -> dict[str, str]:
         names = {
             f"{tower}text_model.{n.removeprefix(tower)}" if n.startswith(tower) else n: o for n, o in names.items()
         }
-    return {n: o for n, o in names.items() if not n.endswith(_NO_WEIGHTS)}
-
-
-def _check_scales(tensors: LazyTensors) -> None:
-    """Refuses quantised weights other than float8 with one scale, or one a row: their values would be wrong.
-
-    Raises:
-      ConversionError: a scale without a float8 weight, of another shape, or a weight of whole numbers.
-    """
-    for name in tensors:
-        layer, _, last = name.rpartition(".")
-        weight = f"{layer}.weight"
-        if last == "weight" and tensors.spec(name).dtype.kind in "iub":
-            raise ConversionError(
-                f"{name} is {tensors.spec(name).dtype}: quantised otherwise than float8, not supported"
-            )
-        if last not in SCALES:
-            continue
-        if weight not in tensors or tensors.spec(weight).dtype not in _FLOAT8:
-            raise ConversionError(f"{name} is a scale, but {weight} is not a float8 weight beside it")
-        shape, rows = tensors.spec(name).shape, tensors.spec(weight).shape[0]
-        if last in SCALES[:2] and shape not in ((), (1,), (rows,), (rows, 1)):
-            raise ConversionError(
-                f"{name} has shape {shape}, but one scale, or one for each of {rows} rows, is supported"
-            )
+    return {n: o for n, o in names.items() if not n.endswith(tuple(UNUSED))}
 
 
 def _refuse_relatives(name: str) -> None:
@@ -227,8 +167,8 @@ def _refuse(path: Path) -> None:
             raise ConversionError(
                 f"{file} is a pickle, which could run any code, so it is not opened. If you trust it, in its folder: "
                 f"""python -c "import torch, safetensors.torch as s; """
-                f"""s.save_file(torch.load('{file.name}', weights_only=True), '{target}')\" """
-                f"(where tensors share memory, save clones of them)"
+                f"""w = torch.load('{file.name}', map_location='cpu', weights_only=True); """
+                f"""s.save_file({{k: v.contiguous().clone() for k, v in w.items()}}, '{target}')\""""
             )
 
 
@@ -237,19 +177,3 @@ def _hints(path: Path) -> dict[str, Any]:
     config = (path if path.is_dir() else path.parent) / "config.json"
     entries = read_json(config) if config.is_file() else {}
     return {name: value for name, value in entries.items() if value is not None}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises ConversionError where it is none."""
-    return parse_json(file.read_text(), str(file))
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises ConversionError, which names `where`, if the text is none."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ConversionError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{where} is not a JSON object")
-    return value

@@ -155,7 +155,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._left = set(specs)
+        self._left = {name: np.ones(spec.shape[:1] or 1, bool) for name, spec in specs.items()}  # rows to come
         remove(self._partial)
         self._stream = self._partial.open("wb")
         try:
@@ -165,15 +165,21 @@ class Writer:
             self._discard()
             raise
 
-    def write(self, name: str, value: np.ndarray) -> None:
-        """Writes a tensor at its place, cast to its dtype."""
+    def write(self, name: str, value: np.ndarray, first_row: int = 0) -> None:
+        """Writes a tensor, or rows of it from `first_row` on, at its place, cast to its dtype."""
         place, (dtype, shape) = self._places[name]
-        if value.shape != shape:
-            raise ValueError(f"{name} has shape {value.shape}, but {shape} was announced")
-        self._stream.seek(self._start + place)
+        rows = value.shape[:1] or (1,)
+        left = self._left[name][first_row : first_row + rows[0]]
+        if value.shape[1:] != shape[1:] or value.ndim != len(shape) or left.shape != rows:
+            where = f" from row {first_row} on" if first_row else ""
+            raise ValueError(f"{name} has shape {value.shape}{where}, but {shape} was announced")
+        if not left.all():
+            raise ValueError(f"rows of {name} are written twice")
+        row = Spec(dtype, shape[1:]).nbytes
+        self._stream.seek(self._start + place + first_row * row)
         value = raw(value.astype(dtype, copy=False))
         self._stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        self._left.discard(name)
+        left[:] = False
 
     def __enter__(self) -> "Writer":
         return self
@@ -181,7 +187,8 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._left:
+        left = sorted(name for name, rows in self._left.items() if rows.any())
+        if kind is None and not left:
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
@@ -189,7 +196,7 @@ class Writer:
             return
         self._discard()
         if kind is None:
-            raise ValueError(f"never written: {', '.join(sorted(self._left)[:5])}")
+            raise ValueError(f"never written, or not all of it: {', '.join(left[:5])}")
 
     def _discard(self) -> None:
         self._stream.close()

@@ -1,6 +1,7 @@
 """The table of Black Forest Labs' own Flux checkpoints, as ComfyUI uses them too."""
 
-from shortcut_jax.weights.rules import Rule, linear, split_input, split_output, split_vector, vector
+from shortcut_jax.weights.rules import Rule, linear
+from shortcut_jax.weights.transforms import split_input, split_output, split_vector, vector
 
 
 def _embedder(source: str, target: str) -> list[Rule]:

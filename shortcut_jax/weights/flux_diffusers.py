@@ -1,6 +1,7 @@
 """The table of diffusers' `FluxTransformer2DModel`."""
 
-from shortcut_jax.weights.rules import Rule, kernel, linear, reordered, split_input, vector
+from shortcut_jax.weights.rules import Rule, linear
+from shortcut_jax.weights.transforms import kernel, reordered, split_input, vector
 
 
 def _qkv(block: str, names: tuple[str, str, str], norms: tuple[str, str], target: str) -> list[Rule]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shortcut_jax.core.kernels import Axes, kernel_axes
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.params import Params, Spec, common_dtype, spec_of
 from shortcut_jax.weights.rules import ConversionError
@@ -93,32 +94,14 @@ GROUPS = tuple((targets, tuple(units)) for targets, units in groupby(UNITS, key=
 """The units of each layer, or of the two layers that share a b."""
 
 
-class Layer(NamedTuple):
-    """How one layer's kernel is split.
-
-    Attributes:
-      depth: blocks, or None outside the stacks.
-      inputs: axes of the input.
-      outputs: axes of the output of one part.
-    """
-
-    depth: int | None
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-def layer(target: str, parts: int, shapes: Shapes) -> Layer:
+def layer(target: str, shapes: Shapes) -> Axes:
     """The axes of a layer's kernel."""
-    shape = shapes[f"{target}/kernel"]
-    stacked = "_blocks/" in target
-    inner = shape[1:] if stacked else shape
-    num_inputs = 2 if target.endswith("attn_out") else 1  # heads and head size
-    return Layer(shape[0] if stacked else None, inner[:num_inputs], inner[num_inputs + (parts > 1) :])
+    return kernel_axes(target, shapes[f"{target}/kernel"])
 
 
 def sizes(unit: Unit, shapes: Shapes) -> tuple[int, int]:
     """The input and output width of a unit's PyTorch module."""
-    layers = [layer(t, unit.parts, shapes) for t in unit.targets]
+    layers = [layer(t, shapes) for t in unit.targets]
     return sum(math.prod(x.inputs) for x in layers), math.prod(layers[-1].outputs)
 
 
@@ -126,8 +109,8 @@ def expand(shapes: Shapes) -> Iterator[tuple[str, Unit, int | None]]:
     """Every module of a base that can have an adapter: its name, its unit and its block."""
     for unit in UNITS:
         if f"{unit.targets[0]}/kernel" in shapes:
-            depth = layer(unit.targets[0], unit.parts, shapes).depth
-            for i in [None] if depth is None else range(depth):
+            depth = layer(unit.targets[0], shapes).depth
+            for i in range(depth[0]) if depth else [None]:
                 yield unit.module.format(i=i), unit, i
 
 
@@ -170,8 +153,9 @@ def stack(modules: Modules, shapes: Shapes) -> dict[str, np.ndarray]:
             continue
         parts, rank = units[0].parts, max(f.rank for _, _, f in found)
         dtype = common_dtype({x.dtype for _, _, f in found for x in (f.down, f.up)})
-        layers = [layer(t, parts, shapes) for t in targets]
-        blocks = layers[0].depth or 1
+        layers = [layer(t, shapes) for t in targets]
+        depth, part_axis = layers[0].depth, layers[0].parts
+        blocks = math.prod(depth)
         widths = [math.prod(x.inputs) for x in layers]
         downs = [np.zeros((blocks, w, parts, rank), dtype) for w in widths]
         ups = np.zeros((blocks, rank, parts, *layers[-1].outputs), dtype)
@@ -181,11 +165,9 @@ def stack(modules: Modules, shapes: Shapes) -> dict[str, np.ndarray]:
                 down[i or 0, :, u.part, : f.rank] = row
             up = f.up.T.reshape(f.rank, *layers[-1].outputs)
             ups[i or 0, : f.rank, u.part] = up[:, ::-1] if u.reverses else up
-        lead = () if layers[0].depth is None else (blocks,)
-        part_axis = (parts,) if parts > 1 else ()
         for target, x, down in zip(targets, layers, downs, strict=True):
-            arrays[f"{target}/a"] = down.reshape(*lead, *x.inputs, *part_axis, rank)
-        arrays[f"{targets[-1]}/b"] = ups.reshape(*lead, rank, *part_axis, *layers[-1].outputs)
+            arrays[f"{target}/a"] = down.reshape(*depth, *x.inputs, *part_axis, rank)
+        arrays[f"{targets[-1]}/b"] = ups.reshape(*depth, rank, *part_axis, *layers[-1].outputs)
     return arrays
 
 
@@ -199,10 +181,10 @@ def unstack(arrays: Mapping[str, np.ndarray], record: Record, shapes: Shapes) ->
         block = slice(None) if i is None else i
         downs = []
         for target in u.targets:
-            inputs = math.prod(layer(target, u.parts, shapes).inputs)
+            inputs = math.prod(layer(target, shapes).inputs)
             downs.append(arrays[f"{target}/a"][block].reshape(inputs, u.parts, -1)[:, u.part, :rank])
         b = arrays[f"{u.targets[-1]}/b"][block]
-        up = b.reshape(len(b), u.parts, *layer(u.targets[-1], u.parts, shapes).outputs)[:rank, u.part]
+        up = b.reshape(len(b), u.parts, *layer(u.targets[-1], shapes).outputs)[:rank, u.part]
         up = up[:, ::-1] if u.reverses else up
         modules[name] = Factors(np.concatenate(downs).T, up.reshape(rank, -1).T, alpha)
     return modules
@@ -214,9 +196,8 @@ def scales(record: Record, shapes: Shapes) -> dict[str, np.ndarray]:
     for name, u, i in expand(shapes):
         if name in record:
             rank, alpha = record[name]
-            depth = layer(u.targets[-1], u.parts, shapes).depth
-            shape = (() if depth is None else (depth,)) + ((u.parts,) if u.parts > 1 else ())
-            array = result.setdefault(u.targets[-1], np.zeros(shape, np.float32))
+            x = layer(u.targets[-1], shapes)
+            array = result.setdefault(u.targets[-1], np.zeros((*x.depth, *x.parts), np.float32))
             index = (() if i is None else (i,)) + ((u.part,) if u.parts > 1 else ())
             array[index] = alpha / rank
     return result
@@ -230,7 +211,7 @@ class Merged(Params):
         self._base, self._shapes = base, shapes
         self._arrays = stack(modules, shapes)
         self._scales = scales(record_of(modules), shapes)
-        self._homes = {t: (targets[-1], units[0].parts) for targets, units in GROUPS for t in targets}
+        self._homes = {t: targets[-1] for targets, _ in GROUPS for t in targets}
 
     def spec(self, name: str) -> Spec:
         """See `Params`."""
@@ -240,9 +221,8 @@ class Merged(Params):
         value, target = self._base[path], path.removesuffix("/kernel")
         if not path.endswith("/kernel") or f"{target}/a" not in self._arrays:
             return value
-        home, parts = self._homes[target]
-        x = layer(target, parts, self._shapes)
-        blocks = x.depth or 1
+        home, x = self._homes[target], layer(target, self._shapes)
+        blocks, parts = math.prod(x.depth), math.prod(x.parts)
         a = self._arrays[f"{target}/a"].astype(np.float32).reshape(blocks, math.prod(x.inputs), parts, -1)
         b = self._arrays[f"{home}/b"].astype(np.float32).reshape(blocks, a.shape[-1], parts, -1)
         scale = self._scales[home].reshape(blocks, parts)

@@ -191,7 +191,7 @@ def _fuse(found: list[Factors | None], widths: list[tuple[int, int]]) -> Factors
 def _swapped(up: np.ndarray, unit: Unit, shapes: Shapes) -> np.ndarray:
     if not unit.reverses:
         return up
-    parts = layer(unit.targets[-1], 1, shapes).outputs[0]
+    parts = layer(unit.targets[-1], shapes).outputs[0]
     return up.reshape(parts, -1, up.shape[1])[::-1].reshape(up.shape)
 
 

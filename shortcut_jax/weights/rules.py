@@ -1,39 +1,36 @@
 """The engine of weight conversion: a table of rows (source names, target paths, transform) run in both directions.
 
-PyTorch stores a linear layer as [out, in]; here a kernel is [*in, *out] with parts and heads as axes. A source name
-with `{i}` stands for one block each; its targets carry a leading depth axis.
+A source name with `{i}` stands for one block each; its targets carry a leading depth axis.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, raw, shapes_of, spec_of, specs_of, transposed
-
-Arrays = list[np.ndarray]
-Shapes = list[tuple[int, ...]]
+from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, raw, shapes_of, spec_of, specs_of
+from shortcut_jax.weights.transforms import Shapes, Transform, kernel, vector
 
 
 class ConversionError(ValueError):
     """Names or shapes of a checkpoint that do not fit the table; the message names them."""
 
 
-@dataclass(frozen=True)
-class Transform:
-    """How source arrays become target arrays, and back.
+def refuse_names(what: str, names: Set[str], others: Set[str] = frozenset()) -> None:
+    """Lists names that do not fit, with the nearest of `others` for the first one.
 
-    Attributes:
-      forward: (sources, target shapes) -> targets.
-      backward: targets -> sources.
-      reverses: whether the parts of the output lie the other way round in the source.
+    Raises:
+      ConversionError: there are such names.
     """
-
-    forward: Callable[[Arrays, Shapes], Arrays]
-    backward: Callable[[Arrays], Arrays]
-    reverses: bool = False
+    if not names:
+        return
+    listed = sorted(names)
+    nearest = difflib.get_close_matches(listed[0], sorted(others), n=1)
+    hint = f" (nearest known name for the first: {nearest[0]})" if nearest else ""
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise ConversionError(f"{what}: {', '.join(listed[:5])}{more}{hint}")
 
 
 @dataclass(frozen=True)
@@ -61,107 +58,6 @@ def norm(source: str, target: str) -> list[Rule]:
     ]
 
 
-def kernel(in_dims: int = 1, parts: int = 1) -> Transform:
-    """Weights [out, in], one a part, as one kernel [*in, parts, *out] (no part axis for a single part)."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        columns = [transposed(w) for w in sources]
-        joined = np.stack(columns, axis=1) if parts > 1 else columns[0]
-        return [joined.reshape(shapes[0])]
-
-    def backward(targets: Arrays) -> Arrays:
-        rows = int(np.prod(targets[0].shape[:in_dims]))
-        flat = targets[0].reshape(rows, parts, -1)
-        return [transposed(flat[:, p]) for p in range(parts)]
-
-    return Transform(forward, backward)
-
-
-def vector(parts: int = 1) -> Transform:
-    """Biases or scales, one a part, as one array [parts, *out] (no part axis for a single part)."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        return [np.stack(sources).reshape(shapes[0])]
-
-    def backward(targets: Arrays) -> Arrays:
-        return list(targets[0].reshape(parts, -1))
-
-    return Transform(forward, backward)
-
-
-def array() -> Transform:
-    """An array as it is, such as an embedding table."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        if sources[0].shape != tuple(shapes[0]):
-            raise ValueError(f"{sources[0].shape} is not {tuple(shapes[0])}")
-        return sources
-
-    return Transform(forward, lambda targets: targets)
-
-
-def conv() -> Transform:
-    """A convolution's weight [out, in, h, w] as a kernel [h, w, in, out]."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        moved = sources[0].transpose(2, 3, 1, 0)
-        if moved.shape != tuple(shapes[0]):
-            raise ValueError(f"{moved.shape} is not {tuple(shapes[0])}")
-        return [moved]
-
-    return Transform(forward, lambda targets: [targets[0].transpose(3, 2, 0, 1)])
-
-
-def reordered(inner: Transform, axis: int) -> Transform:
-    """`inner`, with the parts along `axis` of its one target reversed: (scale, shift) becomes (shift, scale)."""
-    return Transform(
-        lambda sources, shapes: [np.flip(inner.forward(sources, shapes)[0], axis)],
-        lambda targets: inner.backward([np.flip(targets[0], axis)]),
-        reverses=True,
-    )
-
-
-def split_input() -> Transform:
-    """One weight [out, a + b] as two kernels, [*a, out] and [*b, out]."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        first = int(np.prod(shapes[0][:-1]))
-        columns = transposed(sources[0])
-        return [columns[:first].reshape(shapes[0]), columns[first:].reshape(shapes[1])]
-
-    def backward(targets: Arrays) -> Arrays:
-        return [transposed(np.concatenate([t.reshape(-1, t.shape[-1]) for t in targets]))]
-
-    return Transform(forward, backward)
-
-
-def split_output() -> Transform:
-    """One weight [a + b, in] as two kernels, [in, *a] and [in, *b]."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        first = int(np.prod(shapes[0][1:]))
-        columns = transposed(sources[0])
-        return [columns[:, :first].reshape(shapes[0]), columns[:, first:].reshape(shapes[1])]
-
-    def backward(targets: Arrays) -> Arrays:
-        return [np.concatenate([transposed(t.reshape(len(t), -1)) for t in targets])]
-
-    return Transform(forward, backward)
-
-
-def split_vector() -> Transform:
-    """One bias [a + b] as two, *a and *b."""
-
-    def forward(sources: Arrays, shapes: Shapes) -> Arrays:
-        first = int(np.prod(shapes[0]))
-        return [sources[0][:first].reshape(shapes[0]), sources[0][first:].reshape(shapes[1])]
-
-    def backward(targets: Arrays) -> Arrays:
-        return [np.concatenate([t.reshape(-1) for t in targets])]
-
-    return Transform(forward, backward)
-
-
 def check(
     source_shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -177,11 +73,10 @@ def check(
     """
     depths, wanted = _depths(shapes), _wanted(rules, shapes)
     names = {name for r in wanted for block in _expand(r, depths) for name in block}
-    _compare("missing from the checkpoint", names - set(source_shapes), set(source_shapes) - names)
-    _compare("in the checkpoint, but not in this model", set(source_shapes) - names, names)
+    refuse_names("missing from the checkpoint", names - set(source_shapes), set(source_shapes) - names)
+    refuse_names("in the checkpoint, but not in this model", set(source_shapes) - names, names)
     for rule in wanted:
-        inner = [_block_shape(rule, shapes[t]) for t in rule.targets]
-        expected = [x.shape for x in rule.transform.backward([_blank(shape) for shape in inner])]
+        inner, expected = _inner_shapes(rule, shapes), _source_shapes(rule, shapes)
         for block in _expand(rule, depths):
             given = [tuple(source_shapes[name]) for name in block]
             if given != expected:
@@ -217,7 +112,7 @@ class Converted(Params):
 
     def __getitem__(self, name: str) -> np.ndarray:
         rule, k = self._places[name]
-        inner = [_block_shape(rule, self._shapes[t]) for t in rule.targets]
+        inner = _inner_shapes(rule, self._shapes)
         dtype = self.spec(name).dtype
         value = empty(self._shapes[name], dtype)
         there = raw(value) if _has_blocks(rule) else raw(value)[None]
@@ -242,7 +137,13 @@ def to_flax(
 
 def torch_shapes(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the checkpoint that `export` makes of parameters of these shapes."""
-    return {name: value.shape for name, value in export({path: _blank(shape) for path, shape in shapes.items()}, rules)}
+    depths = _depths(shapes)
+    result: dict[str, tuple[int, ...]] = {}
+    for rule in _wanted(rules, shapes):
+        sources = _source_shapes(rule, shapes)
+        for names in _expand(rule, depths):
+            result.update(zip(names, sources, strict=True))
+    return result
 
 
 def torch_specs(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, Spec]:
@@ -256,28 +157,43 @@ def torch_specs(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict
     return {name: Spec(dtypes[name], shape) for name, shape in shapes.items()}
 
 
-def export(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `Converted`, derived from the same rows: PyTorch names and arrays (views where possible).
+class Piece(NamedTuple):
+    """Rows of a tensor of a PyTorch checkpoint, mostly all of them."""
+
+    name: str
+    first_row: int
+    value: np.ndarray
+
+
+def export(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> Iterator[Piece]:
+    """The inverse of `Converted`, derived from the same rows: what PyTorch names hold (views where possible).
+
+    Parameters are read one at a time; a tensor that several of them make comes in pieces where its rows are theirs.
 
     Raises:
       ConversionError: a parameter has no row.
     """
-    shapes = shapes_of(params)
-    depths = _depths(shapes)
-    for rule in _wanted(rules, shapes):
-        targets = [params[t] for t in rule.targets]
-        dtype = common_dtype({t.dtype for t in targets})
-        bits = [raw(t.astype(dtype, copy=False)) for t in targets]
-        for i, names in enumerate(_expand(rule, depths)):
-            arrays = [t[i] for t in bits] if _has_blocks(rule) else bits
-            for name, value in zip(names, rule.transform.backward(arrays), strict=True):
-                yield name, value.view(dtype)
-        del targets, bits, arrays, value  # before the next ones are read
+    specs = specs_of(params)
+    depths = _depths(shapes_of(params))
+    for rule in _wanted(rules, specs):
+        dtype = common_dtype({specs[t].dtype for t in rule.targets})
+        first = 0
+        for together in [[t] for t in rule.targets] if rule.transform.by_rows else [rule.targets]:
+            bits = [raw(params[t].astype(dtype, copy=False)) for t in together]
+            for i, names in enumerate(_expand(rule, depths)):
+                arrays = [t[i] for t in bits] if _has_blocks(rule) else bits
+                for name, value in zip(names, rule.transform.backward(arrays), strict=True):
+                    yield Piece(name, first, value.view(dtype))
+            first += len(value)
+            del bits, arrays, value  # before the next ones are read
 
 
 def to_torch(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """All of `export` at once, as contiguous arrays."""
-    return {name: np.ascontiguousarray(value) for name, value in export(params, rules)}
+    result = {name: np.empty(spec.shape, spec.dtype) for name, spec in torch_specs(params, rules).items()}
+    for name, first, value in export(params, rules):
+        raw(result[name])[first : first + len(value)] = raw(value)
+    return result
 
 
 def _has_blocks(rule: Rule) -> bool:
@@ -286,6 +202,16 @@ def _has_blocks(rule: Rule) -> bool:
 
 def _block_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[1:] if _has_blocks(rule) else shape)
+
+
+def _inner_shapes(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """The shapes of a rule's targets in one block."""
+    return [_block_shape(rule, shapes[t]) for t in rule.targets]
+
+
+def _source_shapes(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """The shapes of a rule's sources in one block."""
+    return [x.shape for x in rule.transform.backward([_blank(shape) for shape in _inner_shapes(rule, shapes)])]
 
 
 def _blank(shape: tuple[int, ...]) -> np.ndarray:
@@ -301,7 +227,7 @@ def _depths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 def _wanted(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> list[Rule]:
     """The rows of parameters that a model has; a parameter without a row is an error."""
     wanted = [r for r in rules if r.targets[0] in shapes]
-    _compare("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})
+    refuse_names("parameters without a row in the table", set(shapes) - {t for r in wanted for t in r.targets})
     return wanted
 
 
@@ -311,17 +237,6 @@ def _expand(rule: Rule, depths: Mapping[str, int]) -> list[list[str]]:
         return [list(rule.sources)]
     depth = depths.get(rule.targets[0].split("/")[0], 0)
     return [[name.format(i=i) for name in rule.sources] for i in range(depth)]
-
-
-def _compare(what: str, names: Set[str], others: Set[str] = frozenset()) -> None:
-    """Raises where `names` are not empty, with the nearest of `others` behind the first one."""
-    if not names:
-        return
-    listed = sorted(names)
-    nearest = difflib.get_close_matches(listed[0], sorted(others), n=1)
-    hint = f" (nearest known name for the first: {nearest[0]})" if nearest else ""
-    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise ConversionError(f"{what}: {', '.join(listed[:5])}{more}{hint}")
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The tables of the text encoders in `transformers` checkpoints: T5's encoder and CLIP's text tower."""
 
-from shortcut_jax.weights.rules import Rule, array, kernel, linear, norm, vector
+from shortcut_jax.weights.rules import Rule, linear, norm
+from shortcut_jax.weights.transforms import array, kernel, vector
 
 _T5 = "encoder.block.{i}.layer"
 _ATTENTION = f"{_T5}.0.SelfAttention"

@@ -6,7 +6,8 @@ layers that a model does not have are passed over.
 
 from typing import NamedTuple
 
-from shortcut_jax.weights.rules import Rule, Transform, conv, kernel, norm, vector
+from shortcut_jax.weights.rules import Rule, norm
+from shortcut_jax.weights.transforms import Transform, conv, kernel, vector
 
 MATRIX = kernel(in_dims=3)
 """A 1 x 1 convolution stored as a matrix."""

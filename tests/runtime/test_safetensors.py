@@ -53,11 +53,36 @@ def test_an_incomplete_file_never_appears(tmp_path):
     with pytest.raises(KeyboardInterrupt), Writer(file, SPECS, {}) as writer:
         writer.write("a", VALUES["a"])
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="never written: b, c, d"), Writer(file, SPECS, {}) as writer:
+    with pytest.raises(ValueError, match="never written, or not all of it: b, c, d"), Writer(file, SPECS, {}) as writer:
         writer.write("a", VALUES["a"])
     with pytest.raises(ValueError, match=r"a has shape \(3, 2\)"), Writer(file, SPECS, {}) as writer:
         writer.write("a", VALUES["a"].T)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_is_written_when_all_its_rows_are(tmp_path):
+    file = tmp_path / "x.safetensors"
+    value = np.arange(12, dtype=np.float32).reshape(4, 3)
+    specs = {"a": Spec(value.dtype, value.shape), "b": SPECS["b"]}
+    with Writer(file, specs, {}) as writer:
+        writer.write("a", value[3:], 3)
+        writer.write("b", VALUES["b"])
+        writer.write("a", value[1:3], 1)
+        writer.write("a", value[:1])
+    np.testing.assert_array_equal(LazyTensors([file])["a"], value)
+    for first, rows, message in (
+        (0, value[:2], "never written, or not all of it: a$"),
+        (1, value[:3], "never written, or not all of it: a$"),
+        (2, value[:3], r"a has shape \(3, 3\) from row 2 on, but \(4, 3\) was announced"),
+        (3, value[0], r"a has shape \(3,\) from row 3 on"),
+    ):
+        with pytest.raises(ValueError, match=message), Writer(tmp_path / "y.safetensors", specs, {}) as writer:
+            writer.write("b", VALUES["b"])
+            writer.write("a", rows, first)
+    with pytest.raises(ValueError, match="rows of a are written twice"), Writer(file, specs, {}) as writer:
+        writer.write("a", value[:2])
+        writer.write("a", value[1:], 1)
+    assert [f.name for f in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -3,7 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from shortcut_jax.weights.rules import ConversionError, Converted, Rule, check, kernel, linear, split_output, vector
+from shortcut_jax.weights.rules import ConversionError, Converted, Rule, check, export, linear, to_torch
+from shortcut_jax.weights.transforms import kernel, split_output, vector
 
 RULES = (
     *linear("first", "first"),
@@ -88,3 +89,18 @@ def test_what_does_not_fit_is_named_before_a_value_is_read(change, message):
         check({k: v.shape for k, v in source.items()}, RULES, SHAPES)
     with pytest.raises(ConversionError, match=re.escape(message)):
         Converted(source, RULES, SHAPES)
+
+
+def test_export_reads_one_parameter_at_a_time_where_their_rows_lie_below_each_other():
+    source = _source()
+    params = Counting(Converted(source, RULES, SHAPES))
+    pieces, seen = [], {}
+    for piece in export(params, RULES):
+        pieces.append(piece)
+        seen[piece.name, piece.first_row] = [name for name in params.reads if "left" in name or "right" in name]
+    fused = [(p.name, p.first_row, len(p.value)) for p in pieces if "both" in p.name]
+    names = [f"blocks.{i}.both.weight" for i in range(2)]
+    assert fused == [(name, 0, 5) for name in names] + [(name, 5, 2) for name in names]
+    assert seen[names[1], 0][-1] == "some_blocks/left/kernel" and seen[names[0], 5][-1] == "some_blocks/right/kernel"
+    for name, value in to_torch(params, RULES).items():
+        np.testing.assert_array_equal(value, source[name], err_msg=name)

@@ -4,6 +4,8 @@ import pytest
 
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.vae import Autoencoder, VaeConfig, latents_from
+from shortcut_jax.runtime import exported
+from shortcut_jax.runtime.safetensors import LazyTensors
 from shortcut_jax.weights.rules import nest, to_flax, to_torch
 from shortcut_jax.weights.vae import bfl_rules, diffusers_rules
 from tests.helpers import relative
@@ -101,3 +103,33 @@ def test_bfl_names_are_those_that_diffusers_converts(reference):
     assert converted.keys() == expected.keys()
     for k, v in expected.items():
         np.testing.assert_array_equal(converted[k].numpy(), v, err_msg=k)
+
+
+def test_diffusers_reads_our_single_file_with_the_same_output(reference, tmp_path, highest_precision, monkeypatch):
+    import torch
+    from diffusers import AutoencoderKL
+
+    params = to_flax(_weights(reference), RULES["diffusers"], _shapes())
+    file, config = tmp_path / "ae.safetensors", tmp_path / "config"
+    exported.write_file(file, [exported.Part(params, RULES["bfl"])], lambda n: None)
+    exported.write_component(config, "vae", CFG, params, lambda n: None)
+    (config / "diffusion_pytorch_model.safetensors").unlink()  # the weights are the single file's
+    load, told = AutoencoderKL.load_state_dict, []
+    monkeypatch.setattr(AutoencoderKL, "load_state_dict", lambda *a, **kw: told.append(load(*a, **kw)) or told[-1])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = AutoencoderKL.from_single_file(
+        str(file), config=str(config), low_cpu_mem_usage=False, local_files_only=True
+    )
+    ((missing, unexpected),) = told
+    assert missing == unexpected == []
+    assert len(LazyTensors([file])) == len(model.state_dict())  # so none of ours was passed over before that
+
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 16, 24, 3)).astype("f")
+    ours = {"params": nest(params)}
+    mean = Autoencoder(CFG).apply(ours, image, method="encode").mean_BhwC
+    decoded = Autoencoder(CFG).apply(ours, (mean - CFG.shift) * CFG.scale, method="decode")
+    with torch.no_grad():
+        latents = model.encode(torch.from_numpy(image).permute(0, 3, 1, 2)).latent_dist.mean
+        images = model.decode(torch.from_numpy(np.array(mean)).permute(0, 3, 1, 2)).sample
+    assert relative(mean, latents.permute(0, 2, 3, 1).numpy()) <= 1e-5
+    assert relative(decoded, images.permute(0, 2, 3, 1).numpy()) <= 1e-5

@@ -1,0 +1,23 @@
+"""JSON objects in files and headers of checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shortcut_jax.weights.rules import ConversionError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises ConversionError where it is none."""
+    return parse_json(file.read_text(), str(file))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object. Raises ConversionError, which names `where`, if the text is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConversionError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where} is not a JSON object")
+    return value

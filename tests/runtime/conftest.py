@@ -1,0 +1,26 @@
+import jax
+import numpy as np
+import pytest
+
+from shortcut_jax.assemble import init_params
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime.safetensors import Writer
+from shortcut_jax.weights.params import Spec
+
+AXES = {"axes_dims_rope": [4, 6, 6]}
+"""What a config.json has to tell of the tiny Flux."""
+
+
+@pytest.fixture(scope="module")
+def params():
+    shapes = flat_paths(jax.eval_shape(lambda key: init_params(preset("tiny"), key), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return {k: rng.standard_normal(v.shape, np.float32) for k, v in shapes.items()}
+
+
+def save(file, values, metadata=None):
+    """Writes arrays as a safetensors file."""
+    with Writer(file, {k: Spec(v.dtype, v.shape) for k, v in values.items()}, metadata or {}) as writer:
+        for name, value in values.items():
+            writer.write(name, value)

@@ -1,0 +1,126 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from shortcut_jax.runtime.pretrained import open_pretrained
+from shortcut_jax.runtime.quantised import METADATA_KEY, Widened
+from shortcut_jax.runtime.safetensors import LazyTensors
+from shortcut_jax.weights import flux_bfl
+from shortcut_jax.weights.rules import ConversionError, to_torch
+from tests.runtime.conftest import AXES, save
+
+
+def test_float8_weights_are_widened_by_their_scales_and_it_is_told(tmp_path, params):
+    tensors = to_torch(params, flux_bfl.RULES)
+    stored, expected = {}, {}
+    for name, value in tensors.items():
+        if name.endswith("weight") and "blocks" in name:
+            scale = np.float32(np.abs(value).max() / 448)
+            stored[name] = (value / scale).astype(ml_dtypes.float8_e4m3fn)
+            stored[name.replace(".weight", ".scale_weight")] = scale.reshape(())
+            expected[name] = stored[name].astype(np.float32) * scale
+        else:
+            stored[name] = expected[name] = value
+    stored["scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
+    save(tmp_path / "f8.safetensors", stored)
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    (model,) = open_pretrained(tmp_path / "f8.safetensors")
+    assert set(model.tensors) == set(tensors)
+    assert model.notes == (f"{sum('scale_weight' in n for n in stored)} float8 tensors are widened to float32",)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(model.tensors[name], value, err_msg=name)
+        assert np.linalg.norm(value - tensors[name]) <= 0.05 * np.linalg.norm(tensors[name])
+
+
+def test_a_scale_may_be_one_a_row(tmp_path):
+    stored = {
+        "a.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn),
+        "a.weight_scale": np.array([1, 2, 3], np.float32),
+        "b.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn),
+        "b.weight_scale": np.array([[1], [2], [3]], np.float32),
+        "c.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn),
+        "c.scale_weight": np.array([4], np.float32),
+    }
+    save(tmp_path / "x.safetensors", stored)
+    part = Widened(LazyTensors([tmp_path / "x.safetensors"]), {f"{n}.weight": f"{n}.weight" for n in "abc"})
+    for name in "ab":
+        np.testing.assert_array_equal(part[f"{name}.weight"], [[1, 1], [2, 2], [3, 3]])
+    np.testing.assert_array_equal(part["c.weight"], np.full((3, 2), 4))
+
+
+def test_scales_that_would_be_dropped_or_misread_are_refused(tmp_path, params):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    tensors = to_torch(params, flux_bfl.RULES)
+    name = "double_blocks.0.img_attn.proj"
+    small = {**tensors, f"{name}.weight": tensors[f"{name}.weight"].astype(ml_dtypes.float8_e4m3fn)}
+    ones = np.ones
+    for source, change, message in (
+        (tensors, {f"{name}.weight_scale": ones(1, "f")}, "is not a float8 weight beside it"),
+        (small, {"nowhere.scale_weight": ones(1, "f")}, "nowhere.weight is not a float8 weight"),
+        (small, {f"{name}.weight_scale": ones((1, 32), "f")}, r"has shape \(1, 32\), but one scale"),
+        (small, {f"{name}.weight_scale": ones((4, 4), "f")}, r"has shape \(4, 4\), but one scale"),
+        (tensors, {f"{name}.weight": ones((32, 32), "i1")}, "is int8: quantised otherwise than float8"),
+    ):
+        save(tmp_path / "x.safetensors", {**source, **change})
+        with pytest.raises(ConversionError, match=message):
+            open_pretrained(tmp_path / "x.safetensors")
+
+
+def _float8(params, told, scale="weight_scale"):
+    """A file of Black Forest Labs' names with one float8 layer, and what is told of it as ComfyUI does."""
+    tensors, layer = to_torch(params, flux_bfl.RULES), "double_blocks.0.img_attn.proj"
+    value = tensors[f"{layer}.weight"]
+    factor = np.float32(np.abs(value).max() / 448)
+    tensors[f"{layer}.weight"] = (value / factor).astype(ml_dtypes.float8_e4m3fn)
+    tensors[f"{layer}.{scale}"] = factor.reshape(())
+    if told is not None:
+        tensors[f"{layer}.comfy_quant"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    return tensors, f"{layer}.weight", value
+
+
+@pytest.mark.parametrize("further", [{}, {"full_precision_matrix_mult": True}])
+def test_formats_that_comfyui_tells_of_float8_are_checked_and_left_out(tmp_path, params, further):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    told = {"format": "float8_e4m3fn", **further}
+    tensors, weight, value = _float8(params, told)
+    header = {METADATA_KEY: json.dumps({"format_version": "1.0", "layers": {"x": told}})}
+    for prefix in ("", "model.diffusion_model."):
+        save(tmp_path / "x.safetensors", {f"{prefix}{n}": v for n, v in tensors.items()}, header)
+        (model,) = open_pretrained(tmp_path / "x.safetensors")
+        assert set(model.tensors) == set(to_torch(params, flux_bfl.RULES))
+        assert model.notes == (
+            "1 float8 tensors are widened to float32",
+            "1 comfy_quant entries, which say that these are float8, are left out",
+        )
+        assert 0 < np.linalg.norm(model.tensors[weight] - value) <= 0.05 * np.linalg.norm(value)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"format": "nvfp4"}, "proj is quantised to nvfp4, which is not supported: take the bfloat16 release"),
+        ({"format": "mxfp8"}, "proj is quantised to mxfp8, which is not supported"),
+        ({"format": "float8_e5m2"}, "says float8_e5m2, but double_blocks.0.img_attn.proj.weight is not of that dtype"),
+        ({"format": "float8_e4m3fn", "convrot": True}, "is quantised to float8_e4m3fn with convrot, which is not"),
+        (["float8_e4m3fn"], "proj.comfy_quant is not a JSON object"),
+    ],
+)
+def test_other_formats_that_comfyui_tells_are_refused_by_name(tmp_path, params, told, message):
+    tensors, *_ = _float8(params, told)
+    save(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(ConversionError, match=message):
+        open_pretrained(tmp_path / "x.safetensors")
+
+
+def test_a_format_in_the_header_and_a_lost_scale_are_refused_too(tmp_path, params):
+    layers = {"double_blocks.0.img_attn.proj": {"format": "int8_blockwise", "group_size": 128}}
+    tensors, *_ = _float8(params, None)
+    save(tmp_path / "x.safetensors", tensors, {METADATA_KEY: json.dumps({"layers": layers})})
+    with pytest.raises(ConversionError, match="proj is quantised to int8_blockwise, which is not supported"):
+        open_pretrained(tmp_path / "x.safetensors")
+    tensors, *_ = _float8(params, {"format": "float8_e4m3fn"}, scale="input_scale")
+    save(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(ConversionError, match=r"but there is no double_blocks.0.img_attn.proj.weight_scale"):
+        open_pretrained(tmp_path / "x.safetensors")
