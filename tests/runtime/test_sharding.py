@@ -27,7 +27,7 @@ from shortcut_jax.runtime.sharding import (
 from shortcut_jax.sources import KINDS, abstract_params
 from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
 from shortcut_jax.steps.views import make_velocity
-from tests.helpers import noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import POST_TRAINING, noisy_state, random_batch, relative, tiny_assembly
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -83,6 +83,27 @@ def test_eight_devices_equal_one(mesh, one_device, highest_precision):
     assert relative(state.params, noisy_state(tiny_assembly()).params) > 1e-2
     kernel = sharded_state.params["single_blocks"]["mlp_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[1:] == (32 // mesh[1], 128 // mesh[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_eight_devices_equal_one_in_post_training(mesh, highest_precision):
+    one, eight = _on((1, 1, 1), **POST_TRAINING), _on(mesh, **POST_TRAINING)
+    (loss, grads), (sharded_loss, sharded_grads) = _loss_and_gradients(one), _loss_and_gradients(eight)
+    assert abs(float(sharded_loss) - float(loss)) <= 1e-5 * abs(float(loss))
+    assert relative(sharded_grads, grads) <= 1e-5
+    (state, metrics), (sharded, sharded_metrics) = _three_steps(one), _three_steps(eight)
+    for name in ("params", "ema"):
+        assert relative(getattr(sharded, name), getattr(state, name)) <= 1e-5
+    assert abs(float(sharded_metrics["loss/teacher"]) - float(metrics["loss/teacher"])) <= 1e-4
+    assert relative(state.params, noisy_state(one).params) > 1e-2
+    # Base and adapters are split: heads and MLP width over tensor, the other large axis over fsdp.
+    _, fsdp, tensor = mesh
+    shards = lambda tree, path: flat_paths(tree)[path].sharding.shard_shape(flat_paths(tree)[path].shape)
+    assert shards(sharded.frozen.base, "single_blocks/mlp_in/kernel")[1:] == (32 // fsdp, 128 // tensor)
+    assert shards(sharded.params, "single_blocks/mlp_in/a")[1:] == (32 // fsdp, 3)
+    assert shards(sharded.params, "single_blocks/mlp_in/b")[1:] == (3, 128 // tensor)
+    assert shards(sharded.ema.slow, "double_blocks/img_attn/qkv/b")[1:] == (3, 3, 2 // tensor, 16)
 
 
 def _partitioned(mesh, **changes):
@@ -145,6 +166,22 @@ def test_tensor_parallel_blocks_only_reduce():
     inside = [c for c in collectives(hlo) if "_blocks/" in c.line]
     assert {c.kind for c in inside} == {"all-reduce"}
     assert not {"all-to-all", "collective-permute"} & set(count_kinds(hlo))
+
+
+@pytest.mark.slow
+def test_mixed_rows_move_no_activation_between_devices():
+    assembly, hlo = _partitioned((1, 8, 1), batch_size=96, **POST_TRAINING, model__compute_dtype="bfloat16")
+    found = collectives(hlo)
+    assert set(count_kinds(hlo)) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    for c in found:
+        assert all(96 not in shape for _, shape in c.arrays), c.line
+    base = flat_paths(assembly.state_shapes.frozen.base)
+    kernels = {v.shape[1:] for k, v in base.items() if "_blocks/" in k and k.endswith("/kernel")}
+    gathered = {dtype for c in found if c.kind == "all-gather" for dtype, shape in c.arrays if shape in kernels}
+    assert gathered == {"bf16"}
+    # The base has no gradient to be reduced.
+    reduced = {shape for c in found if c.kind == "all-reduce" for _, shape in c.arrays}
+    assert reduced and not reduced & kernels
 
 
 def test_a_sliced_sharded_batch_would_be_caught():

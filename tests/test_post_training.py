@@ -1,0 +1,359 @@
+"""Post-training through the commands: train, resume, sample, convert."""
+
+import itertools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shortcut_jax import Pipeline, command, convert, sample, train
+from shortcut_jax.core.latents import image_ids, patchify, text_ids
+from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
+from shortcut_jax.runtime.converted import OrbaxParams
+from shortcut_jax.settings import ConfigError
+from shortcut_jax.sources import open_lora, open_models
+from shortcut_jax.steps.sampling import draw_noise, make_sampler
+from tests.helpers import relative
+
+LORA = {
+    "train": "lora",
+    "teacher_share": 0.4,
+    "rows__self_rows": 1,
+    "rows__flow_rows": 0,
+    "lora__rank": 3,
+    "lora__alpha": 6.0,
+    "optimizer__learning_rate": 0.05,
+    "eval__views": "()",
+    "eval__images": "()",
+}
+
+
+@pytest.fixture(scope="module")
+def post_arguments(arguments, trained):
+    def make(workdir, *extra, **changes):
+        values = {**LORA, "init_from": str(trained), **changes}
+        return arguments(workdir, *extra, **values)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, post_arguments):
+    """A workdir of four steps of post-training on the trained run."""
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        device = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: device)
+        assert train.main(post_arguments(workdir)) == 0
+    return workdir
+
+
+def _items(workdir, step=4):
+    folder = workdir / "checkpoints" / str(step)
+    return {p.name for p in folder.iterdir() if p.is_dir()}
+
+
+def test_a_checkpoint_holds_the_adapters_and_says_where_the_base_is(distilled, trained):
+    meta = stored_meta(distilled / "checkpoints")
+    assert meta["base"]["path"] == str(trained) and len(meta["base"]["hash"]) == 16
+    assert meta["base"]["preset"] == "tiny"
+    assert {"params", "fast", "slow", "optimizer"} <= _items(distilled)
+    size = lambda w: sum(p.stat().st_size for p in (w / "checkpoints").rglob("*") if p.is_file())
+    assert size(distilled) < size(trained)
+    assert "frozen/base/" in (distilled / "shardings.txt").read_text()
+
+
+@pytest.mark.parametrize("changes", [{}, {"train": "all"}], ids=["lora", "all"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    distilled, tmp_path, post_arguments, one_device, changes
+):
+    expected = distilled
+    if changes:
+        expected = tmp_path / "whole"
+        assert train.main(post_arguments(expected, **changes)) == 0
+    assert train.main(post_arguments(tmp_path / "run", "--stop_at=2", **changes)) == 0
+    assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
+    one, two = (_stored(w) for w in (expected, tmp_path / "run"))
+    assert one.keys() == two.keys()
+    for path, value in one.items():
+        np.testing.assert_array_equal(two[path], value, err_msg=path)
+    assert stored_meta(expected / "checkpoints")["counters"] == stored_meta(tmp_path / "run/checkpoints")["counters"]
+
+
+def _stored(workdir, step=4):
+    folder = workdir / "checkpoints" / str(step)
+    return {f"{item}/{k}": v for item in ("params", "fast", "slow") for k, v in OrbaxParams(folder, item).items()}
+
+
+@pytest.fixture
+def copied(distilled, trained, tmp_path):
+    """The distilled run, whose base has gone; a copy of the base stands elsewhere."""
+    meta = json.loads((distilled / "checkpoints/4/meta/metadata").read_text())
+    shutil.copytree(distilled, tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "base")
+    meta["base"]["path"] = str(tmp_path / "gone")
+    (tmp_path / "run/checkpoints/4/meta/metadata").write_text(json.dumps(meta))
+    return tmp_path / "run", tmp_path / "base"
+
+
+def test_a_base_that_moved_is_named_by_base_in_whatever_format(copied, post_arguments, one_device, tmp_path):
+    workdir, base = copied
+    with pytest.raises(ConfigError, match="the base has moved: name its new place with --base"):
+        train.main(post_arguments(workdir, steps=5))
+    with pytest.raises(ConfigError, match="gone is not there: name its new place with --base"):
+        Pipeline(workdir)
+    # The same weights in another format are the same base.
+    assert convert.main(["convert", f"--from={base}", f"--to={tmp_path}/converted"]) == 0
+    assert train.main(post_arguments(workdir, f"--base={tmp_path}/converted", steps=5)) == 0
+    assert stored_meta(workdir / "checkpoints")["base"]["path"] == str(tmp_path / "converted")
+
+
+def test_a_changed_base_is_refused_when_resumed_or_sampled(distilled, tmp_path, post_arguments, one_device, arguments):
+    other = tmp_path / "other"
+    assert train.main(arguments(other, steps=1, seed=9, eval__views="()", eval__images="()")) == 0
+    with pytest.raises(
+        ConfigError, match=r"has content [0-9a-f]{16}, but this run was trained on [0-9a-f]{16} \(then at"
+    ):
+        Pipeline(distilled, base=other)
+    shutil.copytree(distilled, tmp_path / "run")
+    with pytest.raises(ConfigError, match="the base has changed"):
+        train.main(post_arguments(tmp_path / "run", f"--base={other}", steps=5))
+
+
+def test_sampling_adds_the_adapters_by_their_scale(distilled, trained, one_device):
+    captions = ["a handwritten digit seven"]
+    draw = lambda p: p(captions, steps=2, num=8)
+    base, teacher = Pipeline(distilled, lora_scale=0.0), Pipeline(trained)
+    # The base is bfloat16: equal but for its rounding.
+    assert np.abs(draw(base).astype(int) - draw(teacher)).max() <= 8
+    whole, strong = Pipeline(distilled), Pipeline(distilled, lora_scale=1.5)
+    assert np.abs(draw(whole).astype(int) - draw(base)).max() > 8
+    assert np.abs(draw(strong).astype(int) - draw(whole)).max() > 2
+    with pytest.raises(ValueError, match="base and lora_scale are for runs that trained adapters"):
+        Pipeline(trained, lora_scale=1.5)
+
+
+def test_the_sample_command_takes_scale_and_base(distilled, trained, tmp_path, one_device, capfd):
+    out = tmp_path / "x.png"
+    argv = [
+        "sample",
+        f"--workdir={distilled}",
+        "--prompt=a handwritten digit two",
+        "--steps=1",
+        "--num=2",
+        f"--out={out}",
+    ]
+    assert sample.main([*argv, "--lora_scale=1.25", f"--base={trained}"]) == 0
+    assert out.is_file()
+    for extra, message in (
+        (["--lora_scale=1", "--lora_scale=2"], "a workdir has one set of adapters"),
+        (["--lora=x.safetensors"], "--lora goes with --checkpoint"),
+    ):
+        with pytest.raises(command.UsageError, match=message):
+            sample.main([*argv, *extra])
+
+
+def _modules(path, view="slow"):
+    (network,) = (m.config for m in open_models(path, view))
+    return open_lora(path, network, view)[0]
+
+
+def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, trained, tmp_path, capfd):
+    modules = _modules(distilled)
+    network = open_models(distilled)[0].config
+    source = ["convert", f"--from={distilled}", "--view=slow"]
+    for name, form in (("peft", "diffusers"), ("comfy", "comfy")):
+        assert convert.main([*source, f"--to={tmp_path}/{name}.safetensors", f"--format={form}"]) == 0
+        back, _ = open_lora(tmp_path / f"{name}.safetensors", network)
+        assert back.keys() == modules.keys()
+        for module, f in modules.items():
+            g = back[module]
+            product = lambda x: x.scale * x.up.astype("f") @ x.down.astype("f")
+            np.testing.assert_allclose(product(g), product(f), rtol=1e-5, atol=1e-7, err_msg=module)
+    assert convert.main([*source, f"--to={tmp_path}/merged", "--merged"]) == 0
+    (merged,) = open_models(tmp_path / "merged")
+    (base,) = open_models(trained)
+    changed = [k for k in base.params if not np.array_equal(base.params[k], merged.params[k])]
+    assert set(changed) == {k for k in base.params if k.endswith("/kernel")}
+    other = ["convert", f"--from={trained}", f"--lora={distilled}", f"--to={tmp_path}/again"]
+    assert convert.main(other) == 0
+    (again,) = open_models(tmp_path / "again")
+    assert all(np.array_equal(again.params[k], merged.params[k]) for k in merged.params)
+    views = [_modules(distilled, v) for v in ("online", "fast")]
+    assert not np.array_equal(*(next(iter(m.values())).up for m in views))
+    with pytest.raises(command.UsageError, match="--merged goes with one --from, the workdir of a run that trained"):
+        convert.main(["convert", f"--from={trained}", f"--to={tmp_path}/x", "--merged"])
+
+
+def test_a_lora_is_where_training_goes_on_from(distilled, trained, tmp_path, post_arguments, one_device, capfd):
+    still = {"optimizer__learning_rate": 1e-30, "steps": 1}
+    ours, peft = tmp_path / "ours", tmp_path / "peft"
+    assert train.main(post_arguments(ours, init_from=str(distilled), **still)) == 0
+    assert f"adapters start from {distilled}" in capfd.readouterr().err
+    assert stored_meta(ours / "checkpoints")["base"] == stored_meta(distilled / "checkpoints")["base"]
+    file = tmp_path / "lora.safetensors"
+    assert convert.main(["convert", f"--from={distilled}", f"--to={file}", "--format=diffusers"]) == 0
+    assert train.main(post_arguments(peft, init_from=str(file), base=str(trained), **still)) == 0
+    expected = {k: v for k, v in _stored(distilled).items() if k.startswith("slow/")}
+    for workdir in (ours, peft):
+        params = _stored(workdir, 1)
+        for path, value in expected.items():
+            actual = params[path.replace("slow/", "params/", 1)]
+            np.testing.assert_allclose(actual, value, rtol=1e-6, atol=1e-9, err_msg=path)
+
+
+def test_a_lora_teacher_is_a_second_set_of_adapters(distilled, trained, tmp_path, post_arguments, one_device):
+    still = {"optimizer__learning_rate": 1e-30, "steps": 1}
+    assert train.main(post_arguments(tmp_path / "run", teacher_lora=str(distilled), **still)) == 0
+    params = _stored(tmp_path / "run", 1)
+    for path, value in _stored(distilled).items():
+        if path.startswith("slow/"):
+            np.testing.assert_allclose(params[path.replace("slow/", "params/", 1)], value, rtol=1e-6, atol=1e-9)
+    # What is exported is relative to the bare base.
+    assert stored_meta(tmp_path / "run/checkpoints")["base"]["path"] == str(trained)
+
+
+@pytest.fixture(scope="module")
+def lora_files(distilled, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    assert convert.main(["convert", f"--from={distilled}", f"--to={folder}/all.safetensors", "--format=diffusers"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": ""}, "train=lora needs pretrained weights: set init_from"),
+        ({"init_from": "/nowhere"}, "init_from=/nowhere is not there"),
+        ({"model__double_blocks": 1}, "double_blocks: 2 -> 1"),
+        ({"init_from": "LORA"}, "is a LoRA that does not know its base: name it with base"),
+        ({"init_from": "LORA", "base": "TRAINED", "lora__rank": 4}, r"has rank 3, but lora\.rank is 4"),
+        ({"init_from": "LORA", "base": "TRAINED", "lora__paths": ".*qkv"}, r"adapts other layers than lora\.paths"),
+        ({"teacher_lora": "LORA", "lora__paths": ".*qkv"}, "it also has double_blocks/img_attn_out"),
+        ({"train": "all", "init_from": "LORA"}, "is a LoRA, but train=all"),
+        ({"train": "all", "teacher_share": 0.0, "base": "TRAINED"}, "but nothing is frozen: set train=lora"),
+        ({"jumps": 3}, "jumps is 3, but must be an even number"),
+        ({"jumps": 64}, "teacher_grid is 32, but must be a multiple of jumps=64"),
+        ({"jumps": 6}, "teacher_grid is 32, but must be a multiple of jumps=6"),
+        ({"student_steps": "(1,2,32)"}, "student_steps has 32, whose targets take 64 steps"),
+        ({"guidance": "(0.0,7.5)"}, "tiny has no guidance embedding to be told it"),
+        ({"guide": "both"}, "guide=both needs a range of scales"),
+        ({"guide": "teacher", "guidance": "(1.0,4.0)"}, "guide=teacher needs a guidance embedding: set model.guidance"),
+        ({"guide": "both", "guidance": "(1.0,4.0)", "model__guidance": True}, "set model.guidance=false"),
+        ({"lora__paths": "*"}, r"lora\.paths is '\*', which is not a regular expression"),
+        ({"lora__rank": 0}, r"lora\.rank is 0, but must be at least 1"),
+        ({"objective": "shortcut", "teacher_share": 0.0}, "objective=shortcut has a step-size embedding"),
+        ({"objective": "flow"}, "has no rows to learn from a teacher"),
+        ({"ema__restart_every": 5, "ema__restart_auto": True}, "choose one of them"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_anything_is_compiled(
+    changes, message, lora_files, trained, tmp_path, post_arguments, one_device
+):
+    places = {"LORA": str(lora_files / "all.safetensors"), "TRAINED": str(trained)}
+    changes = {k: places.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}
+    argv = post_arguments(tmp_path / "run", **changes)
+    argv = [a for a in argv if a != "--config.init_from="]
+    with pytest.raises(ConfigError, match=message) as raised:
+        train.main(argv)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_images_are_repeated_and_said(tmp_path, post_arguments, one_device, capfd):
+    assert train.main(post_arguments(tmp_path / "run", data__limit=10, steps=1)) == 0
+    assert "10 images for 32 rows a step: each is repeated, with noise of its own" in capfd.readouterr().err
+
+
+def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one_device, capfd):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from tests.helpers import POST_TRAINING, tiny_config\n\n\n"
+        "def get_config():\n"
+        f"    return tiny_config(**POST_TRAINING | {{'init_from': {str(tmp_path / 'teacher')!r}}})\n\n\n"
+        "def get_teacher_config():\n"
+        "    return tiny_config(objective='flow', steps=2)\n"
+    )
+    argv = ["train", f"--config={config}", f"--config.data.dir={data_dir}", f"--workdir={tmp_path}/run"]
+    assert train.main(argv) == 0
+    told = capfd.readouterr().err
+    assert f"init_from={tmp_path}/teacher is not there: training the teacher first" in told
+    assert max(Checkpoints(tmp_path / "teacher/checkpoints", read_only=True).steps()) == 2
+    assert f"base: slow weights of step 2 in {tmp_path}/teacher" in told
+    shutil.rmtree(tmp_path / "run")
+    assert train.main(argv) == 0
+    assert "training the teacher first" not in capfd.readouterr().err
+
+
+def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path, post_arguments, one_device, capfd):
+    changes = {"guide": "teacher", "guidance": "(1.0,4.0)", "model__guidance": True}
+    assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
+    told = capfd.readouterr().err
+    assert "guidance_in start from scratch: the checkpoint has no such embedding" in told
+    assert "a self row is evaluated 1 times with a gradient, and 2 + 1 times without" in told
+    draw = lambda pipeline, g: pipeline("a handwritten digit two", steps=2, num=4, guidance=g).astype(int)
+    base, student = (Pipeline(tmp_path / "run", lora_scale=s) for s in (0.0, 1.0))
+    assert np.array_equal(draw(base, 1.0), draw(base, 4.0))  # the embedding's output starts at zero
+    assert not np.array_equal(draw(student, 1.0), draw(student, 4.0))
+    # Merged weights hold the embedding, and are the same function.
+    assert convert.main(["convert", f"--from={tmp_path}/run", "--merged", f"--to={tmp_path}/merged"]) == 0
+    (merged,) = open_models(tmp_path / "merged")
+    assert merged.config.guidance and np.any(merged.params["guidance_in/out_layer/kernel"])
+
+
+def test_the_report_judges_the_teacher_beside_the_student(tmp_path, post_arguments, one_device):
+    changes = {"eval__views": "('teacher','slow')", "eval__images": "(20,20)", "steps": 1}
+    assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
+    report = (tmp_path / "run/report.md").read_text()
+    assert "| teacher (20)" in report and "| slow (20)" in report and "in adapters" in report
+
+
+@pytest.fixture
+def reference(distilled, trained, tmp_path):
+    """Diffusers' transformer: the exported teacher with the exported adapters."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    argv = ["convert", f"--from={trained}", f"--to={tmp_path}/teacher", "--format=diffusers", "--dtype=bfloat16"]
+    assert convert.main(argv) == 0
+    assert (
+        convert.main(["convert", f"--from={distilled}", f"--to={tmp_path}/lora.safetensors", "--format=diffusers"]) == 0
+    )
+    model = FluxTransformer2DModel.from_pretrained(tmp_path / "teacher", torch_dtype=torch.float32)
+    model.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors")
+    return model.eval()
+
+
+def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffusers(
+    distilled, reference, one_device, highest_precision
+):
+    import torch
+
+    pipeline = Pipeline(distilled, max_steps=4)
+    captions, steps = ["a handwritten digit seven", "a handwritten digit two"], 4
+    condition = pipeline.generate._condition(captions, 1.0)
+    height, width = pipeline._assembly.latent_size
+    noise = np.array(draw_noise(0, 0, len(captions), pipeline._assembly.model, height, width))
+    times = np.asarray(sampling_grid(steps, steps))
+    x = torch.from_numpy(noise)
+    with torch.no_grad():
+        for t, after in itertools.pairwise(times):
+            (v,) = reference(
+                hidden_states=x,
+                encoder_hidden_states=torch.from_numpy(np.array(condition.txt_BMT)),
+                pooled_projections=torch.from_numpy(np.array(condition.vec_BV)),
+                timestep=torch.full((len(captions),), float(t)),
+                img_ids=torch.from_numpy(np.array(image_ids(height, width))),
+                txt_ids=torch.from_numpy(np.array(text_ids(condition.txt_BMT.shape[1]))),
+                return_dict=False,
+            )
+            x = x - float(t - after) * v
+    sampler = jax.jit(make_sampler(pipeline._assembly.model, height, width, steps))
+    sampled = lambda weights: patchify(sampler(weights, jnp.asarray(noise), condition, steps))
+    ours = sampled(pipeline.params)
+    assert relative(ours, x.numpy()) <= 1e-4
+    assert relative(sampled(pipeline.params.base), x.numpy()) >= 20e-4
