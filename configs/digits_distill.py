@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     c.init_from = "runs/digits-teacher"
     c.lora.rank, c.lora.alpha = 16, 16.0
     c.teacher_share, c.teacher_grid = 0.4, 32
-    c.rows.self_rows, c.rows.flow_rows = 1, 0
-    c.student_steps = (1, 2, 3, 4, 6, 8, 12, 16)
+    c.rows.self_rows, c.rows.flow_rows = 3, 1
+    c.student_weights = (1.0, 1.25, 1.7, 1.6, 1.9, 1.8, 2.3, 2.3)
     c.steps = 600
     c.batch_size = 128
     c.model.preset = "digits"
