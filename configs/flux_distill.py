@@ -10,7 +10,7 @@ Data:     images that FLUX.1 dev made itself (32 steps, guidance 3.5), prepared 
 
 What a device needs can be seen without one:
 
-    python -m shortcut_jax.train --config=configs/flux_distill.py --dry_run --target=cpu:1 --device_memory_gb=80
+    python -m shortcut_jax.train --config=configs/flux_distill.py --dry_run --target=gpu:h100:1x1 --device_memory_gb=80
 """
 
 from ml_collections import ConfigDict

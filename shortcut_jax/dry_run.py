@@ -1,7 +1,9 @@
 """`train --dry_run`: compiles the exact train step on abstract arrays, for devices that need not exist."""
 
 import math
+import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +24,8 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
 
     Args:
       settings: of the run.
-      target: `cpu:N` for N simulated devices; None for the devices that are there.
+      target: `cpu:N` for N simulated devices, `gpu:h100:NODESxGPUS` for GPUs that need not be there; None for the
+        devices that are there.
       limit_gb: memory of a device in 1e9 bytes, or None.
 
     Returns:
@@ -32,12 +35,8 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
       UsageError: a target that is not known.
       ConfigError: settings and devices do not go together.
     """
-    if target is not None:
-        platform, _, count = target.partition(":")
-        if platform != "cpu" or not count.isdigit() or int(count) < 1:
-            raise UsageError(f"--target={target}, but must be cpu:N with N at least 1, such as cpu:8")
-        distributed.simulate_devices(int(count))
-    assembly = Assembly(settings)
+    devices = None if target is None else _devices(target)
+    assembly = Assembly(settings, devices)
     shapes = assembly.state_shapes
     parameters = count_parameters(assembly.network_shapes)
     shards = assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor
@@ -67,10 +66,11 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     _print_row("arguments a device", f"{memory.argument_size_in_bytes / GB:.2f} GB")
-    upper = " (XLA:CPU; an upper estimate for other platforms)" if jax.default_backend() == "cpu" else ""
+    platform = distributed.platform_of(assembly.mesh.devices.flat[0])
+    upper = " (XLA:CPU widens bfloat16: an upper estimate for other platforms)" if platform == "cpu" else ""
     _print_row("temporaries a device", f"{memory.temp_size_in_bytes / GB:.2f} GB{upper}")
     kinds = count_kinds(partitioned or compiled.as_text())
-    where = "right after partitioning" if partitioned else f"in the final program for {jax.default_backend()}"
+    where = "right after partitioning" if partitioned else f"in the final program for {platform}"
     _print_row("collectives", (", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none") + f" ({where})")
     _print_row("time", f"lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s")
     if limit_gb is None:
@@ -78,6 +78,21 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
     fits = total <= limit_gb * GB
     _print_row("memory", f"{total / GB:.2f} GB of {limit_gb:g} GB a device: {'fits' if fits else 'does not fit'}")
     return 0 if fits else 1
+
+
+def _devices(target: str) -> Sequence[Any]:
+    """The devices of a target. Raises UsageError for one that is not known, or cannot be compiled for here."""
+    gpus = re.fullmatch(rf"gpu:({'|'.join(distributed.GPUS)}):([1-9]\d*)x([1-9]\d*)", target)
+    if gpus:
+        try:
+            return distributed.described_gpus(gpus[1], int(gpus[2]), int(gpus[3]))
+        except ImportError as error:
+            raise UsageError(f"--target={target}: {error}; pip install '.[cuda]' (no GPU is needed)") from error
+    if not re.fullmatch(r"cpu:[1-9]\d*", target):
+        kinds = ", ".join(f"gpu:{name}:NODESxGPUS" for name in distributed.GPUS)
+        raise UsageError(f"--target={target}, but must be cpu:N with N at least 1, such as cpu:8, or {kinds}")
+    distributed.simulate_devices(int(target.removeprefix("cpu:")))
+    return jax.devices()
 
 
 def _kinds(state: TrainState) -> dict[str, int]:

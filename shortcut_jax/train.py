@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("stop_at", None, "Stop after this step, as if interrupted.", flag_values=values)
     flags.DEFINE_string("base", None, "Frozen base of the run, where it has moved.", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "Only compile the step and print what it needs.", flag_values=values)
-    flags.DEFINE_string("target", None, "Devices of a dry run, as cpu:8.", flag_values=values)
+    flags.DEFINE_string("target", None, "Devices of a dry run: cpu:8, gpu:h100:1x8.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["config"])
     if options.base is not None:

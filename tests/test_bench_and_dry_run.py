@@ -1,7 +1,11 @@
+import dataclasses
 import functools
+import importlib.util
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +108,7 @@ def test_targets_are_checked(capfd):
     for argv, pattern in (
         (["--dry_run", "--target=gpu:8"], "must be cpu:N"),
         (["--dry_run", "--target=cpu:0"], "must be cpu:N"),
+        (["--dry_run", "--target=gpu:h100:1"], "or gpu:h100:NODESxGPUS"),
         (["--target=cpu:8"], "go with --dry_run"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -122,14 +127,39 @@ def test_a_dry_run_for_other_devices_exits_by_their_memory(limit, code, word):
     assert f"of {limit} GB a device: {word}" in done.stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="the plugin is there")
+def test_a_gpu_target_says_what_to_install():
+    with pytest.raises(command.UsageError, match=r"pip install '\.\[cuda\]' \(no GPU is needed\)"):
+        dry_run.run(from_config(tiny_config()), "gpu:h100:1x8", None)
+
+
+@pytest.mark.slow
+def test_distillation_of_flux_tells_its_bytes_by_kind(capsys, one_device):
+    settings = from_config(_config("flux_distill"))
+    shallow = dataclasses.replace(settings.model, double_blocks=1, single_blocks=1)
+    settings = dataclasses.replace(settings, model=shallow)
+    dry_run.run(settings, None, None)
+    out = capsys.readouterr().out
+    size = lambda name: float(re.search(rf"{name} +([\d.]+) GB", out)[1])
+    count = lambda name: int(re.search(rf"{name} +([\d,]+)", out)[1].replace(",", ""))
+    parameters, adapters = count("parameters"), count("adapters")
+    assert size("frozen base") == pytest.approx(2 * parameters / 1e9, abs=0.01)
+    assert size("trained weights") == pytest.approx(4 * adapters / 1e9, abs=0.01)
+    assert size("moments") == size("fast and slow EMA") == pytest.approx(8 * adapters / 1e9, abs=0.01)
+
+
+def _config(name):
+    return runpy.run_path(f"configs/{name}.py")["get_config"]()
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_can_be_resolved(path):
+    from_config(_config(path.stem))
+
+
 @pytest.mark.slow
 def test_the_pod_config_compiles_for_eight_devices_at_twenty_bytes_a_parameter(capsys):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("flux_pretrain", "configs/flux_pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    settings = from_config(module.get_config())
+    settings = from_config(_config("flux_pretrain"))
     assert dry_run.run(settings, None, 80.0) == 0
     out = capsys.readouterr().out
     assert "11,891,178,560" in out
