@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shortcut_jax import train
-from shortcut_jax.data.records import open_source, to_latents
+from shortcut_jax.data.records import DataSettings, open_source, to_latents
 from shortcut_jax.report import grid_captions, make_reference, markdown
 from shortcut_jax.sample import Pipeline
 
@@ -46,13 +46,12 @@ def main():
     options = parser.parse_args()
     stops = [options.steps * k // 4 for k in range(1, 5)]
     students = {g: [] for g in ("teacher", "targets")}
-    captions = None
+    source = open_source(DataSettings())
+    captions = grid_captions((), make_reference(source).captions, options.images)
+    draw = lambda p, n, scale: p.generate(p.params, captions, n, guidance=scale)
     for guide, cells in students.items():
         for stop in stops:
             pipeline = _trained(guide, stop, options)
-            source = open_source(pipeline.settings.data)
-            captions = captions or grid_captions((), make_reference(source).captions, options.images)
-            draw = lambda p, n, scale: p.generate(p.params, captions, n, guidance=scale)
             cells.append(saturation(draw(pipeline, options.count, options.scale)))
             print(f"guide={guide}, step {stop}: {cells[-1]}", flush=True)
     teacher = Pipeline(options.teacher, max_steps=32, batch_size=256)

@@ -12,9 +12,12 @@ from PIL import Image
 from shortcut_jax import TextToImage, command, sample
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.weights.lora_files import to_peft
 from tests.flux_pipeline import convert_pipeline, make_pipeline
 from tests.helpers import relative
+from tests.weights.lora_cases import random_modules
 
 PROMPTS = ["a red cat with a small dog", "a photo of zebras"]
 HEIGHT, WIDTH, STEPS, TEXT_TOKENS = 24, 40, 4, 32
@@ -283,3 +286,40 @@ def test_bad_input_to_the_command_is_one_clear_line(converted_folder, pipeline_f
     assert "text_tokens is 0" in fails(good, "--text_tokens=0")
     assert "no is not there" in fails(f"--checkpoint={tmp_path}/no")
     assert "is no converted folder" in fails(f"--checkpoint={pipeline_folder}")
+
+
+def test_adapters_are_added_by_their_strengths(converted_folder, tmp_path):
+    base = TextToImage(converted_folder, devices=jax.devices()[:1])
+    flux = base.models["flux"]
+    shapes = {k: spec.shape for k, spec in flux.specs.items()}
+    files = [tmp_path / f"{k}.safetensors" for k in range(2)]
+    for seed, file in enumerate(files):
+        exported.write_tensors(file, *to_peft(random_modules(shapes, seed=seed)))
+    kernel = lambda t2i: np.asarray(t2i.models["flux"].params["single_blocks/mlp_in/kernel"])
+    of = lambda *loras: kernel(TextToImage(converted_folder, devices=jax.devices()[:1], loras=loras))
+    plain, one, two = kernel(base), of((files[0], 1.0)), of((files[1], 1.0))
+    assert relative(one, plain) > 0.1
+    np.testing.assert_allclose(of((files[0], 0.0)), plain, atol=1e-6)
+    np.testing.assert_allclose(of((files[0], 1.25)) - plain, 1.25 * (one - plain), atol=1e-5)
+    both = of((files[0], 0.5), (files[1], -0.25))
+    np.testing.assert_allclose(both - plain, 0.5 * (one - plain) - 0.25 * (two - plain), atol=1e-5)
+    with pytest.raises(ConvertedError, match="is not there"):
+        of((tmp_path / "nowhere", 1.0))
+
+
+def test_the_command_takes_several_adapters(converted_folder, tmp_path, capfd):
+    base = TextToImage(converted_folder, devices=jax.devices()[:1])
+    shapes = {k: spec.shape for k, spec in base.models["flux"].specs.items()}
+    exported.write_tensors(tmp_path / "a.safetensors", *to_peft(random_modules(shapes)))
+    argv = [
+        "sample",
+        f"--checkpoint={converted_folder}",
+        "--prompt=a red cat",
+        f"--height={HEIGHT}",
+        f"--width={WIDTH}",
+    ]
+    argv += [f"--out={tmp_path}/x.png", "--steps=1", *[f"--lora={tmp_path}/a.safetensors"] * 2]
+    with pytest.raises(command.UsageError, match="--lora is given 2 times, --lora_scale 1"):
+        sample.main([*argv, "--lora_scale=1.25"])
+    assert sample.main([*argv, "--lora_scale=1.25", "--lora_scale=0.5"]) == 0
+    assert "with 1.25 x a.safetensors with 0.5 x a.safetensors" in capfd.readouterr().err
