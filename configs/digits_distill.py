@@ -20,13 +20,15 @@ def get_config() -> ConfigDict:
     c.init_from = "runs/digits-teacher"
     c.lora.rank, c.lora.alpha = 16, 16.0
     c.teacher_share, c.teacher_grid = 0.4, 32
-    c.rows.self_rows, c.rows.flow_rows = 3, 1
+    c.rows.self_rows, c.rows.flow_rows = 1, 0
     c.student_weights = (1.0, 1.25, 1.7, 1.6, 1.9, 1.8, 2.3, 2.3)
+    c.shift.low, c.shift.high = 0.7, 1.4
     c.steps = 600
     c.batch_size = 128
     c.model.preset = "digits"
     c.mesh.data, c.mesh.fsdp = -1, 1
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.schedule = "cosine"
     c.optimizer.b2 = 0.99
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 10.0
