@@ -76,3 +76,13 @@ def test_images_keep_their_captions(source):
     for i in range(64):
         row = samples[i]
         np.testing.assert_array_equal(row.txt_BMT, ENCODE(by_image[row.latents_BhwC.tobytes()])[0])
+
+
+def test_a_limit_trains_on_the_first_records_only_and_repeats_them(source):
+    samples = make_samples(source, ENCODE, 0.0, seed=0, limit=10)
+    (batch,) = batches(samples, np.arange(G), G, 0, 1)
+    known = [to_latents(source[i]["image"]) for i in range(10)]
+    found = [next(i for i, image in enumerate(known) if np.array_equal(image, x)) for x in batch.latents_BhwC]
+    assert sorted(set(found)) == list(range(10))
+    counts = np.bincount(found)
+    assert counts.max() - counts.min() <= 1

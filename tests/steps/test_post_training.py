@@ -188,3 +188,16 @@ def test_a_restart_is_a_step_of_the_run_and_is_counted(every):
     assert int(metrics["ema_restarts"]) == sum(restarted) > 0
     assert restarted == [0, 1, 0, 1] or not every
     assert ("ema_staleness" in metrics) == (not every)
+
+
+def test_the_gradient_of_the_frozen_base_is_not_computed():
+    def counted(**changes):
+        # Unrolled, so that XLA counts each block.
+        changes |= {"objective": "flow", "model__preset": "digits", "model__scan_unroll": 2, "lora__rank": 1}
+        assembly = tiny_assembly(**changes)
+        compiled = assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes).compile()
+        return compiled.cost_analysis()["flops"], assembly.flops
+
+    (full, full_model), (lora, lora_model) = counted(), counted(train="lora", init_from="given")
+    assert lora_model / full_model == pytest.approx(2 / 3)
+    assert lora / full == pytest.approx(2 / 3, abs=0.03)
