@@ -317,12 +317,14 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     """Tells what is about to run."""
     s, cfg = assembly.settings, assembly.model
     millions = lambda tree: f"{count_parameters(tree) / 1e6:.1f} M"
-    adapters = f", {millions(assembly.state_shapes.params)} in adapters of rank {s.lora.rank}" * (s.train == "lora")
+    trained = f" in {cfg.param_dtype}"
+    if s.train == "lora":
+        trained = f" frozen in bfloat16, {millions(assembly.state_shapes.params)} in adapters of rank {s.lora.rank}"
     kind = assembly.mesh.devices.flat[0].device_kind
     say(
-        f"{s.objective} · {s.model.preset}, {millions(assembly.network_shapes)} parameters{adapters} in "
-        f"{cfg.param_dtype}, computing in {cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows "
-        f"a step, {assembly.flops / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
+        f"{s.objective} · {s.model.preset}, {millions(assembly.network_shapes)} parameters{trained}, "
+        f"computing in {cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows a step, "
+        f"{assembly.flops / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
         + (f", resuming at step {start}" if start else "")
         + ("; all steps are done" if start >= s.steps else "; compiling the first step")
     )
