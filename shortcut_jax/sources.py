@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from shortcut_jax.core.fingerprint import fingerprint_of
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.clip import ClipText
@@ -24,7 +25,7 @@ from shortcut_jax.settings import Settings, complete
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
-from shortcut_jax.weights.params import Params, Spec, shapes_of, spec_of, specs_of
+from shortcut_jax.weights.params import Cast, Params, Spec, shapes_of, spec_of, specs_of
 from shortcut_jax.weights.rules import ConversionError, Converted, nest
 
 KINDS = ("flux", "vae", "clip", "t5")
@@ -75,6 +76,8 @@ def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 def open_models(path: Path, view: str = "slow", base: Path | None = None) -> list[Model]:
     """The models in a PyTorch checkpoint, a converted folder or a training workdir; nothing but headers is read.
+
+    The base of a workdir's adapters is read once, though, to see that it is the one they were trained on.
 
     Args:
       path: a file, or a folder.
@@ -142,13 +145,42 @@ def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
         raise ConvertedError(
             f"{workdir} holds adapters, and their base {path} is not there: name its place with --base"
         )
+    if path.resolve() == workdir.resolve():
+        raise ConvertedError(f"{workdir} cannot be the base of its own adapters: name the one it was trained on")
     given = next((m for m in open_models(path, run.settings.init_view) if m.kind == "flux"), None)
     if given is None:
         raise ConvertedError(f"the base {path} of {workdir} holds no Flux transformer")
     whole = _Completed(given.params, run)
+    _check_base(whole, run, workdir, path)
     modules, _ = open_lora(workdir, run.network, view)
     params = Merged(whole, modules, shapes_of(whole))
     return Model("flux", run.network, params, f"{origin}, merged into {given.origin}", (*given.notes, *run.notes))
+
+
+def _check_base(base: "_Completed", run: _Workdir, workdir: Path, path: Path) -> None:
+    """Compares a base with the one that adapters were trained on: first shapes, then every value, one tensor a time.
+
+    Raises:
+      ConvertedError: it is of another geometry, or its content is another.
+    """
+    from shortcut_jax.assemble import BASE_DTYPE
+
+    found, wanted = shapes_of(base), param_shapes("flux", run.network)
+    if found != wanted:
+        first = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        there, asked = (f"of shape {x[first]}" if first in x else "absent" for x in (found, wanted))
+        raise ConvertedError(
+            f"the base {path} is another network than the one that {workdir} was trained on: {first} is {there}, "
+            f"not {asked}: name the right one with --base"
+        )
+    held = Cast(base, np.dtype(BASE_DTYPE))
+    content, trained = fingerprint_of((name, held[name]) for name in held), (run.base or {}).get("hash")
+    if content != trained:
+        fresh = f"; {base.fresh} is drawn anew, which may round otherwise on other hardware" if base.fresh else ""
+        raise ConvertedError(
+            f"the base {path} has content {content}, but {workdir} was trained on {trained}: it has changed, or is "
+            f"another one{fresh}: name the right one with --base"
+        )
 
 
 class _Completed(Params):
@@ -162,6 +194,7 @@ class _Completed(Params):
         draw = jax.jit(lambda key: fresh_embeddings(run.network, key, names))
         fresh = flat_paths(draw(jax.random.key(run.settings.seed))) if names else {}
         self._base, self._fresh = base, {path: np.array(value) for path, value in fresh.items()}
+        self.fresh = " and ".join(names)
 
     def spec(self, name: str) -> Spec:
         """See `Params`."""
@@ -170,7 +203,7 @@ class _Completed(Params):
 
     def __getitem__(self, name: str) -> np.ndarray:
         value = self._fresh.get(name)
-        return self._base[name] if value is None else value
+        return self._base[name] if value is None else value.copy()  # a reader may change what it is given
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._base, *self._fresh))
