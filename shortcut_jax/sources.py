@@ -22,6 +22,7 @@ from shortcut_jax.runtime.identify import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
+from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
@@ -236,14 +237,15 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return Sampling(ShiftRule(dynamic=guided), length)
-    c, d = read_json(file), ShiftRule()
+    c, d = {k: v for k, v in read_json(file).items() if v is not None}, ShiftRule()
+    number = lambda name, default, kind=NUMBER: told(c, name, kind, default, str(file))
     rule = ShiftRule(
-        c.get("use_dynamic_shifting", False),
-        c.get("shift", d.shift),
-        c.get("base_shift", d.base_shift),
-        c.get("max_shift", d.max_shift),
-        c.get("base_image_seq_len", d.base_tokens),
-        c.get("max_image_seq_len", d.max_tokens),
+        number("use_dynamic_shifting", False, FLAG),
+        number("shift", d.shift),
+        number("base_shift", d.base_shift),
+        number("max_shift", d.max_shift),
+        number("base_image_seq_len", d.base_tokens, WHOLE),
+        number("max_image_seq_len", d.max_tokens, WHOLE),
     )
     return Sampling(rule, length)
 

@@ -165,3 +165,19 @@ def test_names_outside_the_models_of_a_file_are_refused_unless_known_to_be_of_no
     save(tmp_path / "x.safetensors", {**tensors, "x.encoder.embed_tokens.weight": np.ones((2, 2), "f")})
     with pytest.raises(ConversionError, match=r"in none of its models: x\.encoder\.embed_tokens\.weight"):
         open_pretrained(tmp_path / "x.safetensors")
+
+
+def test_missing_last_blocks_are_seen_by_the_config_beside_them(tmp_path, params):
+    tensors = to_torch(params, flux_diffusers.RULES)
+    last = {n for n in tensors if n.startswith("single_transformer_blocks.1.")}
+    save(tmp_path / "x.safetensors", {n: v for n, v in tensors.items() if n not in last})
+    (tmp_path / "config.json").write_text(json.dumps({**AXES, "num_single_layers": 2}))
+    with pytest.raises(ConversionError, match="says num_single_layers 2, but the checkpoint holds 1: it is incomplete"):
+        open_models(tmp_path)
+
+
+def test_a_config_that_is_not_utf_8_is_one_clear_line(tmp_path, params):
+    save(tmp_path / "x.safetensors", to_torch(params, flux_bfl.RULES))
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
+    with pytest.raises(ConversionError, match=r"config\.json is not JSON"):
+        open_models(tmp_path / "x.safetensors")
