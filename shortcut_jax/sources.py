@@ -1,14 +1,14 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from shortcut_jax.core.fingerprint import fingerprint_of
+from shortcut_jax.completed import Completed
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.clip import ClipText
@@ -26,7 +26,7 @@ from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
-from shortcut_jax.weights.params import Cast, Params, Spec, shapes_of, spec_of, specs_of
+from shortcut_jax.weights.params import Spec, shapes_of, specs_of
 from shortcut_jax.weights.rules import ConversionError, Converted, nest
 
 KINDS = ("flux", "vae", "clip", "t5")
@@ -151,71 +151,24 @@ def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
     given = next((m for m in open_models(path, run.settings.init_view) if m.kind == "flux"), None)
     if given is None:
         raise ConvertedError(f"the base {path} of {workdir} holds no Flux transformer")
-    whole = _Completed(given.params, run)
-    _check_base(whole, run, workdir, path)
+    whole = Completed(given.params, param_shapes("flux", run.network), run.network, run.settings.seed)
+    whole.check(str(path), str(workdir), (run.base or {}).get("hash"))
     modules, _ = open_lora(workdir, run.network, view)
     params = Merged(whole, modules, shapes_of(whole))
     return Model("flux", run.network, params, f"{origin}, merged into {given.origin}", (*given.notes, *run.notes))
 
 
-def _check_base(base: "_Completed", run: _Workdir, workdir: Path, path: Path) -> None:
-    """Compares a base with the one that adapters were trained on: first shapes, then every value, one tensor a time.
-
-    Raises:
-      ConvertedError: it is of another geometry, or its content is another.
-    """
-    from shortcut_jax.assemble import BASE_DTYPE
-
-    found, wanted = shapes_of(base), param_shapes("flux", run.network)
-    if found != wanted:
-        first = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        there, asked = (f"of shape {x[first]}" if first in x else "absent" for x in (found, wanted))
-        raise ConvertedError(
-            f"the base {path} is another network than the one that {workdir} was trained on: {first} is {there}, "
-            f"not {asked}: name the right one with --base"
-        )
-    held = Cast(base, np.dtype(BASE_DTYPE))
-    content, trained = fingerprint_of((name, held[name]) for name in held), (run.base or {}).get("hash")
-    if content != trained:
-        fresh = f"; {base.fresh} is drawn anew, which may round otherwise on other hardware" if base.fresh else ""
-        raise ConvertedError(
-            f"the base {path} has content {content}, but {workdir} was trained on {trained}: it has changed, or is "
-            f"another one{fresh}: name the right one with --base"
-        )
-
-
-class _Completed(Params):
-    """A base with the embeddings that it had not before training, drawn anew from the run's seed."""
-
-    def __init__(self, base: Mapping[str, np.ndarray], run: _Workdir):
-        from shortcut_jax.assemble import fresh_embeddings
-
-        wanted = param_shapes("flux", run.network)
-        names = sorted({path.split("/")[0] for path in wanted if path not in base and path.startswith("guidance_in/")})
-        draw = jax.jit(lambda key: fresh_embeddings(run.network, key, names))
-        fresh = flat_paths(draw(jax.random.key(run.settings.seed))) if names else {}
-        self._base, self._fresh = base, {path: np.array(value) for path, value in fresh.items()}
-        self.fresh = " and ".join(names)
-
-    def spec(self, name: str) -> Spec:
-        """See `Params`."""
-        value = self._fresh.get(name)
-        return spec_of(self._base, name) if value is None else Spec(value.dtype, value.shape)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        value = self._fresh.get(name)
-        return self._base[name] if value is None else value.copy()  # a reader may change what it is given
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self._base, *self._fresh))
-
-    def __len__(self) -> int:
-        return len(self._base) + len(self._fresh)
-
-
 def network_of(workdir: Path) -> FluxConfig:
     """The geometry of the network that a workdir's run trained."""
     return _read_workdir(workdir, "slow").network
+
+
+def bases_of(path: Path) -> list[Path]:
+    """The base of a workdir's adapters, and its base if that is such a workdir too."""
+    found: list[Path] = []
+    while (name := base_of(path)) is not None and (path := Path(name)) not in found:
+        found.append(path)
+    return found
 
 
 def base_of(path: Path) -> str | None:
@@ -271,16 +224,30 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
       view: of a workdir: `online`, `fast` or `slow`.
 
     Raises:
-      SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, or of another base.
+      SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, of another base, or none for Flux.
     """
+    shapes, notes = param_shapes("flux", base), tuple[str, ...]()
     if (path / RECORD).is_file():
-        stored = next((m for m in read_record(path)[0] if m.kind == "lora"), None)
-        if stored is None:
-            raise ConversionError(f"{path} holds no LoRA")
-        own = param_shapes("flux", stored.config.base)
-        return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own), ()
-    if (path / "checkpoints").is_dir():
-        return _workdir_lora(path, base, view)
+        modules = _converted_lora(path)
+    elif (path / "checkpoints").is_dir():
+        modules, notes = _workdir_lora(path, view)
+    else:
+        modules, notes = _read_lora(path, shapes)
+    if not modules:
+        raise ConversionError(f"{path} adapts no layer of the transformer{': ' if notes else ''}{'; '.join(notes)}")
+    check_lora(modules, shapes)
+    return modules, notes
+
+
+def _converted_lora(path: Path) -> Modules:
+    stored = next((m for m in read_record(path)[0] if m.kind == "lora"), None)
+    if stored is None:
+        raise ConversionError(f"{path} holds no LoRA")
+    own = param_shapes("flux", stored.config.base)
+    return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own)
+
+
+def _read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Modules, tuple[str, ...]]:
     tensors = open_tensors(path)
     if not is_lora(tensors):
         raise ConversionError(f"{path} holds no LoRA: its names have neither lora_A nor lora_down")
@@ -291,10 +258,10 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
         config = {k.removeprefix("transformer."): v for k, v in header.items()}
     elif beside.is_file():
         config = read_json(beside)
-    return read(tensors, param_shapes("flux", base), config)
+    return read(tensors, shapes, config)
 
 
-def _workdir_lora(path: Path, base: FluxConfig, view: str) -> tuple[Modules, tuple[str, ...]]:
+def _workdir_lora(path: Path, view: str) -> tuple[Modules, tuple[str, ...]]:
     run = _read_workdir(path, view)
     if run.settings.train != "lora":
         raise ConversionError(f"{path} holds no LoRA: its run trained all weights")
@@ -302,9 +269,7 @@ def _workdir_lora(path: Path, base: FluxConfig, view: str) -> tuple[Modules, tup
     record = {
         n: (lora.rank, lora.scale * lora.rank) for n, u, _ in expand(shapes) if f"{u.targets[-1]}/b" in run.params
     }
-    modules = unstack(dict(run.params), record, shapes)
-    check_lora(modules, param_shapes("flux", base))
-    return modules, run.notes
+    return unstack(dict(run.params), record, shapes), run.notes
 
 
 def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, convert
+from shortcut_jax.completed import Completed
 from shortcut_jax.core.fingerprint import fingerprint, fingerprint_of
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.presets import preset
@@ -68,6 +69,30 @@ def test_a_base_that_changed_at_its_place_is_refused(distilled, tmp_path, capfd)
     meta["base"]["path"] = str(_write(tmp_path / "base", preset("tiny")))
     file.write_text(json.dumps(meta))
     assert "base/flux.safetensors has content" in _merge_fails(capfd, tmp_path / "run", tmp_path / "x")
+
+
+def test_nothing_that_is_read_is_written_over_not_even_a_base_that_is_not_named(distilled, trained, tmp_path):
+    source = f"--from={distilled}"
+    for target in (trained, trained.parent, trained / "sub", distilled / "sub"):
+        with pytest.raises(command.UsageError, match="which is read, overlap: write somewhere else"):
+            convert.main(["convert", source, "--merged", f"--to={target}", "--overwrite"])
+    (tmp_path / "given").mkdir()
+    for option in ("base", "lora", "tokenizer"):
+        argv = ["convert", source, f"--{option}={tmp_path}/given", f"--to={tmp_path}/given/x"]
+        with pytest.raises(command.UsageError, match="which is read, overlap"):
+            convert.main(argv)
+
+
+def test_a_fresh_embedding_is_given_as_a_copy(distilled):
+    network = dataclasses.replace(network_of(distilled), guidance=True)
+    shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", network)).items()}
+    base = {k: np.zeros(v, np.float32) for k, v in shapes.items() if not k.startswith("guidance_in/")}
+    whole = Completed(base, shapes, network, 0)
+    name = "guidance_in/in_layer/kernel"
+    before = whole[name]
+    assert np.any(before) and whole.fresh == "guidance_in"
+    np.asarray(whole[name])[:] = 0
+    np.testing.assert_array_equal(whole[name], before)
 
 
 def test_the_hash_of_lazy_parameters_is_that_of_the_tree_and_holds_one_at_a_time():
