@@ -82,8 +82,9 @@ def parse(
 def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if len(error.args) == 1 else error).replace("\\n", "\n").replace("\\'", "'")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    line = " ".join(lines).split(" Other fields present")[0].strip("'\"")
-    if isinstance(error, KeyError | AttributeError):
+    line = " ".join(lines).split(" Other fields present")[0]
+    if isinstance(error, KeyError | AttributeError):  # whose messages come in quotes; others may end in one
+        line = line.strip("'\"")
         line = f"unknown config key: {line}"
     return line or type(error).__name__
 

@@ -34,7 +34,16 @@ from shortcut_jax.runtime.converted import (
 )
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.tokenizers import check_tokenizer, copy_tokenizer
-from shortcut_jax.sources import Model, holds_lora, network_of, open_lora, open_models, param_shapes, sampling_of
+from shortcut_jax.sources import (
+    Model,
+    bases_of,
+    holds_lora,
+    network_of,
+    open_lora,
+    open_models,
+    param_shapes,
+    sampling_of,
+)
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
@@ -218,9 +227,9 @@ def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path],
     """Refuses what would be lost, before anything is opened. Paths are resolved: a link may lead to a source."""
     if target.exists() and not overwrite:
         raise UsageError(f"{target} is there already: give another --to, or --overwrite")
-    for path in (*sources, *others):
-        inside = path in sources and path in target.parents
-        if target == path or target in path.parents or inside:
+    given = (*sources, *others)
+    for path in (*given, *(base.resolve() for place in given for base in bases_of(place))):
+        if target == path or target in path.parents or path in target.parents:
             raise UsageError(f"--to={target} and {path}, which is read, overlap: write somewhere else")
 
 

@@ -3,6 +3,7 @@
 With `--checkpoint=FOLDER` instead of a workdir it samples a converted pipeline.
 """
 
+import math
 import textwrap
 import time
 import types
@@ -159,6 +160,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--out={out}: end it in .png, .jpg or .webp")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out={out}: the folder {out.parent} is not there")
+    if not all(map(math.isfinite, options.lora_scale or ())):
+        raise UsageError(f"--lora_scale is {', '.join(map(str, options.lora_scale))}, but must be finite")
     distributed.initialize()
     if options.checkpoint is not None:
         return _sample_checkpoint(options, out)
@@ -214,6 +217,8 @@ def _sample_checkpoint(options: types.SimpleNamespace, out: Path) -> int:
         raise UsageError(str(error)) from error
     for model in pipeline.models.values():
         say(model.origin)
+        for note in model.notes:
+            say(f"note: {note}")
     say(f"{pipeline.guidance(options.guidance)}; computed in {pipeline.compute_dtype}")
     for line in pipeline.cuts(options.prompt, options.text_tokens):
         say(line)

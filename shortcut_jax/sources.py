@@ -1,13 +1,14 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from shortcut_jax.completed import Completed
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.clip import ClipText
@@ -21,10 +22,11 @@ from shortcut_jax.runtime.identify import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
+from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
-from shortcut_jax.weights.params import Params, Spec, shapes_of, spec_of, specs_of
+from shortcut_jax.weights.params import Spec, shapes_of, specs_of
 from shortcut_jax.weights.rules import ConversionError, Converted, nest
 
 KINDS = ("flux", "vae", "clip", "t5")
@@ -75,6 +77,8 @@ def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 def open_models(path: Path, view: str = "slow", base: Path | None = None) -> list[Model]:
     """The models in a PyTorch checkpoint, a converted folder or a training workdir; nothing but headers is read.
+
+    The base of a workdir's adapters is read once, though, to see that it is the one they were trained on.
 
     Args:
       path: a file, or a folder.
@@ -142,46 +146,29 @@ def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
         raise ConvertedError(
             f"{workdir} holds adapters, and their base {path} is not there: name its place with --base"
         )
+    if path.resolve() == workdir.resolve():
+        raise ConvertedError(f"{workdir} cannot be the base of its own adapters: name the one it was trained on")
     given = next((m for m in open_models(path, run.settings.init_view) if m.kind == "flux"), None)
     if given is None:
         raise ConvertedError(f"the base {path} of {workdir} holds no Flux transformer")
-    whole = _Completed(given.params, run)
+    whole = Completed(given.params, param_shapes("flux", run.network), run.network, run.settings.seed)
+    whole.check(str(path), str(workdir), (run.base or {}).get("hash"))
     modules, _ = open_lora(workdir, run.network, view)
     params = Merged(whole, modules, shapes_of(whole))
     return Model("flux", run.network, params, f"{origin}, merged into {given.origin}", (*given.notes, *run.notes))
 
 
-class _Completed(Params):
-    """A base with the embeddings that it had not before training, drawn anew from the run's seed."""
-
-    def __init__(self, base: Mapping[str, np.ndarray], run: _Workdir):
-        from shortcut_jax.assemble import fresh_embeddings
-
-        wanted = param_shapes("flux", run.network)
-        names = sorted({path.split("/")[0] for path in wanted if path not in base and path.startswith("guidance_in/")})
-        draw = jax.jit(lambda key: fresh_embeddings(run.network, key, names))
-        fresh = flat_paths(draw(jax.random.key(run.settings.seed))) if names else {}
-        self._base, self._fresh = base, {path: np.array(value) for path, value in fresh.items()}
-
-    def spec(self, name: str) -> Spec:
-        """See `Params`."""
-        value = self._fresh.get(name)
-        return spec_of(self._base, name) if value is None else Spec(value.dtype, value.shape)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        value = self._fresh.get(name)
-        return self._base[name] if value is None else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self._base, *self._fresh))
-
-    def __len__(self) -> int:
-        return len(self._base) + len(self._fresh)
-
-
 def network_of(workdir: Path) -> FluxConfig:
     """The geometry of the network that a workdir's run trained."""
     return _read_workdir(workdir, "slow").network
+
+
+def bases_of(path: Path) -> list[Path]:
+    """The base of a workdir's adapters, and its base if that is such a workdir too."""
+    found: list[Path] = []
+    while (name := base_of(path)) is not None and (path := Path(name)) not in found:
+        found.append(path)
+    return found
 
 
 def base_of(path: Path) -> str | None:
@@ -203,14 +190,15 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return Sampling(ShiftRule(dynamic=guided), length)
-    c, d = read_json(file), ShiftRule()
+    c, d = {k: v for k, v in read_json(file).items() if v is not None}, ShiftRule()
+    number = lambda name, default, kind=NUMBER: told(c, name, kind, default, str(file))
     rule = ShiftRule(
-        c.get("use_dynamic_shifting", False),
-        c.get("shift", d.shift),
-        c.get("base_shift", d.base_shift),
-        c.get("max_shift", d.max_shift),
-        c.get("base_image_seq_len", d.base_tokens),
-        c.get("max_image_seq_len", d.max_tokens),
+        number("use_dynamic_shifting", False, FLAG),
+        number("shift", d.shift),
+        number("base_shift", d.base_shift),
+        number("max_shift", d.max_shift),
+        number("base_image_seq_len", d.base_tokens, WHOLE),
+        number("max_image_seq_len", d.max_tokens, WHOLE),
     )
     return Sampling(rule, length)
 
@@ -236,16 +224,30 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
       view: of a workdir: `online`, `fast` or `slow`.
 
     Raises:
-      SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, or of another base.
+      SafetensorsError, ConversionError, ConvertedError: damaged, of another kind, of another base, or none for Flux.
     """
+    shapes, notes = param_shapes("flux", base), tuple[str, ...]()
     if (path / RECORD).is_file():
-        stored = next((m for m in read_record(path)[0] if m.kind == "lora"), None)
-        if stored is None:
-            raise ConversionError(f"{path} holds no LoRA")
-        own = param_shapes("flux", stored.config.base)
-        return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own), ()
-    if (path / "checkpoints").is_dir():
-        return _workdir_lora(path, base, view)
+        modules = _converted_lora(path)
+    elif (path / "checkpoints").is_dir():
+        modules, notes = _workdir_lora(path, view)
+    else:
+        modules, notes = _read_lora(path, shapes)
+    if not modules:
+        raise ConversionError(f"{path} adapts no layer of the transformer{': ' if notes else ''}{'; '.join(notes)}")
+    check_lora(modules, shapes)
+    return modules, notes
+
+
+def _converted_lora(path: Path) -> Modules:
+    stored = next((m for m in read_record(path)[0] if m.kind == "lora"), None)
+    if stored is None:
+        raise ConversionError(f"{path} holds no LoRA")
+    own = param_shapes("flux", stored.config.base)
+    return unstack(dict(OrbaxParams(stored.folder)), stored.config.modules, own)
+
+
+def _read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Modules, tuple[str, ...]]:
     tensors = open_tensors(path)
     if not is_lora(tensors):
         raise ConversionError(f"{path} holds no LoRA: its names have neither lora_A nor lora_down")
@@ -256,10 +258,10 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
         config = {k.removeprefix("transformer."): v for k, v in header.items()}
     elif beside.is_file():
         config = read_json(beside)
-    return read(tensors, param_shapes("flux", base), config)
+    return read(tensors, shapes, config)
 
 
-def _workdir_lora(path: Path, base: FluxConfig, view: str) -> tuple[Modules, tuple[str, ...]]:
+def _workdir_lora(path: Path, view: str) -> tuple[Modules, tuple[str, ...]]:
     run = _read_workdir(path, view)
     if run.settings.train != "lora":
         raise ConversionError(f"{path} holds no LoRA: its run trained all weights")
@@ -267,9 +269,7 @@ def _workdir_lora(path: Path, base: FluxConfig, view: str) -> tuple[Modules, tup
     record = {
         n: (lora.rank, lora.scale * lora.rank) for n, u, _ in expand(shapes) if f"{u.targets[-1]}/b" in run.params
     }
-    modules = unstack(dict(run.params), record, shapes)
-    check_lora(modules, param_shapes("flux", base))
-    return modules, run.notes
+    return unstack(dict(run.params), record, shapes), run.notes
 
 
 def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:

@@ -115,6 +115,8 @@ class TextToImage:
     def _add_lora(self, path: Path, strength: float) -> None:
         if not path.exists():
             raise ConvertedError(f"the LoRA {path} is not there")
+        if not np.isfinite(strength):
+            raise ValueError(f"the strength of {path} is {strength}, but must be finite")
         model = self.models["flux"]
         modules, notes = open_lora(path, model.config)
         scaled = {name: f._replace(alpha=f.alpha * strength) for name, f in modules.items()}

@@ -91,6 +91,41 @@ def trained(tmp_path_factory, arguments):
     return workdir
 
 
+LORA = {
+    "train": "lora",
+    "teacher_share": 0.4,
+    "rows__self_rows": 1,
+    "rows__flow_rows": 0,
+    "lora__rank": 3,
+    "lora__alpha": 6.0,
+    "optimizer__learning_rate": 0.05,
+    "eval__views": "()",
+    "eval__images": "()",
+}
+
+
+@pytest.fixture(scope="session")
+def post_arguments(arguments, trained):
+    def make(workdir, *extra, **changes):
+        values = {**LORA, "init_from": str(trained), **changes}
+        return arguments(workdir, *extra, **values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory, post_arguments):
+    """A workdir of four steps of post-training on the trained run."""
+    from shortcut_jax import train
+
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        device = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: device)
+        assert train.main(post_arguments(workdir)) == 0
+    return workdir
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
     """A small FluxPipeline with random weights, FLUX.1 dev in kind, as diffusers saves it."""

@@ -156,7 +156,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--direction", choices=("in", "out", "merge"), default="in")
     parser.add_argument("--double", type=int, default=3)
-    parser.add_argument("--single", type=int, default=6)
+    parser.add_argument("--single", type=int, default=8)
     parser.add_argument("--folder", default="/tmp/measure")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--memory-only", action="store_true")

@@ -201,7 +201,8 @@ def test_single_files_make_a_pipeline(pipeline_folder, converted_folder, tmp_pat
     small = dict(height=16, width=24, steps=2, text_tokens=16)
     one, two = (TextToImage(folder)("a red cat", **small) for folder in (tmp_path / "all", converted_folder))
     np.testing.assert_array_equal(one, two)
-    error = _fails(capfd, *sources, f"--tokenizer={tmp_path}", f"--to={tmp_path}/x")
+    (tmp_path / "empty").mkdir()
+    error = _fails(capfd, *sources, f"--tokenizer={tmp_path}/empty", f"--to={tmp_path}/x")
     assert "is no tokenizer of CLIP" in error
 
 

@@ -19,38 +19,6 @@ from shortcut_jax.sources import open_lora, open_models
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
 from tests.helpers import relative
 
-LORA = {
-    "train": "lora",
-    "teacher_share": 0.4,
-    "rows__self_rows": 1,
-    "rows__flow_rows": 0,
-    "lora__rank": 3,
-    "lora__alpha": 6.0,
-    "optimizer__learning_rate": 0.05,
-    "eval__views": "()",
-    "eval__images": "()",
-}
-
-
-@pytest.fixture(scope="module")
-def post_arguments(arguments, trained):
-    def make(workdir, *extra, **changes):
-        values = {**LORA, "init_from": str(trained), **changes}
-        return arguments(workdir, *extra, **values)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def distilled(tmp_path_factory, post_arguments):
-    """A workdir of four steps of post-training on the trained run."""
-    workdir = tmp_path_factory.mktemp("distilled") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        device = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *args: device)
-        assert train.main(post_arguments(workdir)) == 0
-    return workdir
-
 
 def _items(workdir, step=4):
     folder = workdir / "checkpoints" / str(step)

@@ -1,6 +1,7 @@
 """A content hash of parameters that does not depend on file format, mesh or order of summation."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,9 +37,30 @@ def fingerprint(tree: Any) -> str:
     Each value is hashed with its place, in 64 bits, and the hashes are added up as integers: devices hash what they
     hold. It guards against mistakes, not against an adversary.
     """
+    flat = flat_paths(tree)
+    sums = jax.device_get({path: _sums(x) for path, x in flat.items()})
+    return _digest({path: _line(path, x, sums[path]) for path, x in flat.items()})
+
+
+def fingerprint_of(leaves: Iterable[tuple[str, Any]]) -> str:
+    """The `fingerprint` of a tree whose leaves come one at a time, each with its path; none is kept."""
+    lines = {}
+    for path, x in leaves:
+        lines[path] = _line(path, x, jax.device_get(_sums(x)))
+        del x  # before the next one is made
+    return _digest(lines)
+
+
+def _sums(x: Array) -> list[Array]:
+    return [_leaf(x, seed) for seed in (1, 2)]
+
+
+def _line(path: str, x: Array, sums: Any) -> str:
+    return f"{path} {x.dtype} {tuple(x.shape)} {[int(np.asarray(part)) for part in sums]}\n"
+
+
+def _digest(lines: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    sums = {path: [_leaf(x, seed) for seed in (1, 2)] for path, x in flat_paths(tree).items()}
-    for path, parts in sorted(jax.device_get(sums).items()):
-        x = flat_paths(tree)[path]
-        digest.update(f"{path} {x.dtype} {tuple(x.shape)} {[int(np.asarray(p)) for p in parts]}\n".encode())
+    for path in sorted(lines):
+        digest.update(lines[path].encode())
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.weights import flux_bfl, flux_diffusers, text, vae
+from shortcut_jax.weights.entries import FLAG, LIST, NUMBER, WHOLE, told
 from shortcut_jax.weights.rules import ConversionError, Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,6 +24,35 @@ OTHER_CHANNELS = {
     128: "FLUX.1 Canny or Depth (latents and a control image)",
 }
 """Relatives of Flux by the width of their image input."""
+
+
+TOLD: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
+    "flux": {
+        "num_layers": (WHOLE, lambda c: c.double_blocks),
+        "num_single_layers": (WHOLE, lambda c: c.single_blocks),
+        "guidance_embeds": (FLAG, lambda c: c.guidance),
+        "num_attention_heads": (WHOLE, lambda c: c.heads),
+        "attention_head_dim": (WHOLE, lambda c: c.head_size),
+        "in_channels": (WHOLE, lambda c: c.channels),
+    },
+    "vae": {
+        "block_out_channels": (LIST, lambda c: c.widths),
+        "layers_per_block": (WHOLE, lambda c: c.level_blocks),
+    },
+    "t5": {
+        "num_layers": (WHOLE, lambda c: c.blocks),
+        "num_heads": (WHOLE, lambda c: c.heads),
+        "d_kv": (WHOLE, lambda c: c.head_size),
+    },
+    "clip": {
+        "num_hidden_layers": (WHOLE, lambda c: c.blocks),
+        "num_attention_heads": (WHOLE, lambda c: c.heads),
+    },
+}
+"""What a config.json says that shapes say too, by kind: what is missing at an end of a model is seen by it alone."""
+
+_OWNERS = {"FluxTransformer2DModel": "flux", "AutoencoderKL": "vae", "t5": "t5", "clip_text_model": "clip"}
+"""Whose a config.json is, by its `_class_name` or `model_type`."""
 
 
 class Found(NamedTuple):
@@ -66,6 +96,7 @@ def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Fou
             (prefix,) = prefixes
             own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
             found.append(make(prefix, own, hints or {}))
+    _check_told(found, hints or {})
     if not found:
         _check_signs(shapes)
         examples = ", ".join(sorted(shapes)[:3]) or "nothing"
@@ -73,6 +104,22 @@ def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Fou
             f"this is not a Flux transformer, its autoencoder, a T5 encoder or a CLIP text tower: it holds {examples}"
         )
     return found
+
+
+def _check_told(found: list[Found], hints: Mapping[str, Any]) -> None:
+    """Refuses models that are not what the config beside them says; a name that fits two of them tells of neither."""
+    named = str(hints.get("_class_name") or hints.get("model_type"))
+    kinds = Counter(name for f in found for name in TOLD[f.kind])
+    for f in found:
+        if _OWNERS.get(named, f.kind) != f.kind:
+            continue  # the config of a neighbour
+        for name, (kind, read) in TOLD[f.kind].items():
+            said, held = told(hints, name, kind), read(f.config)
+            if said is not None and kinds[name] == 1 and said != held:
+                raise ConversionError(
+                    f"config.json says {name} {said!r}, but the checkpoint holds {held!r}: it is incomplete, or the "
+                    f"config is another model's"
+                )
 
 
 def _check_signs(shapes: Shapes) -> None:
@@ -151,11 +198,13 @@ def _flux(
                 f"{image_in} reads {channels} channels, but the model gives {outputs}: this is a relative of Flux with "
                 f"further inputs, which is not supported: use FLUX.1 dev or schnell"
             )
-        axes: tuple[int, ...] = tuple(hints.get("axes_dims_rope", ROTARY_AXES.get(head_size, ())))
-        if sum(axes) != head_size:
-            told = f", and {axes} do not fit it" if axes else ""
+        if width % head_size:
+            raise ConversionError(f"the width {width} of {image_in} is no multiple of the head size {head_size}")
+        axes: tuple[int, ...] = told(hints, "axes_dims_rope", LIST, ROTARY_AXES.get(head_size, ()))
+        if sum(axes) != head_size or any(axis <= 0 or axis % 2 for axis in axes):
+            misfit = f", and {axes} do not fit it (even numbers that add up to it)" if axes else ""
             raise ConversionError(
-                f"the rotary axes of head size {head_size} are not known{told}: name them as axes_dims_rope in a "
+                f"the rotary axes of head size {head_size} are not known{misfit}: name them as axes_dims_rope in a "
                 f"config.json beside the weights"
             )
         config = FluxConfig(
@@ -186,10 +235,15 @@ def _vae(layout: str) -> Callable:
             latent_channels=_dims(shapes, "decoder.conv_in.weight", 4)[1],
             widths=tuple(_dims(shapes, conv.format(i), 4)[0] for i in range(levels)),
             level_blocks=_count(shapes, inside),
-            groups=hints.get("norm_num_groups", default.groups),
-            scale=hints.get("scaling_factor", default.scale),
-            shift=hints.get("shift_factor", default.shift),
+            groups=told(hints, "norm_num_groups", WHOLE, default.groups),
+            scale=told(hints, "scaling_factor", NUMBER, default.scale),
+            shift=told(hints, "shift_factor", NUMBER, default.shift),
         )
+        if config.groups < 1 or any(width % config.groups for width in config.widths):
+            raise ConversionError(
+                f"{config.groups} groups of norms do not divide the widths {config.widths}: name norm_num_groups in a "
+                f"config.json beside the weights"
+            )
         table = vae.bfl_rules if layout == "bfl" else vae.diffusers_rules
         return Found("vae", layout, prefix, config, table(levels, config.level_blocks))
 
@@ -202,6 +256,8 @@ def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
     _same(hints, "layer_norm_epsilon", 1e-6)
     buckets, heads = _dims(shapes, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
     inner, width = _dims(shapes, f"{block}.0.SelfAttention.q.weight", 2)
+    if inner % heads:
+        raise ConversionError(f"the {inner} outputs of {block}.0.SelfAttention.q do not divide into {heads} heads")
     config = T5Config(
         vocab=_dims(shapes, "shared.weight", 2)[0],
         width=width,
@@ -210,7 +266,7 @@ def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
         head_size=inner // heads,
         hidden=_dims(shapes, f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
         buckets=buckets,
-        max_distance=hints.get("relative_attention_max_distance", T5Config().max_distance),
+        max_distance=told(hints, "relative_attention_max_distance", WHOLE, T5Config().max_distance),
     )
     return Found("t5", "transformers", prefix, config, text.T5_RULES)
 
@@ -218,9 +274,9 @@ def _t5(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
 def _clip(prefix: str, shapes: Shapes, hints: Mapping[str, Any]) -> Found:
     layer = "text_model.encoder.layers"
     hidden, width = _dims(shapes, f"{layer}.0.mlp.fc1.weight", 2)
-    end = hints.get("eos_token_id", 2)
-    heads = hints.get("num_attention_heads", width // 64)
-    if not heads or width % heads:
+    end = told(hints, "eos_token_id", WHOLE, 2)
+    heads = told(hints, "num_attention_heads", WHOLE, width // 64)
+    if heads < 1 or width % heads:
         raise ConversionError(f"the heads of width {width} are not known: name num_attention_heads in a config.json")
     _same(hints, "hidden_act", "quick_gelu")
     _same(hints, "layer_norm_eps", 1e-5)

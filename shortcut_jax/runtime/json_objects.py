@@ -9,7 +9,11 @@ from shortcut_jax.weights.rules import ConversionError
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises ConversionError where it is none."""
-    return parse_json(file.read_text(), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{file} is not JSON: {error}") from error
+    return parse_json(text, str(file))
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Opening what Flux users own: single files, shards, diffusers folders, whole pipelines; lazily, and named."""
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +87,7 @@ def _open(path: Path) -> list[Pretrained]:
     taken: set[str] = set()
     for found in identify(shapes, _hints(path)):
         own = {n.removeprefix(found.prefix): o for n, o in names.items() if n.startswith(found.prefix)}
+        quantised.check_model(tensors, own.values())
         part = Widened(tensors, own)
         taken.update(own.values())
         models.append(Pretrained(found, part, part.notes))
@@ -164,11 +167,14 @@ def _refuse(path: Path) -> None:
             raise ConversionError(f"{file} is GGUF, which is quantised and not supported: take a safetensors release")
         if file.suffix in PICKLES:
             target = file.with_suffix(".safetensors").name
+            code = (
+                f"import torch, safetensors.torch as s; "
+                f'w = torch.load({json.dumps(file.name)}, map_location="cpu", weights_only=True); '
+                f"s.save_file({{k: v.contiguous().clone() for k, v in w.items()}}, {json.dumps(target)})"
+            )
             raise ConversionError(
                 f"{file} is a pickle, which could run any code, so it is not opened. If you trust it, in its folder: "
-                f"""python -c "import torch, safetensors.torch as s; """
-                f"""w = torch.load('{file.name}', map_location='cpu', weights_only=True); """
-                f"""s.save_file({{k: v.contiguous().clone() for k, v in w.items()}}, '{target}')\""""
+                f"python -c {shlex.quote(code)}"
             )
 
 

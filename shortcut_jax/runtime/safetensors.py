@@ -8,6 +8,7 @@ its numpy interface knows no float8 and writes only what is in memory at once.
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ DTYPES = {
 """Names of the format and what they are in numpy."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 class SafetensorsError(ValueError):
@@ -104,12 +106,18 @@ def shard_files(path: Path) -> list[Path]:
     """The files of a checkpoint: the file itself, or the shards that a folder's index names.
 
     Raises:
-      SafetensorsError: a folder without safetensors files, or an index that names a shard which is not there.
+      SafetensorsError: a folder without safetensors files, an index that names a shard which is not there, several
+        indices, or shards whose numbers tell that others are missing.
     """
     if path.is_file() and not path.name.endswith(INDEX_SUFFIX):
+        shard = _SHARD.fullmatch(path.name)
+        if shard and int(shard["count"]) > 1:
+            raise SafetensorsError(f"{path} is one of {int(shard['count'])} shards: give their folder, or their index")
         return [path]
     folder = path if path.is_dir() else path.parent
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else [path]
+    if len(indices) > 1:
+        raise SafetensorsError(f"{folder} has several indices: give one of {', '.join(i.name for i in indices)}")
     if indices:
         try:
             names = sorted({Path(name).name for name in json.loads(indices[0].read_text())["weight_map"].values()})
@@ -118,11 +126,26 @@ def shard_files(path: Path) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise SafetensorsError(f"{indices[0]} names {', '.join(missing)}, which is not there: download it again")
+        _check_numbers([folder / name for name in names])
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SafetensorsError(f"no safetensors file in {folder}")
+    _check_numbers(files)
     return files
+
+
+def _check_numbers(files: list[Path]) -> None:
+    """Refuses shards whose numbers tell that others are missing."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for shard in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
+        sets.setdefault((shard["stem"], int(shard["count"])), set()).add(int(shard["number"]))
+    for (stem, count), numbers in sets.items():
+        left = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1) if i not in numbers]
+        if left:
+            raise SafetensorsError(
+                f"{files[0].parent}: {', '.join(left[:5])} of {count} shards are missing: download them again"
+            )
 
 
 def remove(path: Path) -> None:
@@ -161,7 +184,7 @@ class Writer:
         try:
             os.posix_fallocate(self._stream.fileno(), 0, self._start + end)
             self._stream.write(len(text).to_bytes(8, "little") + text)
-        except OSError:
+        except BaseException:  # an interrupt too would leave a file as large as the model
             self._discard()
             raise
 

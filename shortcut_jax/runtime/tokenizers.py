@@ -121,9 +121,12 @@ def check_tokenizer(folder: Path, kind: str) -> Layout:
         raise ConvertedError(f"{folder} is no tokenizer of {layout.name}, which needs {needed}: {_ADVICE}")
     config = folder / "tokenizer_config.json"
     try:
-        family = json.loads(config.read_text()).get("tokenizer_class", "") if config.is_file() else ""
+        entries = json.loads(config.read_text()) if config.is_file() else {}
     except ValueError as error:
         raise ConvertedError(f"{config} is not JSON ({error}): {_ADVICE}") from error
+    if not isinstance(entries, dict):
+        raise ConvertedError(f"{config} is not a JSON object: {_ADVICE}")
+    family = str(entries.get("tokenizer_class") or "")
     if family and not family.startswith(layout.family):
         raise ConvertedError(f"{folder} is a {family}, not the tokenizer of {layout.name}: {_ADVICE}")
     return layout

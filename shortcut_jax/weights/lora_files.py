@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax.weights import flux_bfl
+from shortcut_jax.weights.entries import NUMBER, told
 from shortcut_jax.weights.lora import UNITS, Factors, Modules, Shapes, Unit, check, expand, layer, sizes
 from shortcut_jax.weights.params import common_dtype
-from shortcut_jax.weights.rules import ConversionError
+from shortcut_jax.weights.rules import ConversionError, refuse_names
 
 METADATA_KEY = "lora_adapter_metadata"
 """The header entry in which diffusers keeps PEFT's config."""
@@ -63,7 +64,13 @@ def read(
     """
     own = {n: v for n, v in tensors.items() if not n.startswith(_TEXT_ENCODERS)}
     left = len(tensors) - len(own)
-    notes = (f"{left} tensors of text encoder adapters are left out: only the transformer's are used",) if left else ()
+    notes: tuple[str, ...] = (
+        (f"{left} tensors of text encoder adapters are left out: only the transformer's are used",) if left else ()
+    )
+    double = [n for n, v in own.items() if v.dtype == np.float64 and not n.endswith(".alpha")]
+    if double:
+        own = {n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in own.items()}
+        notes += (f"{len(double)} float64 tensors are rounded to float32",)
     alpha_of = _alphas(config or {})
     fused, plain = _known(shapes)
     modules: Modules = {}
@@ -119,6 +126,8 @@ def _pairs(tensors: Mapping[str, np.ndarray], known: Mapping[str, Any], alpha_of
             raise ConversionError(
                 f"the factors of {name} have shapes {shapes['down']} and {shapes['up']}, not matrices"
             )
+        if any(found[half].dtype.kind in "iub" for half in ("down", "up")):
+            raise ConversionError(f"the factors of {name} are whole numbers, which no LoRA is made of")
         if np.size(found.get("alpha", 1.0)) != 1:
             raise ConversionError(f"the alpha of {name} is not one number")
         rank = len(found["down"])
@@ -132,10 +141,21 @@ def _alphas(config: Mapping[str, Any]) -> Any:
     if config.get("use_dora"):
         raise ConversionError("this adapter is DoRA, which is not supported: only plain LoRA is")
 
+    said = told(config, "lora_alpha", NUMBER, where="PEFT's config")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise ConversionError(f"PEFT's config says alpha_pattern {patterns!r}, which is not a JSON object")
+    chosen = {}
+    for pattern in patterns:
+        try:
+            wanted = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise ConversionError(f"alpha_pattern {pattern!r} is not a regular expression: {error}") from error
+        chosen[wanted] = told(patterns, pattern, NUMBER, where="alpha_pattern in PEFT's config")
+
     def alpha_of(module: str, rank: int) -> float:
-        patterns = config.get("alpha_pattern") or {}
-        found = [a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
-        alpha = float(found[0] if found else config.get("lora_alpha", rank))
+        found = [alpha for wanted, alpha in chosen.items() if wanted.match(module)]
+        alpha = float(found[0] if found else rank if said is None else said)
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
     return alpha_of
@@ -218,20 +238,36 @@ def to_peft(modules: Modules) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def to_kohya(modules: Modules, shapes: Shapes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the header entries of a file that kohya's scripts, ComfyUI and diffusers read."""
+    """The tensors and the header entries of a file that kohya's scripts, ComfyUI and diffusers read.
+
+    Raises:
+      ConversionError: a module is not one of the base.
+    """
     tensors = {}
     fused, _ = _known(shapes)
-    for name, parts in fused.items():
+    homes = {name: parts for name, parts in fused.items() if "." not in name}
+    refuse_names("adapters without a layer in this base", set(modules) - {m for p in homes.values() for m, _ in p})
+    for name, parts in homes.items():
         found = [modules.get(module) for module, _ in parts]
-        if "." in name or not any(found):
+        if not any(found):
             continue
         if len(parts) == 1:
             f = found[0]
             assert f is not None
             f = f._replace(up=_swapped(f.up, parts[0][1], shapes))
+            f = _folded(f) if name.startswith("final_layer") else f
         else:
             f = _fuse(found, [sizes(unit, shapes) for _, unit in parts])
         tensors[f"lora_unet_{name}.lora_down.weight"] = f.down
         tensors[f"lora_unet_{name}.lora_up.weight"] = f.up
         tensors[f"lora_unet_{name}.alpha"] = np.asarray(f.alpha, np.float32)
     return tensors, {"format": "pt"}
+
+
+def _folded(f: Factors) -> Factors:
+    """The same adapter with alpha = rank, for diffusers does not read kohya's alphas of the last layers."""
+    if f.alpha == f.rank:
+        return f
+    wide = f.up.astype(np.float32) * np.float32(f.scale)
+    narrow = wide.astype(f.up.dtype)
+    return Factors(f.down, narrow if np.array_equal(narrow.astype(np.float32), wide) else wide, float(f.rank))

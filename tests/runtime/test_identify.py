@@ -130,3 +130,72 @@ def test_the_name_a_model_is_known_by_and_further_inputs_are_named():
     for channels in (96, 192, 320):
         with pytest.raises(ConversionError, match=f"reads {channels} channels, but the model gives 64"):
             identify(_theirs("flux-dev", "bfl") | {"img_in.weight": (3072, channels)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "right", "wrong"),
+    [
+        ("flux-dev", "diffusers", {"num_layers": 19}, {"num_layers": 20}),
+        ("flux-dev", "diffusers", {"num_single_layers": 38}, {"num_single_layers": 39}),
+        ("flux-dev", "diffusers", {"guidance_embeds": True}, {"guidance_embeds": False}),
+        ("flux-schnell", "bfl", {"guidance_embeds": False}, {"guidance_embeds": True}),
+        ("flux-dev", "bfl", {"num_attention_heads": 24}, {"num_attention_heads": 12}),
+        ("flux-dev", "bfl", {"attention_head_dim": 128}, {"attention_head_dim": 64}),
+        ("flux-dev", "bfl", {"in_channels": 64}, {"in_channels": 16}),
+        ("clip", "clip", {"num_hidden_layers": 12}, {"num_hidden_layers": 13}),
+        ("t5", "t5", {"num_layers": 24}, {"num_layers": 25}),
+        ("t5", "t5", {"num_heads": 64}, {"num_heads": 32}),
+        ("t5", "t5", {"d_kv": 64}, {"d_kv": 128}),
+        ("vae", "vae-bfl", {"block_out_channels": [128, 256, 512, 512]}, {"block_out_channels": [128, 256, 512]}),
+        ("vae", "vae-diffusers", {"layers_per_block": 2}, {"layers_per_block": 3}),
+    ],
+)
+def test_a_config_that_says_more_or_less_than_is_there_is_refused(kind, table, right, wrong):
+    shapes = _theirs(kind, table)
+    assert identify(shapes, right) == identify(shapes) or table.startswith("vae")
+    ((name, value),) = wrong.items()
+    value = tuple(value) if isinstance(value, list) else value
+    with pytest.raises(
+        ConversionError, match=re.escape(f"config.json says {name} {value!r}, but the checkpoint holds")
+    ):
+        identify(shapes, wrong)
+
+
+def test_the_config_of_a_neighbour_and_names_of_two_models_tell_nothing():
+    flux = {"_class_name": "FluxTransformer2DModel", "num_layers": 19}
+    assert identify(_theirs("t5", "t5"), flux)[0].config == T5Config()
+    both = {f"a.{k}": v for k, v in _theirs("flux-dev", "bfl").items()} | {
+        f"b.{k}": v for k, v in _theirs("t5", "t5").items()
+    }
+    assert len(identify(both, {"num_layers": 19})) == 2
+    with pytest.raises(ConversionError, match="num_single_layers 39"):
+        identify(both, {"num_layers": 19, "num_single_layers": 39})
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "hints", "message"),
+    [
+        ("flux-dev", "bfl", {"axes_dims_rope": 5}, "axes_dims_rope 5, which is not a list of whole numbers"),
+        ("flux-dev", "bfl", {"axes_dims_rope": "abc"}, "axes_dims_rope 'abc', which is not a list"),
+        ("flux-dev", "bfl", {"axes_dims_rope": ["a", 6, 6]}, "which is not a list of whole numbers"),
+        ("flux-dev", "bfl", {"axes_dims_rope": [15, 56, 57]}, "(15, 56, 57) do not fit it (even numbers"),
+        ("flux-dev", "bfl", {"guidance_embeds": "yes"}, "guidance_embeds 'yes', which is not true or false"),
+        ("vae", "vae-bfl", {"norm_num_groups": "8"}, "norm_num_groups '8', which is not a whole number"),
+        ("vae", "vae-bfl", {"norm_num_groups": 7}, "7 groups of norms do not divide the widths (128, 256, 512, 512)"),
+        ("vae", "vae-bfl", {"scaling_factor": "x"}, "scaling_factor 'x', which is not a number"),
+        ("clip", "clip", {"eos_token_id": [1]}, "eos_token_id [1], which is not a whole number"),
+        ("clip", "clip", {"num_attention_heads": "8"}, "num_attention_heads '8', which is not a whole number"),
+    ],
+)
+def test_an_entry_of_another_kind_is_named(kind, table, hints, message):
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        identify(_theirs(kind, table), hints)
+
+
+def test_a_width_that_heads_do_not_divide_is_named():
+    norms = {k: (100,) for k in _theirs("flux-dev", "bfl") if k.endswith("query_norm.scale")}
+    with pytest.raises(ConversionError, match=r"the width 3072 of img_in\.weight is no multiple of the head size 100"):
+        identify({**_theirs("flux-dev", "bfl"), **norms}, {"axes_dims_rope": [20, 40, 40]})
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    with pytest.raises(ConversionError, match="do not divide into 63 heads"):
+        identify({**_theirs("t5", "t5"), bias: (32, 63)})

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from shortcut_jax import command, convert
 from shortcut_jax.runtime.pretrained import open_pretrained
 from shortcut_jax.runtime.safetensors import SafetensorsError
 from shortcut_jax.sources import open_models
@@ -46,7 +47,7 @@ def test_what_is_refused_is_named_with_the_way_out(tmp_path):
         (
             "flux.ckpt",
             ConversionError,
-            r"is a pickle.*torch.load\('flux.ckpt', .*weights_only=True\)",
+            r'is a pickle.*torch.load\("flux.ckpt", .*weights_only=True\)',
         ),
         ("flux.txt", SafetensorsError, "cut off or not a safetensors file"),
     ):
@@ -108,19 +109,20 @@ def test_two_embeddings_of_t5_have_to_be_one(tmp_path):
                 open_pretrained(tmp_path / "t5.safetensors")
 
 
-def test_the_advice_for_pickles_works_also_where_tensors_share_memory(tmp_path):
+@pytest.mark.parametrize("name", ["t5", "odd $(name)"])
+def test_the_line_that_is_printed_for_pickles_works_also_where_tensors_share_memory(tmp_path, capfd, name):
     import subprocess
 
     import torch
     from safetensors.torch import load_file
 
     table = torch.arange(12.0).reshape(3, 4)
-    torch.save({"shared.weight": table, "tied.weight": table, "turned": table.T}, tmp_path / "t5.pt")
-    with pytest.raises(ConversionError, match="is a pickle") as error:
-        open_pretrained(tmp_path / "t5.pt")
-    line = str(error.value).split("in its folder: ")[1]
-    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
-    saved = load_file(tmp_path / "t5.safetensors")
+    torch.save({"shared.weight": table, "tied.weight": table, "turned": table.T}, tmp_path / f"{name}.pt")
+    with pytest.raises(SystemExit):
+        command.run(convert.main, ["convert", f"--from={tmp_path}/{name}.pt", f"--to={tmp_path}/x"])
+    (printed,) = [line for line in capfd.readouterr().err.splitlines() if "is a pickle" in line]
+    subprocess.run(printed.split("in its folder: ")[1], shell=True, check=True, cwd=tmp_path)
+    saved = load_file(tmp_path / f"{name}.safetensors")
     assert torch.equal(saved["shared.weight"], table) and torch.equal(saved["tied.weight"], table)
     assert torch.equal(saved["turned"], table.T)
 
@@ -165,3 +167,19 @@ def test_names_outside_the_models_of_a_file_are_refused_unless_known_to_be_of_no
     save(tmp_path / "x.safetensors", {**tensors, "x.encoder.embed_tokens.weight": np.ones((2, 2), "f")})
     with pytest.raises(ConversionError, match=r"in none of its models: x\.encoder\.embed_tokens\.weight"):
         open_pretrained(tmp_path / "x.safetensors")
+
+
+def test_missing_last_blocks_are_seen_by_the_config_beside_them(tmp_path, params):
+    tensors = to_torch(params, flux_diffusers.RULES)
+    last = {n for n in tensors if n.startswith("single_transformer_blocks.1.")}
+    save(tmp_path / "x.safetensors", {n: v for n, v in tensors.items() if n not in last})
+    (tmp_path / "config.json").write_text(json.dumps({**AXES, "num_single_layers": 2}))
+    with pytest.raises(ConversionError, match="says num_single_layers 2, but the checkpoint holds 1: it is incomplete"):
+        open_models(tmp_path)
+
+
+def test_a_config_that_is_not_utf_8_is_one_clear_line(tmp_path, params):
+    save(tmp_path / "x.safetensors", to_torch(params, flux_bfl.RULES))
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
+    with pytest.raises(ConversionError, match=r"config\.json is not JSON"):
+        open_models(tmp_path / "x.safetensors")

@@ -85,7 +85,7 @@ def test_formats_that_comfyui_tells_of_float8_are_checked_and_left_out(tmp_path,
     (tmp_path / "config.json").write_text(json.dumps(AXES))
     told = {"format": "float8_e4m3fn", **further}
     tensors, weight, value = _float8(params, told)
-    header = {METADATA_KEY: json.dumps({"format_version": "1.0", "layers": {"x": told}})}
+    header = {METADATA_KEY: json.dumps({"format_version": "1.0", "layers": {"double_blocks.0.img_attn.proj": told}})}
     for prefix in ("", "model.diffusion_model."):
         save(tmp_path / "x.safetensors", {f"{prefix}{n}": v for n, v in tensors.items()}, header)
         (model,) = open_pretrained(tmp_path / "x.safetensors")
@@ -124,3 +124,72 @@ def test_a_format_in_the_header_and_a_lost_scale_are_refused_too(tmp_path, param
     save(tmp_path / "x.safetensors", tensors)
     with pytest.raises(ConversionError, match=r"but there is no double_blocks.0.img_attn.proj.weight_scale"):
         open_pretrained(tmp_path / "x.safetensors")
+
+
+LAYER, OTHER = "double_blocks.0.img_attn.proj", "double_blocks.0.txt_attn.proj"
+
+
+def _refused(tmp_path, tensors, message, metadata=None):
+    save(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(ConversionError, match=message):
+        open_pretrained(tmp_path / "x.safetensors")
+
+
+def test_a_float8_weight_that_lost_its_scale_is_refused_where_others_have_one_or_a_marker_says_so(tmp_path, params):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    tensors, *_ = _float8(params, None)
+    plain = {k: v for k, v in tensors.items() if not k.endswith("weight_scale")}
+    plain[f"{OTHER}.weight"] = plain[f"{OTHER}.weight"].astype(ml_dtypes.float8_e4m3fn)
+    save(tmp_path / "x.safetensors", plain)
+    assert open_pretrained(tmp_path / "x.safetensors")[0].notes == ("2 float8 tensors are widened to float32",)
+    lost = rf"^{OTHER}\.weight is float8 without a scale"
+    scale = {f"{LAYER}.weight_scale": np.ones((), "f")}
+    _refused(tmp_path, plain | scale, lost)
+    _refused(tmp_path, {**plain, "scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}, "is float8 without a scale")
+    both = {f"{n}.weight_scale": np.ones((), "f") for n in (LAYER, OTHER)}
+    save(tmp_path / "x.safetensors", plain | both)
+    assert len(open_pretrained(tmp_path / "x.safetensors")) == 1
+    _refused(tmp_path, plain | both | {f"{LAYER}.scale_weight": np.ones((), "f")}, r"proj\.weight has two scales")
+
+
+def test_a_scaled_text_encoder_does_not_make_the_transformer_beside_it_scaled(tmp_path, params):
+    from tests.weights.test_text import _t5, _weights
+
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    flux, *_ = _float8(params, None)
+    flux = {f"model.diffusion_model.{k}": v for k, v in flux.items() if not k.endswith("weight_scale")}
+    t5 = {f"t5.{k}": v for k, v in _weights(_t5()).items()}
+    name = next(n for n in t5 if n.endswith("SelfAttention.q.weight"))
+    t5[name] = t5[name].astype(ml_dtypes.float8_e4m3fn)
+    t5 |= {name.replace(".weight", ".scale_weight"): np.ones((), "f")}
+    t5["t5.scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
+    save(tmp_path / "x.safetensors", flux | t5)
+    assert [m.found.kind for m in open_pretrained(tmp_path / "x.safetensors")] == ["flux", "t5"]
+
+
+def test_what_the_header_says_of_float8_is_checked(tmp_path, params):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    told = {"format": "float8_e4m3fn"}
+    header = lambda layers: {METADATA_KEY: json.dumps({"layers": layers})}
+    tensors, *_ = _float8(params, None)
+    _refused(tmp_path, tensors, rf"metadata says .*, but {OTHER}\.weight is not of that", header({OTHER: told}))
+    _refused(tmp_path, tensors, "but x.weight is not of that dtype", header({"x": told}))
+    lost = {k: v for k, v in tensors.items() if not k.endswith("weight_scale")}
+    _refused(tmp_path, lost, rf"metadata says .* but there is no {LAYER}\.weight_scale", header({LAYER: told}))
+    for layers in ([], None, {LAYER: "float8_e4m3fn"}):
+        _refused(tmp_path, tensors, "are not JSON objects by layer", header(layers))
+
+
+def test_single_values_and_whole_numbers_are_refused_and_float64_is_rounded(tmp_path, params):
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    tensors = to_torch(params, flux_bfl.RULES)
+    point = {f"{LAYER}.weight": np.ones((), ml_dtypes.float8_e4m3fn), f"{LAYER}.weight_scale": np.ones((), "f")}
+    _refused(tmp_path, tensors | point, "is a single float8 value")
+    whole = {"img_in.bias": np.ones(tensors["img_in.bias"].shape, np.int64)}
+    _refused(tmp_path, tensors | whole, r"^img_in\.bias is int64: no parameter of a model is a whole number")
+    double = tensors["img_in.bias"].astype(np.float64) + 1e-12
+    save(tmp_path / "x.safetensors", tensors | {"img_in.bias": double})
+    (model,) = open_pretrained(tmp_path / "x.safetensors")
+    assert model.notes == ("1 float64 tensors are rounded to float32",)
+    assert model.tensors["img_in.bias"].dtype == np.float32 == model.tensors.spec("img_in.bias").dtype
+    np.testing.assert_array_equal(model.tensors["img_in.bias"], double.astype("f"))

@@ -107,9 +107,39 @@ def test_shards_are_those_of_the_index(tmp_path):
     _write(tmp_path / "stray.safetensors", {"z": VALUES["a"]})
     assert shard_files(tmp_path) == [tmp_path / first, tmp_path / second]
     assert set(LazyTensors(shard_files(tmp_path))) == {"a", "b"}
-    assert shard_files(tmp_path / first) == [tmp_path / first]
+    with pytest.raises(SafetensorsError, match=r"m-00001-of-00002\.safetensors is one of 2 shards: give their folder"):
+        shard_files(tmp_path / first)
     with pytest.raises(SafetensorsError, match="a is in another file"):
         LazyTensors([tmp_path / first, tmp_path / "stray.safetensors", tmp_path / first])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SafetensorsError, match="no safetensors file in"):
         shard_files(tmp_path / "empty")
+
+
+def test_incomplete_shards_and_several_indices_are_refused(tmp_path):
+    names = [f"m-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for name, value in zip(names, "abc", strict=True):
+        _write(tmp_path / name, {value: VALUES[value]})
+    assert len(shard_files(tmp_path)) == 3
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SafetensorsError, match=r"m-00003-of-00003\.safetensors of 3 shards are missing"):
+        shard_files(tmp_path)
+    (tmp_path / "m.fp16.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SafetensorsError, match=r"several indices: give one of m\.fp16\.safe.*, m\.safetensors\.index"):
+        shard_files(tmp_path)
+    for file in tmp_path.glob("*.json"):
+        file.unlink()
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(SafetensorsError, match=r"m-00002-of-00003\.safetensors of 3 shards are missing"):
+        shard_files(tmp_path)
+
+
+def test_an_interrupt_while_space_is_taken_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.posix_fallocate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Writer(tmp_path / "x.safetensors", SPECS, {})
+    assert list(tmp_path.iterdir()) == []

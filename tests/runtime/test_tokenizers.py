@@ -96,6 +96,8 @@ def test_what_is_no_tokenizer_is_one_line_with_advice(name, pipeline_folder, tmp
     fails("is a (T5|CLIP)Tokenizer, not the tokenizer of (CLIP|T5)")
     (folder / "tokenizer_config.json").write_text("{")
     fails("is not JSON")
+    (folder / "tokenizer_config.json").write_text("[]")
+    fails("is not a JSON object")
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ConvertedError, match=r"cannot be read \(.*\): convert again"):

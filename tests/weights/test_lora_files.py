@@ -2,6 +2,7 @@ import inspect
 import json
 import logging
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +13,8 @@ from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read, to_kohy
 from shortcut_jax.weights.rules import ConversionError, to_torch
 from tests.helpers import relative
 from tests.weights.lora_cases import CFG, RANKS, apply_flux, collections, random_modules
+
+LAST = ("norm_out.linear", "proj_out")
 
 
 def _same(actual, expected):
@@ -113,12 +116,11 @@ def test_kohya_names_are_those_that_diffusers_splits_back(name, shapes):
     modules = random_modules(shapes, **RANKS[name])
     tensors, _ = to_kohya(modules, shapes)
     theirs = _kohya_conversion()(_torch(tensors))
-    # Outside the blocks diffusers' conversion forgets the prefix, and final layers' alphas.
+    # Outside the blocks diffusers' conversion forgets the prefix.
     found = {k.removeprefix("transformer."): v.numpy() for k, v in theirs.items()}
     for module, f in modules.items():
         down, up = (found.pop(f"{module}.{half}.weight") for half in ("lora_A", "lora_B"))
-        scale = 1.0 if module in ("norm_out.linear", "proj_out") else f.scale
-        np.testing.assert_allclose(up @ down, scale * f.up @ f.down, rtol=1e-4, atol=1e-5, err_msg=module)
+        np.testing.assert_allclose(up @ down, f.scale * f.up @ f.down, rtol=1e-4, atol=1e-5, err_msg=module)
         if name == "all":
             assert len(down) == 3
     assert not any(v.any() for v in found.values())  # what is left are the zeros of parts without an adapter
@@ -131,9 +133,56 @@ def test_fused_files_are_split_back_bit_for_bit(shapes):
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].shape == (96, 3 * 3)
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 15.0  # alpha / rank is kept
     back, _ = read(tensors, shapes)
+    for name in LAST:  # their alpha is multiplied in
+        f, modules[name] = modules[name], back[name]
+        assert back[name].scale == 1 and np.array_equal(back[name].down, f.down)
+        np.testing.assert_allclose(back[name].up, f.scale * f.up, rtol=1e-6)
     _same(back, modules)
     dotted = {k.replace("lora_unet_img_in", "diffusion_model.img_in"): v for k, v in tensors.items()}
     _same(read(dotted, shapes)[0], modules)
+
+
+def test_a_scale_of_the_last_layers_that_a_dtype_cannot_hold_makes_them_float32(shapes):
+    for alpha, dtype in ((6.0, ml_dtypes.bfloat16), (5.0, np.float32)):
+        modules = random_modules(shapes, keep=lambda n: n in LAST, alpha=alpha, dtype=ml_dtypes.bfloat16)
+        tensors, _ = to_kohya(modules, shapes)
+        assert tensors["lora_unet_final_layer_linear.lora_up.weight"].dtype == dtype
+        assert tensors["lora_unet_final_layer_linear.alpha"] == 3
+        up = tensors["lora_unet_final_layer_linear.lora_up.weight"].astype("f")
+        np.testing.assert_allclose(up, alpha / 3 * modules["proj_out"].up.astype("f"), rtol=1e-6)
+
+
+def test_a_module_of_another_base_is_not_dropped(shapes):
+    modules = random_modules(shapes, keep=lambda n: n in LAST)
+    modules["single_transformer_blocks.9.attn.to_q"] = modules["proj_out"]
+    with pytest.raises(ConversionError, match=r"without a layer in this base: single_transformer_blocks\.9\."):
+        to_kohya(modules, shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": "x"}, "says lora_alpha 'x', which is not a number"),
+        ({"lora_alpha": None}, "says lora_alpha None, which is not a number"),
+        ({"lora_alpha": [8]}, r"says lora_alpha \[8\], which is not a number"),
+        ({"alpha_pattern": {"a(": 2}}, r"alpha_pattern 'a\(' is not a regular expression"),
+        ({"alpha_pattern": {"a": "2"}}, "says a '2', which is not a number"),
+        ({"alpha_pattern": ["a"]}, r"alpha_pattern \['a'\], which is not a JSON object"),
+    ],
+)
+def test_a_config_of_peft_of_another_kind_is_named(shapes, config, message):
+    tensors, _ = to_peft(random_modules(shapes, keep=lambda n: n in LAST))
+    with pytest.raises(ConversionError, match=message):
+        read(tensors, shapes, config)
+
+
+def test_whole_numbers_are_no_adapters_and_float64_is_rounded_and_told(shapes):
+    tensors, _ = to_peft(random_modules(shapes, keep=lambda n: n == "proj_out"))
+    name = "transformer.proj_out.lora_A.weight"
+    modules, notes = read({**tensors, name: tensors[name].astype(np.float64)}, shapes)
+    assert notes == ("1 float64 tensors are rounded to float32",) and modules["proj_out"].down.dtype == np.float32
+    with pytest.raises(ConversionError, match="the factors of proj_out are whole numbers"):
+        read({**tensors, name: tensors[name].astype(np.int64)}, shapes)
 
 
 def test_a_fresh_adapter_survives_fusing(shapes):
