@@ -3,8 +3,8 @@
 Command:  python -m shortcut_jax.train --config=configs/digits_distill.py
 Hardware: two CPU cores, 2 GB.
 Time:     about 3 minutes for 600 steps, and about 12 before them for the teacher, where runs/digits-teacher is absent.
-Expected: slow EMA at 1 / 2 / 3 / 4 / 32 steps: a Frechet distance of 2.22 / 0.39 / 0.20 / 0.19 / 0.45, where the teacher
-          has 6.11 / 1.97 / 1.05 / 0.73 / 0.18 (4 noise seeds; the README has what keeps the 32 steps).
+Expected: slow EMA at 1 / 2 / 3 / 4 / 32 steps: a Frechet distance of 2.22 / 0.39 / 0.20 / 0.19 / 0.45, where the
+          teacher has 6.11 / 1.97 / 1.05 / 0.73 / 0.18 (4 noise seeds; the README has what keeps the 32 steps).
 
 A range of shifts makes the times of training continuous: with the times of the student step counts only (shift 1),
 3 steps reached 0.53, beside 0.30 at 2 and 0.20 at 4.
