@@ -53,5 +53,6 @@ def get_config() -> ConfigDict:
     c.sample_every = 500
     c.eval.steps = (1, 2, 3, 4, 8)
     c.eval.guidance = 3.5
+    c.eval.shift = 3.5
     c.eval.views, c.eval.images = (), ()
     return c

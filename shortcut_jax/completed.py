@@ -14,19 +14,16 @@ from shortcut_jax.weights.params import Cast, Params, Spec, shapes_of, spec_of
 
 
 class Completed(Params):
-    """A base with the embeddings that it had not before training, drawn anew from the run's seed.
+    """A base with the embeddings that it had not before training, drawn anew.
 
     Attributes:
       fresh: the names of those embeddings.
     """
 
-    def __init__(
-        self, base: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], network: FluxConfig, seed: int
-    ):
-        """Takes a base by path, and the shapes, the geometry and the seed of the network that was trained."""
+    def __init__(self, base: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], network: FluxConfig):
+        """Takes a base by path, and the shapes and the geometry of the network that was trained."""
         names = sorted({path.split("/")[0] for path in shapes if path not in base and path.startswith("guidance_in/")})
-        draw = jax.jit(lambda key: fresh_embeddings(network, key, names))
-        fresh = flat_paths(draw(jax.random.key(seed))) if names else {}
+        fresh = flat_paths(jax.jit(lambda: fresh_embeddings(network, names))()) if names else {}
         self._base, self._shapes = base, dict(shapes)
         self._drawn = {path: np.array(value) for path, value in fresh.items()}
         self.fresh = " and ".join(names)
@@ -68,8 +65,7 @@ class Completed(Params):
         held = Cast(self, np.dtype(BASE_DTYPE))
         content = fingerprint_of((name, held[name]) for name in held)
         if content != trained:
-            fresh = f"; {self.fresh} is drawn anew, which may round otherwise on other hardware" if self.fresh else ""
             raise ConvertedError(
                 f"the base {path} has content {content}, but {workdir} was trained on {trained}: it has changed, or is "
-                f"another one{fresh}: name the right one with --base"
+                f"another one: name the right one with --base"
             )

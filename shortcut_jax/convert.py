@@ -38,6 +38,7 @@ from shortcut_jax.sources import (
     Model,
     bases_of,
     holds_lora,
+    needs_fresh_embedding,
     network_of,
     open_lora,
     open_models,
@@ -178,6 +179,11 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
     except ConversionError as error:
         hint = "" if options.base else " (taken for a LoRA of FLUX.1; name another base with --base)"
         raise ConversionError(f"{error}{hint}") from error
+    if options.format != "orbax" and needs_fresh_embedding(source):
+        raise UsageError(
+            f"{source} was trained with a guidance embedding that its base has not, so its adapters alone are of no "
+            f"use elsewhere: write the merged weights, with --merged"
+        )
     ranks = sorted({f.rank for f in modules.values()})
     say(f"found: LoRA of {len(modules)} modules, rank {', '.join(map(str, ranks))}")
     _tell_notes(notes)

@@ -13,10 +13,12 @@ from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.lora import adapter_shapes
+from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, place
 from shortcut_jax.steps.state import TrainState
+from shortcut_jax.steps.views import Frozen
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack
 from shortcut_jax.weights.rules import nest
 
@@ -67,6 +69,11 @@ def open_initial(assembly: Assembly, base: dict[str, Any] | None = None) -> Init
             f"base first with python -m shortcut_jax.convert --from=BASE --lora={s.init_from} --to=MERGED"
         )
     name, path = "init_from", start
+    if s.base is not None and start is not None and not is_lora:
+        raise ConfigError(
+            f"init_from={s.init_from} and base={s.base} are two networks, but training starts from its base: give one "
+            f"of them (base goes with adapters in init_from, or with a run that is resumed)"
+        )
     if s.base is not None:
         name, path = "base", _existing("base", s.base)
     elif base is not None:
@@ -97,7 +104,11 @@ def _open_network(assembly: Assembly, name: str, path: Path) -> Model:
     if not models:
         raise ConfigError(f"{given} holds no Flux transformer")
     (model,) = models
-    distilling = s.guide in ("teacher", "targets") and assembly.model.guidance and not model.config.guidance
+    distilling = s.guide in ("teacher", "targets")
+    if distilling and model.config.guidance:
+        raise ConfigError(
+            f"{given} has a guidance embedding already, and guide={s.guide} would guide it once more: set guide=told"
+        )
     ignored = ("guidance",) if distilling else ()
     differences = _differences(model.config, assembly.model, ignored)
     if differences:
@@ -148,11 +159,15 @@ class BaseRecord(NamedTuple):
       path: where it was read from.
       hash: `fingerprint` of its values as they are held.
       preset: of its geometry.
+      teacher: where the teacher's adapters were read from, if there are any.
+      teacher_hash: `fingerprint` of them.
     """
 
     path: str
     hash: str
     preset: str
+    teacher: str | None = None
+    teacher_hash: str | None = None
 
 
 def start(assembly: Assembly, initial: Initial) -> tuple[TrainState, BaseRecord | None]:
@@ -164,7 +179,7 @@ def start(assembly: Assembly, initial: Initial) -> tuple[TrainState, BaseRecord 
     if initial.adapters:
         say(f"adapters start from {assembly.settings.init_from}")
     state = assembly.init_state(weights, adapters, teacher)
-    return state, _record(assembly, initial, state.frozen.base)
+    return state, _record(assembly, initial, state.frozen)
 
 
 def freeze(assembly: Assembly, initial: Initial, stored: dict[str, Any] | None) -> tuple[Any, BaseRecord | None]:
@@ -177,8 +192,10 @@ def freeze(assembly: Assembly, initial: Initial, stored: dict[str, Any] | None) 
         return assembly.freeze(), None
     weights = _load(assembly, initial.model, assembly.state_shapes.frozen.base)
     frozen = assembly.freeze(weights, _load_adapters(assembly, initial.teacher))
-    record = _record(assembly, initial, frozen.base)
+    record = _record(assembly, initial, frozen)
     check_base(record, stored)
+    if record and stored:
+        _check_teacher(record, stored)
     return frozen, record
 
 
@@ -191,10 +208,32 @@ def check_base(record: BaseRecord | None, stored: dict[str, Any] | None) -> None
         )
 
 
-def _record(assembly: Assembly, initial: Initial, base: Any) -> BaseRecord | None:
-    if base is None:
+def _check_teacher(record: BaseRecord, stored: dict[str, Any]) -> None:
+    if record.teacher_hash != stored.get("teacher_hash"):
+        raise ConfigError(
+            f"teacher_lora={record.teacher} has content {record.teacher_hash}, but this run was trained with "
+            f"{stored.get('teacher_hash')} (then at {stored.get('teacher')}): name the right one with teacher_lora"
+        )
+
+
+def _record(assembly: Assembly, initial: Initial, frozen: Frozen) -> BaseRecord | None:
+    """What is to be said of the base. Raises ConfigError where adapters were trained on another one."""
+    if frozen.base is None:
         return None
-    return BaseRecord(str(Path(str(initial.path)).absolute()), fingerprint(base), assembly.settings.model.preset)
+    s = assembly.settings
+    absolute = lambda path: str(Path(str(path)).expanduser().absolute())
+    record = BaseRecord(absolute(initial.path), fingerprint(frozen.base), s.model.preset)
+    if frozen.teacher is not None:
+        record = record._replace(teacher=absolute(s.teacher_lora), teacher_hash=fingerprint(frozen.teacher))
+    used = {"init_from": s.init_from if initial.adapters else None, "teacher_lora": s.teacher_lora}
+    for name, path in used.items():
+        meta = stored_meta(Path(path).expanduser() / "checkpoints") if path else None
+        if meta and meta["base"] and meta["base"]["hash"] != record.hash:
+            raise ConfigError(
+                f"{name}={path} was trained on a base with content {meta['base']['hash']} (then at "
+                f"{meta['base']['path']}), but {record.path} has {record.hash}: name the right one with base"
+            )
+    return record
 
 
 def load_base(assembly: Assembly, path: str | Path, stored: dict[str, Any]) -> Any:
@@ -222,9 +261,8 @@ def _load(assembly: Assembly, model: Model, shapes: Any) -> Any:
         return placed
     names = sorted({path.split("/")[0] for path in fresh})
     say(f"{' and '.join(names)} start from scratch: the checkpoint has no such embedding")
-    make = lambda key: fresh_embeddings(assembly.model, key, names)
     shardings = nest({k: wanted[k].sharding for k in fresh})
-    drawn = jax.jit(make, out_shardings=shardings)(jax.random.key(assembly.settings.seed))
+    drawn = jax.jit(lambda: fresh_embeddings(assembly.model, names), out_shardings=shardings)()
     return placed | jax.tree.map(lambda x, w: x.astype(w.dtype), drawn, nest({k: wanted[k] for k in fresh}))
 
 

@@ -99,6 +99,10 @@ def _check(s: Settings) -> None:
         f"ema.restart_every is {s.ema.restart_every} and ema.restart_auto is true: choose one of them",
     )
     _require(
+        not s.ema.restart_auto or s.ema.fast < s.ema.slow,
+        f"ema.restart_auto compares a fast with a slow average, but their decays are {s.ema.fast} and {s.ema.slow}",
+    )
+    _require(
         (s.batch_size is None) != (s.batch_per_device is None),
         f"give exactly one of batch_size and batch_per_device, not {s.batch_size} and {s.batch_per_device}",
     )

@@ -35,7 +35,7 @@ USAGE = (
     '--prompt="..." [--steps=4] [--num=16] [--out=samples.png]'
 )
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "workdir": {"num": 16, "guidance": 1.0, "view": "slow", "base": None},
+    "workdir": {"num": 16, "guidance": None, "view": "slow", "base": None},
     "checkpoint": {"num": 1, "guidance": None, "height": 1024, "width": 1024, "text_tokens": None, "lora": []},
 }
 """What is sampled -> the options that go with it only, or differ by it."""
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("text_tokens", None, "With --checkpoint: tokens of a prompt for T5.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", flag_values=values)
     flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow average.", flag_values=values)
-    flags.DEFINE_float("guidance", None, "Guidance scale; none, or 3.5 if embedded.", flag_values=values)
+    flags.DEFINE_float("guidance", None, "Guidance scale; by default that of the run.", flag_values=values)
     flags.DEFINE_string("base", None, "With --workdir: base of its adapters, where it has moved.", flag_values=values)
     flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
@@ -174,6 +174,8 @@ def main(argv: Sequence[str]) -> int:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.guidance is None:
+        options.guidance = pipeline.settings.eval.guidance
     if options.guidance != 1.0:
         classifier_free = "classifier-free, two evaluations a step"
         how = "through the guidance embedding" if pipeline.distilled_guidance else classifier_free

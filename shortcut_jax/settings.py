@@ -199,7 +199,10 @@ class Settings:
 
 MARKS = (
     (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
-    (r"mesh\..*|eval\..*|data\.dir|base|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device", "free"),
+    (
+        r"mesh\..*|eval\..*|data\.dir|base|teacher_lora|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device",
+        "free",
+    ),
     (r"model\.(remat|attention|scan_unroll)", "free"),
     (r".*", "identity"),
 )

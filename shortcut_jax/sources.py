@@ -151,7 +151,7 @@ def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
     given = next((m for m in open_models(path, run.settings.init_view) if m.kind == "flux"), None)
     if given is None:
         raise ConvertedError(f"the base {path} of {workdir} holds no Flux transformer")
-    whole = Completed(given.params, param_shapes("flux", run.network), run.network, run.settings.seed)
+    whole = Completed(given.params, param_shapes("flux", run.network), run.network)
     whole.check(str(path), str(workdir), (run.base or {}).get("hash"))
     modules, _ = open_lora(workdir, run.network, view)
     params = Merged(whole, modules, shapes_of(whole))
@@ -161,6 +161,11 @@ def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
 def network_of(workdir: Path) -> FluxConfig:
     """The geometry of the network that a workdir's run trained."""
     return _read_workdir(workdir, "slow").network
+
+
+def needs_fresh_embedding(path: Path) -> bool:
+    """Whether adapters are those of a run that gave its base a guidance embedding."""
+    return (path / "checkpoints").is_dir() and _read_workdir(path, "slow").settings.guide in ("teacher", "targets")
 
 
 def bases_of(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
 import dataclasses
+import json
 import runpy
 import sys
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shortcut_jax import command
+from shortcut_jax.announce import announce
 from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.pipeline import batches, make_samples
@@ -21,15 +23,14 @@ from shortcut_jax.data.records import check_available, open_source
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import BaseRecord
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
-from shortcut_jax.resolve import check_images, from_config, objective_settings
+from shortcut_jax.resolve import check_images, from_config
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import Meter, MetricLog, read_metrics, save_curves
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
-from shortcut_jax.settings import Settings
+from shortcut_jax.settings import Settings, compare, complete
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
-from shortcut_jax.steps.views import evaluations
 from shortcut_jax.workdir import check_workdir, meta_of, open_start, record_of, restore_or_init, write_record
 
 Source = Sequence[dict[str, Any]]
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
     config_file = Path(config_flags.get_config_filename(values["config"]))
     workdir = Path(options.workdir or f"runs/{config_file.stem}-{settings.objective}")
     assembly = Assembly(settings)
-    code = train_teacher(config_file, settings) if stored_config(workdir / "checkpoints") is None else 0
+    started = distributed.agree(stored_config(workdir / "checkpoints") is not None)
+    code = 0 if started else train_teacher(config_file, settings)
     return code or train(assembly, workdir, options.stop_at)
 
 
@@ -80,16 +82,25 @@ def train_teacher(config_file: Path, settings: Settings) -> int:
     make = runpy.run_path(str(config_file)).get("get_teacher_config")
     if make is None or settings.init_from is None:
         return 0
-    workdir = Path(settings.init_from).expanduser()
-    teacher = dataclasses.replace(from_config(make()), data=settings.data, mesh=settings.mesh)
-    teacher = dataclasses.replace(teacher, data=dataclasses.replace(teacher.data, limit=0))
-    if workdir.exists() and not (workdir / "config.json").is_file():
-        return 0  # someone else's checkpoint
-    steps = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) if workdir.exists() else 0
-    if workdir.exists() and (steps >= teacher.steps or stored_config(workdir / "checkpoints") is None):
+    workdir, own = Path(settings.init_from).expanduser(), from_config(make())
+    data = dataclasses.replace(own.data, dir=settings.data.dir)
+    teacher = Assembly(dataclasses.replace(own, data=data, mesh=settings.mesh))
+    if not distributed.agree(_is_unfinished(workdir, teacher)):
         return 0
-    say(f"init_from={settings.init_from} {'is not finished' if steps else 'is not there'}: training the teacher first")
-    return train(Assembly(teacher), workdir)
+    say(f"init_from={settings.init_from} is not there, or not finished: training the teacher first")
+    return train(teacher, workdir)
+
+
+def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
+    """Whether a workdir is absent, or holds fewer steps of this very run than it has."""
+    if not workdir.exists():
+        return True
+    if not (workdir / "config.json").is_file():
+        return False  # someone else's checkpoint
+    stored = json.loads((workdir / "config.json").read_text())
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    same = not compare(complete(stored), record_of(teacher))["identity"]
+    return same and max(steps, default=0) < teacher.settings.steps
 
 
 class Outputs(NamedTuple):
@@ -225,6 +236,8 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
     if not _due(step, s.log_every):
         return
     values = {name: float(value) for name, value in metrics.items()} | meter.rates(step)
+    # A kind of row that this step happened to have none of has no loss.
+    values = {name: v for name, v in values.items() if not (name.startswith("loss/") and np.isnan(v))}
     log.scalars(step, values)
     rate = {"img_s": f"{values['images_per_second']:.0f}"} if "images_per_second" in values else {}
     bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
@@ -311,33 +324,6 @@ def _grid_name(step: int) -> str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def announce(assembly: Assembly, workdir: Path, start: int) -> None:
-    """Tells what is about to run."""
-    s, cfg = assembly.settings, assembly.model
-    millions = lambda tree: f"{count_parameters(tree) / 1e6:.1f} M"
-    trained = f" in {cfg.param_dtype}"
-    if s.train == "lora":
-        trained = f" frozen in bfloat16, {millions(assembly.state_shapes.params)} in adapters of rank {s.lora.rank}"
-    kind = assembly.mesh.devices.flat[0].device_kind
-    say(
-        f"{s.objective} · {s.model.preset}, {millions(assembly.network_shapes)} parameters{trained}, "
-        f"computing in {cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows a step, "
-        f"{assembly.flops / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
-        + (f", resuming at step {start}" if start else "")
-        + ("; all steps are done" if start >= s.steps else "; compiling the first step")
-    )
-    if s.guide != "told":
-        student, first, slow = evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
-        say(
-            f"guide={s.guide}: a self row is evaluated {student} times with a gradient, and {first} + {slow} times "
-            f"without for each pair of jumps"
-        )
-    untaught = objective_settings(s).untaught
-    if s.objective != "flow" and untaught and not start:
-        counts = ", ".join(map(str, untaught))
-        say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,19 @@ def test_every_config_can_be_resolved(path):
     from_config(_config(path.stem))
 
 
+def test_distillation_of_flux_is_the_published_recipe():
+    for name, limit in (("flux_distill", 0), ("flux_fewshot", 10)):
+        s = from_config(_config(name))
+        assert (s.optimizer.learning_rate, s.optimizer.schedule, s.optimizer.clip_norm) == (2e-5, "constant", 10.0)
+        assert (s.batch_size, s.lora.rank, s.lora.alpha, s.lora.paths) == (8, 64, 64.0, ".*")
+        assert (s.teacher_share, s.teacher_grid, s.jumps, s.student_steps) == (0.4, 32, 2, (1, 2, 4, 8))
+        assert (s.rows.self_rows, s.rows.flow_rows) == (1, 0)
+        assert (s.guidance, s.guide) == ((0.0, 7.5), "told")
+        assert (s.shift.low, s.shift.high, s.shift.dynamic) == (2.5, 4.5, 0.1)
+        assert (s.data.height, s.data.width, s.data.text_tokens, s.data.limit) == (512, 512, 256, limit)
+        assert (s.ema.fast, s.ema.slow, s.ema.warmup) == (0.99, 0.999, False)
+
+
 @pytest.mark.slow
 def test_the_pod_config_compiles_for_eight_devices_at_twenty_bytes_a_parameter(capsys):
     settings = from_config(_config("flux_pretrain"))

@@ -87,7 +87,7 @@ def test_a_fresh_embedding_is_given_as_a_copy(distilled):
     network = dataclasses.replace(network_of(distilled), guidance=True)
     shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", network)).items()}
     base = {k: np.zeros(v, np.float32) for k, v in shapes.items() if not k.startswith("guidance_in/")}
-    whole = Completed(base, shapes, network, 0)
+    whole = Completed(base, shapes, network)
     name = "guidance_in/in_layer/kernel"
     before = whole[name]
     assert np.any(before) and whole.fresh == "guidance_in"

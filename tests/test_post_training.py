@@ -17,6 +17,7 @@ from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import open_lora, open_models
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
+from shortcut_jax.weights.rules import nest
 from tests.helpers import relative
 
 
@@ -199,6 +200,9 @@ def lora_files(distilled, tmp_path_factory):
         ({"init_from": "/nowhere"}, "init_from=/nowhere is not there"),
         ({"model__double_blocks": 1}, "double_blocks: 2 -> 1"),
         ({"init_from": "LORA"}, "is a LoRA that does not know its base: name it with base"),
+        ({"base": "TRAINED"}, "are two networks, but training starts from its base"),
+        ({"lora__paths": "nothing"}, "lora.paths='nothing' matches no layer"),
+        ({"ema__restart_auto": True, "ema__fast": 0.999}, "compares a fast with a slow average"),
         ({"init_from": "LORA", "base": "TRAINED", "lora__rank": 4}, r"has rank 3, but lora\.rank is 4"),
         ({"init_from": "LORA", "base": "TRAINED", "lora__paths": ".*qkv"}, r"adapts other layers than lora\.paths"),
         ({"teacher_lora": "LORA", "lora__paths": ".*qkv"}, "it also has double_blocks/img_attn_out"),
@@ -244,17 +248,25 @@ def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one
         "def get_config():\n"
         f"    return tiny_config(**POST_TRAINING | {{'init_from': {str(tmp_path / 'teacher')!r}}})\n\n\n"
         "def get_teacher_config():\n"
-        "    return tiny_config(objective='flow', steps=2)\n"
+        "    return tiny_config(objective='flow', steps=2, data__caption_dropout=0.3)\n"
     )
     argv = ["train", f"--config={config}", f"--config.data.dir={data_dir}", f"--workdir={tmp_path}/run"]
     assert train.main(argv) == 0
     told = capfd.readouterr().err
-    assert f"init_from={tmp_path}/teacher is not there: training the teacher first" in told
+    assert f"init_from={tmp_path}/teacher is not there, or not finished: training the teacher first" in told
     assert max(Checkpoints(tmp_path / "teacher/checkpoints", read_only=True).steps()) == 2
+    stored = stored_meta(tmp_path / "teacher/checkpoints")["config"]["data"]
+    assert stored["caption_dropout"] == 0.3 and stored["dir"] == data_dir
     assert f"base: slow weights of step 2 in {tmp_path}/teacher" in told
     shutil.rmtree(tmp_path / "run")
     assert train.main(argv) == 0
     assert "training the teacher first" not in capfd.readouterr().err
+    # A teacher that was interrupted before its first checkpoint is trained too.
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "teacher/checkpoints")
+    (tmp_path / "teacher/checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert train.main(argv) == 0
+    assert "or not finished: training the teacher first" in capfd.readouterr().err
 
 
 def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path, post_arguments, one_device, capfd):
@@ -271,6 +283,52 @@ def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path,
     assert convert.main(["convert", f"--from={tmp_path}/run", "--merged", f"--to={tmp_path}/merged"]) == 0
     (merged,) = open_models(tmp_path / "merged")
     assert merged.config.guidance and np.any(merged.params["guidance_in/out_layer/kernel"])
+    student = Pipeline(tmp_path / "run")
+    height, width = student._assembly.latent_size
+    noise = draw_noise(0, 0, 2, student._assembly.model, height, width)
+    sampler = jax.jit(make_sampler(student._assembly.model, height, width, 2))
+    condition = student.generate._condition(["a handwritten digit two"] * 2, 3.0)
+    whole = nest({k: jnp.asarray(merged.params[k]) for k in merged.params})
+    with jax.default_matmul_precision("highest"):
+        one, two = (sampler(weights, noise, condition, 2) for weights in (student.params, whole))
+    # The base is bfloat16 in training, and merged as it is stored.
+    assert relative(one, two) <= 0.02
+    # Adapters alone are of no use to a base without the embedding.
+    with pytest.raises(command.UsageError, match="guidance embedding that its base has not"):
+        convert.main(["convert", f"--from={tmp_path}/run", f"--to={tmp_path}/x.safetensors", "--format=diffusers"])
+    # Its merged weights have the embedding, which must not be guided once more.
+    with pytest.raises(ConfigError, match="has a guidance embedding already"):
+        train.main(post_arguments(tmp_path / "again", init_from=str(tmp_path / "merged"), **changes))
+
+
+def test_adapters_go_on_only_from_the_base_they_were_trained_on(
+    distilled, tmp_path, post_arguments, one_device, arguments
+):
+    other = tmp_path / "other"
+    assert train.main(arguments(other, steps=1, seed=9, eval__views="()", eval__images="()")) == 0
+    for changes in (
+        {"init_from": str(distilled), "base": str(other)},
+        {"init_from": str(other), "teacher_lora": str(distilled)},
+    ):
+        with pytest.raises(ConfigError, match="was trained on a base with content"):
+            train.main(post_arguments(tmp_path / "run", **changes))
+        assert not (tmp_path / "run/checkpoints").exists() or not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_the_teachers_adapters_may_move_but_not_change(distilled, tmp_path, post_arguments, one_device):
+    first, moved, changed = (tmp_path / f"{name}.safetensors" for name in ("first", "moved", "changed"))
+    for file, view in ((first, "slow"), (changed, "online")):
+        argv = ["convert", f"--from={distilled}", f"--view={view}", f"--to={file}", "--format=diffusers"]
+        assert convert.main(argv) == 0
+    run = lambda file, *extra: train.main(post_arguments(tmp_path / "run", *extra, steps=2, teacher_lora=str(file)))
+    assert run(first, "--stop_at=1") == 0
+    record = stored_meta(tmp_path / "run/checkpoints")["base"]
+    assert record["teacher"] == str(first) and len(record["teacher_hash"]) == 16
+    first.rename(moved)
+    with pytest.raises(ConfigError, match="this run was trained with"):
+        run(changed)
+    assert run(moved) == 0
+    assert stored_meta(tmp_path / "run/checkpoints")["base"]["teacher"] == str(moved)
 
 
 def test_the_report_judges_the_teacher_beside_the_student(tmp_path, post_arguments, one_device):

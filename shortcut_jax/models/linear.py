@@ -143,13 +143,14 @@ class Linear(nn.Module):
     def _raised(self, low: Array, row_dims: int) -> Array:
         """Scale times `low` times `b`; the rows of `low` have `row_dims` axes, and its parts one, if there are any."""
         b: Array = self.get_variable("lora", "b")
-        scale: Array = self.get_variable("lora_scale", "scale").astype(low.dtype)
+        scale: Array = self.get_variable("lora_scale", "scale")
         has_parts = low.ndim == row_dims + 2
         if scale.ndim == has_parts:
             scale = scale[..., None]
         else:
             scale = scale.reshape(scale.shape[0], *(1,) * (row_dims - 1), *scale.shape[1:])
-        low, out_names = low * scale, self.names[self.in_dims :]
+        # In the scale's float32: alpha / r is rarely a number of the compute dtype.
+        low, out_names = (low * scale).astype(low.dtype), self.names[self.in_dims :]
         if not has_parts:
             return linear(low, b, None, self._options((None, *out_names), 1))
         options = self._options((None, *out_names[1:]), 1)

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def initialize() -> None:
@@ -34,6 +35,15 @@ def platform_of(device: Any) -> str:
     """`cpu`, `tpu`, `gpu` for an NVIDIA GPU and `rocm` for an AMD one, both of which JAX calls `gpu`."""
     version = getattr(getattr(device, "client", None), "platform_version", "")
     return "rocm" if device.platform == "gpu" and "rocm" in version.lower() else device.platform
+
+
+def agree(value: bool) -> bool:
+    """Process 0's answer to a question about the disk, the same for all of them."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def say(message: str) -> None:

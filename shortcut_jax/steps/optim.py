@@ -19,7 +19,7 @@ class OptimizerSettings:
       b2: decay of the second moment.
       eps: Adam's epsilon.
       weight_decay: decoupled weight decay, on parameters whose path matches `decay_paths`.
-      decay_paths: regular expression over the whole path, such as `.*/kernel`.
+      decay_paths: regular expression over the whole path, such as `.*/kernel`; adapters are `.*/[ab]`.
       clip_norm: global gradient norm above which gradients are scaled down; 0 means no clipping.
       warmup_steps: steps of linear warm-up from 0.
       schedule: `constant`, or `cosine` down to 0 at the last step, after the warm-up.

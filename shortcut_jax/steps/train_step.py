@@ -71,7 +71,7 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
         new_state = select_state(finite, new_state, state)
         metrics = {
             "loss": loss,
-            **{f"loss/{kind}": total / jnp.maximum(share, 1e-9) for kind, (total, share) in parts.items()},
+            **{f"loss/{kind}": total / share for kind, (total, share) in parts.items()},
             "grad_norm": grad_norm,
             "param_norm": global_norm(new_state.params),
             "ema_distance/fast": distance(new_state.params, new_state.ema.fast),

@@ -194,4 +194,4 @@ def test_loss_parts_are_sums_and_shares_of_the_rows_of_a_kind():
     parts = mean(loss_parts(error_B, teacher_B, TAUGHT))
     assert parts == {"teacher": (11 / 3, 3 / 8), "self": (7 / 3, 3 / 8), "flow": (5.0, 0.25)}
     none = loss_parts(error_B, jnp.zeros(8, bool), TAUGHT)
-    assert none["teacher"] == (0.0, 0.0)
+    assert none["teacher"] == (0.0, 0.0)  # no loss: 0 / 0

@@ -126,6 +126,13 @@ def test_the_target_reads_every_network_and_no_gradient_reaches_them(name, highe
         assert not any(np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(given)))
 
 
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank():
+    plain, stabilised = (
+        tiny_assembly(**POST_TRAINING | {"lora__rank": 4, "lora__rslora": on}).init_state() for on in (False, True)
+    )
+    assert float(plain.frozen.scale) == 1.5 and float(stabilised.frozen.scale) == 3.0
+
+
 def test_a_run_without_teacher_rows_is_plain_lora_training():
     assembly = tiny_assembly(train="lora", init_from="given", objective="flow", lora__rank=2)
     state = noisy_state(assembly)
