@@ -6,7 +6,6 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.resolve import objective_settings
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.steps.views import evaluations
 
 
 def announce(assembly: Assembly, workdir: Path, start: int) -> None:
@@ -25,7 +24,7 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         + ("; all steps are done" if start >= s.steps else "; compiling the first step")
     )
     if s.guide != "told":
-        student, first, slow = evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
+        student, first, slow = assembly.evaluations
         say(
             f"guide={s.guide}: a self row is evaluated {student} times with a gradient, and {first} + {slow} times "
             f"without for each pair of jumps"

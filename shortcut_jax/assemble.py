@@ -39,6 +39,9 @@ from shortcut_jax.weights.rules import nest
 BASE_DTYPE = jnp.bfloat16
 """What a frozen base is held in."""
 
+FRESH_INPUTS = ("step_in/", "guidance_in/")
+"""Embeddings that a network may have and its checkpoint not; their output starts at zero."""
+
 
 class Assembly:
     """Everything that a main needs of a run, built from settings. Only `init_state` and `freeze` put arrays on devices.
@@ -81,10 +84,16 @@ class Assembly:
         return height // PATCH * (width // PATCH)
 
     @property
+    def evaluations(self) -> tuple[int, int, int]:
+        """See `steps.views.evaluations`."""
+        s = self.settings
+        return evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
+
+    @property
     def flops(self) -> int:
         """Model FLOPs of one step."""
         s = self.settings
-        student, first, slow = evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
+        student, first, slow = self.evaluations
         jumping = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.self_rows
         jumped = jumping * (first + slow) * s.jumps // 2
         tokens = self.num_image_tokens, s.data.text_tokens

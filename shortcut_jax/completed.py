@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from shortcut_jax.assemble import BASE_DTYPE, fresh_embeddings
+from shortcut_jax.assemble import BASE_DTYPE, FRESH_INPUTS, fresh_embeddings
 from shortcut_jax.core.fingerprint import fingerprint_of
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.flux import FluxConfig
@@ -22,7 +22,8 @@ class Completed(Params):
 
     def __init__(self, base: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], network: FluxConfig):
         """Takes a base by path, and the shapes and the geometry of the network that was trained."""
-        names = sorted({path.split("/")[0] for path in shapes if path not in base and path.startswith("guidance_in/")})
+        absent = (path for path in shapes if path not in base and path.startswith(FRESH_INPUTS))
+        names = sorted({path.split("/")[0] for path in absent})
         fresh = flat_paths(jax.jit(lambda: fresh_embeddings(network, names))()) if names else {}
         self._base, self._shapes = base, dict(shapes)
         self._drawn = {path: np.array(value) for path, value in fresh.items()}

@@ -32,7 +32,7 @@ from shortcut_jax.runtime.converted import (
     write_params,
     write_record,
 )
-from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.runtime.tokenizers import check_tokenizer, copy_tokenizer
 from shortcut_jax.sources import (
     Model,
@@ -186,7 +186,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
         )
     ranks = sorted({f.rank for f in modules.values()})
     say(f"found: LoRA of {len(modules)} modules, rank {', '.join(map(str, ranks))}")
-    _tell_notes(notes)
+    tell(notes)
     if options.dtype:
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
@@ -197,12 +197,7 @@ def _tell(model: Model) -> None:
     dtypes = sorted({str(spec.dtype) for spec in model.specs.values()})
     size = sum(spec.nbytes for spec in model.specs.values()) / 1e9
     say(f"found: {model.origin}; {', '.join(dtypes)}, {size:.2f} GB")
-    _tell_notes(model.notes)
-
-
-def _tell_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        say(f"note: {note}")
+    tell(model.notes)
 
 
 def _changed(model: Model, options: Any) -> Model:
@@ -212,7 +207,7 @@ def _changed(model: Model, options: Any) -> Model:
         modules, notes = open_lora(Path(options.lora).expanduser().absolute(), model.config)
         params = Merged(params, modules, shapes_of(params))
         say(f"merging a LoRA of {len(modules)} modules")
-        _tell_notes(notes)
+        tell(notes)
     if options.dtype:
         params = Cast(params, DTYPES[options.dtype])
     return model._replace(params=params)

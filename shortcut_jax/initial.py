@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from shortcut_jax.assemble import Assembly, fresh_embeddings
+from shortcut_jax.assemble import FRESH_INPUTS, Assembly, fresh_embeddings
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.runtime.checkpoint import stored_meta
-from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, place
 from shortcut_jax.steps.state import TrainState
@@ -27,9 +27,6 @@ GEOMETRY = (
     *("guidance", "mlp_ratio", "theta"),
 )
 """What has to be the same in a checkpoint and in the network that starts from it."""
-
-STEP_INPUT, GUIDANCE_INPUT = "step_in/", "guidance_in/"
-"""Embeddings that a network may have and its checkpoint not; their output starts at zero."""
 
 
 class Initial(NamedTuple):
@@ -131,8 +128,7 @@ def _open_adapters(assembly: Assembly, name: str, path: Path) -> Modules:
     """Adapters that fit the layers and the rank of the run."""
     s = assembly.settings
     modules, notes = open_lora(_existing(name, str(path)), assembly.model, s.init_view)
-    for note in notes:
-        say(f"note: {note}")
+    tell(notes)
     ranks = {f.rank for f in modules.values()}
     if ranks != {s.lora.rank}:
         raise ConfigError(
@@ -251,11 +247,9 @@ def load_base(assembly: Assembly, path: str | Path, stored: dict[str, Any]) -> A
 def _load(assembly: Assembly, model: Model, shapes: Any) -> Any:
     """Weights on the mesh, in the dtypes and shardings of `shapes`."""
     say(f"{'base' if assembly.settings.train == 'lora' else 'starting from'}: {model.origin}")
-    for note in model.notes:
-        say(f"note: {note}")
+    tell(model.notes)
     wanted = flat_paths(shapes)
-    inputs = (STEP_INPUT, GUIDANCE_INPUT)
-    fresh = {path for path in wanted if path not in model.params and path.startswith(inputs)}
+    fresh = {path for path in wanted if path not in model.params and path.startswith(FRESH_INPUTS)}
     placed = place(model.params, nest({k: v for k, v in wanted.items() if k not in fresh}))
     if not fresh:
         return placed

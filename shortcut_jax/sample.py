@@ -24,7 +24,7 @@ from shortcut_jax.initial import load_base
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_meta
-from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.settings import ConfigError, complete
 from shortcut_jax.steps.views import VIEWS, Adapted
@@ -72,8 +72,9 @@ class Pipeline:
 
         Raises:
           CheckpointError: the workdir has no readable checkpoint.
-          ConfigError: the base is not there, or not the one that the run was trained on.
-          ValueError: an unknown view, or base or scale for a run without adapters.
+          ConfigError: the base is not there, or not the one that the run was trained on; or base or scale are given
+            for a run without adapters.
+          ValueError: an unknown view.
         """
         if view not in VIEWS:
             raise ValueError(f"view is {view!r}, but must be one of {', '.join(VIEWS)}")
@@ -86,7 +87,7 @@ class Pipeline:
         checkpoints = Checkpoints(folder, read_only=True)
         assembly = Assembly(self.settings, training=False)
         if self.settings.train == "all" and (base is not None or lora_scale != 1.0):
-            raise ValueError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
+            raise ConfigError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
         shapes = assembly.state_shapes
         wanted = shapes.params if view == "online" else getattr(shapes.ema, view)
         item = "params" if view == "online" else view
@@ -168,12 +169,7 @@ def main(argv: Sequence[str]) -> int:
     scales = options.lora_scale or [1.0]
     if len(scales) > 1:
         raise UsageError(f"--lora_scale is given {len(scales)} times, but a workdir has one set of adapters")
-    try:
-        pipeline = Pipeline(options.workdir, options.view, options.steps, min(num, 64), options.base, scales[0])
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    pipeline = Pipeline(options.workdir, options.view, options.steps, min(num, 64), options.base, scales[0])
     if options.guidance is None:
         options.guidance = pipeline.settings.eval.guidance
     if options.guidance != 1.0:
@@ -219,8 +215,7 @@ def _sample_checkpoint(options: types.SimpleNamespace, out: Path) -> int:
         raise UsageError(str(error)) from error
     for model in pipeline.models.values():
         say(model.origin)
-        for note in model.notes:
-            say(f"note: {note}")
+        tell(model.notes)
     say(f"{pipeline.guidance(options.guidance)}; computed in {pipeline.compute_dtype}")
     for line in pipeline.cuts(options.prompt, options.text_tokens):
         say(line)

@@ -78,16 +78,20 @@ def arguments(data_dir):
     return make
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, arguments):
-    """A workdir of four uninterrupted steps with its report, and what was printed."""
+def _train_on_one_device(argv):
     from shortcut_jax import train
 
-    workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         device = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *args: device)
-        assert train.main(arguments(workdir)) == 0
+        assert train.main(argv) == 0
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, arguments):
+    """A workdir of four uninterrupted steps with its report, and what was printed."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    _train_on_one_device(arguments(workdir))
     return workdir
 
 
@@ -116,13 +120,8 @@ def post_arguments(arguments, trained):
 @pytest.fixture(scope="session")
 def distilled(tmp_path_factory, post_arguments):
     """A workdir of four steps of post-training on the trained run."""
-    from shortcut_jax import train
-
     workdir = tmp_path_factory.mktemp("distilled") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        device = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *args: device)
-        assert train.main(post_arguments(workdir)) == 0
+    _train_on_one_device(post_arguments(workdir))
     return workdir
 
 

@@ -1,11 +1,15 @@
 """Small settings that several tests share."""
 
+import weakref
+
 import jax
 import numpy as np
 
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.resolve import from_config
 from shortcut_jax.settings import default_config
+from shortcut_jax.weights.params import Params, Spec
 
 
 def tiny_config(**changes):
@@ -66,3 +70,38 @@ def noisy_state(assembly, seed=0):
     frozen = state.frozen._replace(base=jitter(state.frozen.base), teacher=jitter(state.frozen.teacher))
     state = state._replace(params=params, ema=type(state.ema)(jitter(params), jitter(params)), frozen=frozen)
     return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, assembly.state_shapes)
+
+
+def host_copy(tree):
+    """A copy that outlives the donation of a tree."""
+    return jax.tree.map(np.array, tree)
+
+
+def moved(before, after):
+    """Whether each leaf differs, by path."""
+    return {k: not np.array_equal(v, flat_paths(after)[k]) for k, v in flat_paths(before).items()}
+
+
+class Watched(Params):
+    """Parameters that are made when they are read, and that remember how many of them are alive."""
+
+    def __init__(self, names, make):
+        self.alive = self.most = 0
+        self._names, self._make = list(names), make
+
+    def spec(self, name):
+        value = self._make(name)
+        return Spec(value.dtype, value.shape)
+
+    def __getitem__(self, name):
+        value = self._make(name)
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(value, lambda: setattr(self, "alive", self.alive - 1))
+        return value
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)

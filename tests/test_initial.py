@@ -1,5 +1,4 @@
 import json
-import weakref
 
 import jax
 import ml_dtypes
@@ -18,9 +17,8 @@ from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import abstract_params, place
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import to_torch
-from tests.helpers import tiny_assembly
+from tests.helpers import Watched, tiny_assembly
 from tests.weights.lora_cases import random_modules
 
 
@@ -56,30 +54,9 @@ def test_weights_arrive_on_a_mesh_shard_by_shard_in_the_dtype_of_the_run(sources
 
 
 def test_placing_holds_one_tensor_on_the_host_at_a_time():
-    class Watched(Params):
-        """Remembers how many of the arrays it gave are still alive."""
-
-        alive, most = 0, 0
-
-        def spec(self, name):
-            return Spec(np.dtype(np.float32), (64, 64))
-
-        def __getitem__(self, name):
-            value = np.ones((64, 64), np.float32)
-            self.alive += 1
-            self.most = max(self.most, self.alive)
-            weakref.finalize(value, lambda: setattr(self, "alive", self.alive - 1))
-            return value
-
-        def __iter__(self):
-            return iter([f"p{i}" for i in range(20)])
-
-        def __len__(self):
-            return 20
-
     mesh = make_mesh(MeshShape(1, 8, 1))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
-    watched = Watched()
+    watched = Watched([f"p{i}" for i in range(20)], lambda name: np.ones((64, 64), np.float32))
     placed = place(watched, {k: jax.ShapeDtypeStruct((64, 64), np.float32, sharding=sharding) for k in watched})
     assert len(placed) == 20 and watched.most <= 2
     assert placed["p3"].addressable_shards[0].data.shape == (8, 64)

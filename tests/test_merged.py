@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import weakref
 
 import ml_dtypes
 import numpy as np
@@ -17,8 +16,8 @@ from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.sources import abstract_params, network_of
 from shortcut_jax.weights import flux_bfl
-from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import nest, to_torch
+from tests.helpers import Watched
 
 
 def _merge_fails(capfd, workdir, target, *argv):
@@ -96,26 +95,8 @@ def test_a_fresh_embedding_is_given_as_a_copy(distilled):
 
 
 def test_the_hash_of_lazy_parameters_is_that_of_the_tree_and_holds_one_at_a_time():
-    class Watched(Params):
-        alive, most = 0, 0
-
-        def spec(self, name):
-            return Spec(np.dtype(ml_dtypes.bfloat16), (8, 8))
-
-        def __getitem__(self, name):
-            value = np.full((8, 8), len(name), ml_dtypes.bfloat16)
-            self.alive += 1
-            self.most = max(self.most, self.alive)
-            weakref.finalize(value, lambda: setattr(self, "alive", self.alive - 1))
-            return value
-
-        def __iter__(self):
-            return iter(["b/" + "x" * i for i in range(1, 9)])
-
-        def __len__(self):
-            return 8
-
-    lazy = Watched()
+    names = ["b/" + "x" * i for i in range(1, 9)]
+    lazy = Watched(names, lambda name: np.full((8, 8), len(name), ml_dtypes.bfloat16))
     found = fingerprint_of((name, lazy[name]) for name in lazy)
     assert lazy.most <= 2
     assert found == fingerprint(nest(dict(lazy)))

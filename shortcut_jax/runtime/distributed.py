@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,6 +51,12 @@ def say(message: str) -> None:
     """Prints a line to standard error, from process 0 only."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Says what a reader of files should know, a line each."""
+    for note in notes:
+        say(f"note: {note}")
 
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}

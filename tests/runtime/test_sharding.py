@@ -106,6 +106,20 @@ def test_eight_devices_equal_one_in_post_training(mesh, highest_precision):
     assert shards(sharded.ema.slow, "double_blocks/img_attn/qkv/b")[1:] == (3, 3, 2 // tensor, 16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", [{"train": "all"}, {"teacher_lora": "given", "guide": "both", "guidance": (1.0, 4.0)}], ids=str
+)
+def test_eight_devices_equal_one_for_other_teachers_and_guidance(kind, highest_precision):
+    changes = POST_TRAINING | kind
+    one, eight = _on((1, 1, 1), **changes), _on((2, 2, 2), **changes)
+    (state, metrics), (sharded, sharded_metrics) = _three_steps(one), _three_steps(eight)
+    for name in ("params", "ema"):
+        assert relative(getattr(sharded, name), getattr(state, name)) <= 1e-5
+    assert abs(float(sharded_metrics["loss"]) - float(metrics["loss"])) <= 1e-4 * float(metrics["loss"])
+    assert relative(state.params, noisy_state(one).params) > 1e-2
+
+
 def _partitioned(mesh, **changes):
     assembly = _on(mesh, **changes)
     return assembly, partitioned_hlo(assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes))

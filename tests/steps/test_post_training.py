@@ -9,7 +9,7 @@ from shortcut_jax.steps import views
 from shortcut_jax.steps.state import choose_view, from_items, to_counters, to_items
 from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
 from shortcut_jax.steps.views import Networks, make_velocity, teacher_of, whole
-from tests.helpers import POST_TRAINING, noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import POST_TRAINING, host_copy, moved, noisy_state, random_batch, relative, tiny_assembly
 
 TEACHERS = {
     "base": POST_TRAINING,
@@ -28,21 +28,13 @@ def lora():
     return tiny_assembly(**POST_TRAINING)
 
 
-def _host(tree):
-    return jax.tree.map(np.array, tree)
-
-
-def _moved(before, after):
-    return {k: not np.array_equal(v, flat_paths(after)[k]) for k, v in flat_paths(before).items()}
-
-
 def test_a_step_moves_what_is_trained_and_nothing_that_is_frozen(assembly):
     state = noisy_state(assembly)
-    before = _host(state)
+    before = host_copy(state)
     after, metrics = assembly.train_step(state, random_batch(assembly))
-    assert all(_moved(before.params, after.params).values())
-    assert all(_moved(before.ema.slow, after.ema.slow).values())
-    assert not any(_moved(before.frozen, after.frozen).values())
+    assert all(moved(before.params, after.params).values())
+    assert all(moved(before.ema.slow, after.ema.slow).values())
+    assert not any(moved(before.frozen, after.frozen).values())
     shares = {k: float(metrics[f"loss/{k}"]) for k in ("teacher", "self")}
     assert min(shares.values()) < float(metrics["loss"]) < max(shares.values())
 
@@ -72,10 +64,10 @@ def test_training_starts_as_the_base_and_a_teachers_student_as_a_copy_of_it():
     teacher = noisy_state(copied).params
     state = copied.init_state(weights, None, teacher)
     for tree in (state.params, state.frozen.teacher, state.ema.fast, state.ema.slow):
-        assert not any(_moved(teacher, tree).values())
+        assert not any(moved(teacher, tree).values())
     everything = tiny_assembly(**TEACHERS["all weights"]).init_state()
     assert relative(everything.frozen.base, everything.params) < 5e-3
-    assert not any(_moved(everything.params, everything.ema.slow).values())
+    assert not any(moved(everything.params, everything.ema.slow).values())
 
 
 def test_loss_and_gradients_equal_those_of_two_passes(assembly, highest_precision, monkeypatch):
@@ -169,7 +161,7 @@ def test_a_state_comes_back_from_its_items_counters_and_frozen_part(lora):
     state = state._replace(memory=memory)
     back = from_items(to_items(state), to_counters(state), state.frozen)
     assert jax.tree.structure(back) == jax.tree.structure(state)
-    assert not any(_moved(state, back).values())
+    assert not any(moved(state, back).values())
     older = {k: v for k, v in to_counters(state).items() if k != "memory"}
     assert float(from_items(to_items(state), older, state.frozen).memory.noise[1]) == 1.0
 
@@ -190,7 +182,7 @@ def test_a_restart_is_a_step_of_the_run_and_is_counted(every):
     for seed in range(4):
         state, metrics = assembly.train_step(state, random_batch(assembly, seed))
         restarted.append(int(metrics["ema_restarted"]))
-        same = not any(_moved(state.params, state.ema.slow).values())
+        same = not any(moved(state.params, state.ema.slow).values())
         assert same == bool(restarted[-1])
     assert int(metrics["ema_restarts"]) == sum(restarted) > 0
     assert restarted == [0, 1, 0, 1] or not every

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
-from tests.helpers import noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import host_copy, moved, noisy_state, random_batch, relative, tiny_assembly
 
 
 @pytest.fixture(scope="module")
@@ -12,21 +12,13 @@ def scfm():
     return tiny_assembly()
 
 
-def _moved(before, after):
-    return {k: not np.array_equal(v, flat_paths(after)[k]) for k, v in flat_paths(before).items()}
-
-
-def _host(tree):
-    return jax.tree.map(np.array, tree)
-
-
 def test_a_step_moves_weights_moments_and_averages_and_counts(scfm):
     state = noisy_state(scfm)
-    before = _host(state)
+    before = host_copy(state)
     after, metrics = scfm.train_step(state, random_batch(scfm))
-    assert all(_moved(before.params, after.params).values())
-    assert all(_moved(before.ema.fast, after.ema.fast).values())
-    assert all(_moved(before.ema.slow, after.ema.slow).values())
+    assert all(moved(before.params, after.params).values())
+    assert all(moved(before.ema.fast, after.ema.fast).values())
+    assert all(moved(before.ema.slow, after.ema.slow).values())
     assert int(after.step) == 1 and int(after.skipped_total) == 0
     assert np.isclose(float(metrics["loss"]), 0.25 * metrics["loss/self"] + 0.75 * metrics["loss/flow"], rtol=1e-5)
     expected = {"loss", "loss/self", "loss/flow", "grad_norm", "param_norm", "learning_rate", "skipped"}
@@ -52,7 +44,7 @@ def test_the_learning_rate_told_is_that_of_the_updates_done():
 
 def test_averages_follow_the_weights_by_their_decays(scfm):
     state = noisy_state(scfm)
-    before = _host(state)
+    before = host_copy(state)
     after, _ = scfm.train_step(state, random_batch(scfm))
     for name, decay in (("fast", 0.99), ("slow", 0.999)):
         old, new = flat_paths(getattr(before.ema, name)), flat_paths(getattr(after.ema, name))
@@ -62,12 +54,12 @@ def test_averages_follow_the_weights_by_their_decays(scfm):
 
 def test_a_non_finite_step_changes_nothing_but_the_counters_and_the_next_one_recovers(scfm):
     state = noisy_state(scfm)
-    before = _host(state)
+    before = host_copy(state)
     batch = random_batch(scfm)
     broken = batch._replace(latents_BhwC=batch.latents_BhwC.at[3, 0, 0, 0].set(jnp.nan))
     state, metrics = scfm.train_step(state, broken)
     for field in ("params", "ema", "opt_state"):
-        assert not any(_moved(getattr(before, field), getattr(state, field)).values()), field
+        assert not any(moved(getattr(before, field), getattr(state, field)).values()), field
     assert (int(state.step), int(state.skipped), int(state.skipped_total)) == (1, 1, 1)
     assert int(metrics["skipped"]) == 1 and np.isfinite(metrics["param_norm"])
     state, metrics = scfm.train_step(state, batch)
@@ -109,14 +101,14 @@ def test_flow_ignores_the_averages():
     other = other._replace(ema=jax.tree.map(lambda x: 2 * x, other.ema))
     after, metrics = assembly.train_step(state, batch)
     after_other, _ = assembly.train_step(other, batch)
-    assert not any(_moved(after.params, after_other.params).values())
+    assert not any(moved(after.params, after_other.params).values())
     assert set(metrics) >= {"loss", "loss/flow"} and "loss/self" not in metrics
 
 
 def test_the_shortcut_model_learns_its_step_size_input():
     assembly = tiny_assembly(objective="shortcut")
     state = noisy_state(assembly)
-    before = _host(state.params["step_in"])
+    before = host_copy(state.params["step_in"])
     after, metrics = assembly.train_step(state, random_batch(assembly))
-    assert all(_moved(before, after.params["step_in"]).values())
+    assert all(moved(before, after.params["step_in"]).values())
     assert np.isfinite(metrics["loss/self"])
