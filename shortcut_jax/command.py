@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from shortcut_jax.data.records import DataError
+from shortcut_jax.data.format import DataError
 from shortcut_jax.runtime.checkpoint import CheckpointError
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.safetensors import SafetensorsError

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from shortcut_jax.data.format import DataError
+
 EMBEDDED = ("digits",)
 """Sets that are generated on first use from what the installation ships."""
-
-
-class DataError(ValueError):
-    """Data that are absent or unreadable; the message says how to mend it."""
 
 
 @dataclass(frozen=True)
