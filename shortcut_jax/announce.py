@@ -4,6 +4,8 @@ from pathlib import Path
 
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.tree import count_parameters
+from shortcut_jax.data.schedule import BatchSchedule
+from shortcut_jax.data.training import TrainingData
 from shortcut_jax.resolve import objective_settings
 from shortcut_jax.runtime.distributed import say
 
@@ -33,3 +35,21 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     if s.objective != "flow" and untaught and not start:
         counts = ", ".join(map(str, untaught))
         say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
+
+
+def announce_data(assembly: Assembly, data: TrainingData) -> None:
+    """Tells what an epoch is made of, where that is not plain: several sets or sizes, or less than a batch."""
+    rows, records = assembly.batch_size, data.num_records
+    if records < rows:
+        say(f"{records} images for {rows} rows a step: each is repeated, with noise of its own")
+    if len(data.sets) > 1:
+        shares = data.shares.sum(axis=0)
+        say("mixed: " + ", ".join(f"{one.name} {share:.1%}" for one, share in zip(data.sets, shares, strict=True)))
+    if len(data.buckets) > 1:
+        schedule = BatchSchedule(data.epoch_sizes, rows, assembly.settings.seed)
+        sizes = ", ".join(f"{h} x {w}: {n:,}" for (h, w), n in zip(data.buckets, data.epoch_sizes, strict=True) if n)
+        say(
+            f"an epoch of {records:,} pictures in {sum(n > 0 for n in data.epoch_sizes)} buckets ({sizes}), one step "
+            f"compiled for each; {int(schedule.batches_before(1).sum()):,} batches of {rows} in the first, "
+            f"{int(schedule.leftover(1).sum()):,} pictures carried over into the next"
+        )

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from shortcut_jax.core.latents import PATCH, image_ids, text_ids
 from shortcut_jax.core.tree import flat_paths, path_name
 from shortcut_jax.core.types import Batch, Condition
-from shortcut_jax.data.records import latent_size
+from shortcut_jax.data.format import PreparedSet, Size
+from shortcut_jax.data.records import data_folder, is_prepared, latent_size
+from shortcut_jax.data.training import TrainingData
 from shortcut_jax.data.words import encode_words
 from shortcut_jax.models.attention import unsharded
 from shortcut_jax.models.flops import step_flops
@@ -38,6 +40,9 @@ from shortcut_jax.weights.rules import nest
 
 BASE_DTYPE = jnp.bfloat16
 """What a frozen base is held in."""
+
+STORED_TEXT_DTYPE = jnp.bfloat16
+"""What stored T5 states reach the devices in."""
 
 FRESH_INPUTS = ("step_in/", "guidance_in/")
 """Embeddings that a network may have and its checkpoint not; their output starts at zero."""
@@ -79,8 +84,11 @@ class Assembly:
 
     @property
     def num_image_tokens(self) -> int:
-        """N."""
-        height, width = self.latent_size
+        """N, of a picture of the size in the settings."""
+        return self._image_tokens()
+
+    def _image_tokens(self, size: Size | None = None) -> int:
+        height, width = latent_size(self.settings.data, size)
         return height // PATCH * (width // PATCH)
 
     @property
@@ -91,12 +99,16 @@ class Assembly:
 
     @property
     def flops(self) -> int:
-        """Model FLOPs of one step."""
+        """Model FLOPs of one step, of pictures of the size in the settings."""
+        return self.flops_at()
+
+    def flops_at(self, size: Size | None = None) -> int:
+        """Model FLOPs of one step of pictures of `size`."""
         s = self.settings
         student, first, slow = self.evaluations
         jumping = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.self_rows
         jumped = jumping * (first + slow) * s.jumps // 2
-        tokens = self.num_image_tokens, s.data.text_tokens
+        tokens = self._image_tokens(size), s.data.text_tokens
         return step_flops(self.model, *tokens, self.batch_size * student, jumped, frozen=s.train == "lora")
 
     @property
@@ -105,17 +117,21 @@ class Assembly:
         peak = peak_flops(self.mesh.devices.flat[0])
         return peak * self.mesh_shape.devices if peak else None
 
-    @cached_property
+    @property
     def batch_shapes(self) -> Batch:
-        """The global batch as abstract arrays with their shardings."""
-        cfg, sharding = self.model, batch_sharding(self.mesh)
-        shapes = (
-            (*self.latent_size, cfg.channels // PATCH**2),
-            (self.settings.data.text_tokens, cfg.text_width),
-            (cfg.pooled_width,),
+        """The global batch as abstract arrays with their shardings, of pictures of the size in the settings."""
+        return self.batch_shapes_at()
+
+    def batch_shapes_at(self, size: Size | None = None) -> Batch:
+        """The same for pictures of `size`."""
+        cfg, data, sharding = self.model, self.settings.data, batch_sharding(self.mesh)
+        text_dtype = STORED_TEXT_DTYPE if data.text_encoder == "stored" else jnp.float32
+        rows = (
+            ((*latent_size(data, size), cfg.channels // PATCH**2), jnp.float32),
+            ((data.text_tokens, cfg.text_width), text_dtype),
+            ((cfg.pooled_width,), jnp.float32),
         )
-        dtype = jnp.dtype(jnp.float32)
-        return Batch(*(jax.ShapeDtypeStruct((self.batch_size, *s), dtype, sharding=sharding) for s in shapes))
+        return Batch(*(jax.ShapeDtypeStruct((self.batch_size, *s), d, sharding=sharding) for s, d in rows))
 
     @cached_property
     def state_shapes(self) -> TrainState:
@@ -165,7 +181,7 @@ class Assembly:
         scale = jnp.asarray(s.lora.scale, jnp.float32) if s.train == "lora" else None
         unconditional = None
         if s.guide != "told":
-            txt, vec = text_encoder(s, self.model)("")
+            txt, vec = empty_caption(s, self.model)
             unconditional = Condition(jnp.asarray(txt)[None], jnp.asarray(vec)[None])
         # A copy: the student may start from the teacher's adapters, and donated buffers must not alias.
         return Frozen(base, scale, jax.tree.map(jnp.copy, teacher), unconditional)
@@ -226,6 +242,26 @@ def fresh_embeddings(model: FluxConfig, names: list[str]) -> dict[str, Any]:
         return (jax.random.randint(jax.random.key(0), shape.shape, -127, 128) * 2.0**-12).astype(shape.dtype)
 
     return {name: jax.tree_util.tree_map_with_path(draw, shapes[name]) for name in names}
+
+
+def mean_flops(assembly: Assembly, data: TrainingData) -> int:
+    """Model FLOPs of a step, on average over the buckets of an epoch."""
+    sizes = zip(data.buckets, data.epoch_sizes, strict=True)
+    return sum(n * assembly.flops_at(size) for size, n in sizes) // sum(data.epoch_sizes)
+
+
+def empty_caption(settings: Settings, cfg: FluxConfig) -> tuple[Any, Any]:
+    """Txt [M, T] and vec [V] of the empty caption: encoded, or as stored with the set.
+
+    They are zeros where the set is not there, as in a dry run: then nothing but their shapes is looked at.
+    """
+    data = settings.data
+    if data.text_encoder == "words":
+        return text_encoder(settings, cfg)("")
+    if is_prepared(data_folder(data)):
+        return PreparedSet(data_folder(data)).prompts()[""]
+    txt = jnp.zeros((data.text_tokens, cfg.text_width), STORED_TEXT_DTYPE)
+    return txt, jnp.zeros(cfg.pooled_width, jnp.float32)
 
 
 def text_encoder(settings: Settings, cfg: FluxConfig) -> Any:

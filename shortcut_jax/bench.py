@@ -33,7 +33,7 @@ class Contender:
         say(f"compiling {name}")
         begin = time.perf_counter()
         random = np.random.default_rng(0)
-        draw = lambda s: jax.device_put(random.standard_normal(s.shape, np.float32), s.sharding)
+        draw = lambda s: jax.device_put(random.standard_normal(s.shape, np.float32).astype(s.dtype), s.sharding)
         self.batch = jax.tree.map(draw, self.assembly.batch_shapes)
         self.state = self.assembly.init_state()
         compiled = self.assembly.train_step.lower(self.state, self.batch).compile()

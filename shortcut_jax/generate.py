@@ -1,28 +1,56 @@
 """Captions to pictures, in batches of one compiled shape on any mesh: what sample grids, reports and `sample` share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.core.types import Condition
-from shortcut_jax.data.records import to_pixels
+from shortcut_jax.data.pipeline import EncodeText
+from shortcut_jax.data.records import stride_of, to_pixels, unfold
 from shortcut_jax.runtime.sharding import batch_sharding, replicated
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
+
+Decode = Callable[[np.ndarray], np.ndarray]
+"""latents [B, h, w, c], float32, as the network leaves them -> pictures [B, height, width, channels], uint8."""
+
+
+class Ends(NamedTuple):
+    """What a network works between.
+
+    Attributes:
+      encode: of captions.
+      decode: of latents.
+    """
+
+    encode: EncodeText
+    decode: Decode
+
+
+def pixel_ends(assembly: Assembly) -> Ends:
+    """Words in, pixels out: what a run on pixels needs, and nothing else."""
+    stride = stride_of(assembly.settings.data)
+    decode = lambda latents_BhwC: to_pixels(unfold(latents_BhwC, stride))
+    return Ends(text_encoder(assembly.settings, assembly.model), decode)
 
 
 class Generator:
     """Samples pictures for captions from a tree of weights."""
 
-    def __init__(self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0):
-        """Prepares a sampler of up to `max_steps` steps; `batch_size` is rounded up to the mesh."""
+    def __init__(
+        self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0, ends: Ends | None = None
+    ):
+        """Prepares a sampler of up to `max_steps` steps; `batch_size` is rounded up to the mesh.
+
+        `ends` are those of a run on pixels by default.
+        """
         self._assembly = assembly
+        self._ends = ends or pixel_ends(assembly)
         shards = assembly.mesh_shape.batch_shards
         self.batch_size = -(-batch_size // shards) * shards
         self.max_steps = max_steps
-        self._encode = text_encoder(assembly.settings, assembly.model)
         height, width = assembly.latent_size
         finest = max(assembly.settings.student_steps)
         sampler = make_sampler(assembly.model, height, width, max_steps, shift, finest)
@@ -60,11 +88,11 @@ class Generator:
                 args = (*args, self._condition([""] * self.batch_size, guidance), guidance)
             with jax.set_mesh(self._assembly.mesh):
                 latents = self._sample(*args)
-            pictures.append(to_pixels(np.asarray(latents))[: len(chunk)])
+            pictures.append(self._ends.decode(np.asarray(latents))[: len(chunk)])
         return np.concatenate(pictures)
 
     def _condition(self, captions: Sequence[str], guidance: float) -> Condition:
-        txt, vec = (np.stack(x) for x in zip(*(self._encode(c) for c in captions), strict=True))
+        txt, vec = (np.stack(x) for x in zip(*(self._ends.encode(c) for c in captions), strict=True))
         scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
         sharding = batch_sharding(self._assembly.mesh)
         return jax.tree.map(lambda x: jax.device_put(x, sharding), Condition(txt, vec, scale))

@@ -5,14 +5,14 @@ import math
 import re
 import typing
 
-from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.schedules import StudentSteps
-from shortcut_jax.data.records import latent_size
+from shortcut_jax.data.records import latent_size, stride_of
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
-from shortcut_jax.models.presets import PRESETS, preset
+from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.sharding import MeshShape
 from shortcut_jax.settings import ConfigError, Settings, build, flatten, to_dict
+from shortcut_jax.steps.evals import RULES
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
 from shortcut_jax.steps.optim import SCHEDULES
 from shortcut_jax.steps.train_step import StepSettings
@@ -26,15 +26,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 _AT_LEAST_ONE = (
     *("steps", "accumulate", "log_every", "keep", "data.text_tokens"),
     *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank"),
+    "data.threads",
 )
 _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every"),
-    *("rows.self_rows", "rows.flow_rows", "data.limit"),
+    *("rows.self_rows", "rows.flow_rows", "data.limit", "data.workers"),
+    *("validation.every", "validation.images", "validation.seed"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
 _POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio")
 _DECAYS = ("ema.fast", "ema.slow", "optimizer.b1", "optimizer.b2")
-_PROBABILITIES = ("data.caption_dropout", "shift.dynamic", "teacher_share")
+_PROBABILITIES = ("data.caption_dropout", "data.flip", "shift.dynamic", "teacher_share")
 _PATHS = ("optimizer.decay_paths", "lora.paths")
 
 
@@ -66,6 +68,8 @@ def _check(s: Settings) -> None:
     _one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
     _one_of("data.store", s.data.store, ("pixels", "latents"))
     _one_of("data.text_encoder", s.data.text_encoder, ("words", "stored"))
+    _one_of("data.text_states", s.data.text_states, ("full", "trimmed"))
+    _one_of("validation.rule", s.validation.rule, RULES)
     _one_of("eval.view", s.eval.view, VIEWS)
     _one_of("init_view", s.init_view, VIEWS)
     _one_of("train", s.train, ("all", "lora"))
@@ -85,10 +89,7 @@ def _check(s: Settings) -> None:
         _require(0.0 <= values[name] <= 1.0, f"{name} is {values[name]}, but must be in [0, 1]")
     _check_student(s)
     _check_evaluation(s)
-    _require(
-        s.data.store == "latents" or s.data.text_encoder == "words",
-        "data.text_encoder is 'stored', but data.store 'pixels' has no stored text states: set data.text_encoder=words",
-    )
+    _check_data(s)
     for name in _PATHS:
         try:
             re.compile(values[name])
@@ -108,6 +109,32 @@ def _check(s: Settings) -> None:
     )
     _check_post_training(s)
     _check_guidance(s, model_config(s, "cpu", check_backend=False))
+
+
+def _check_data(s: Settings) -> None:
+    d = s.data
+    _require(
+        d.store == "latents" or d.text_encoder == "words",
+        "data.text_encoder is 'stored', but data.store 'pixels' has no stored text states: set data.text_encoder=words",
+    )
+    _require(
+        d.store == "pixels" or not d.flip,
+        f"data.flip is {d.flip}, but latents cannot be mirrored (the autoencoder is not symmetric): set data.flip=0",
+    )
+    _require(d.stride is None or d.stride >= 1, f"data.stride is {d.stride}, but must be at least 1")
+    _require(
+        d.height % stride_of(d) == 0 and d.width % stride_of(d) == 0,
+        f"data {d.height} x {d.width} is not a multiple of the {stride_of(d)} pixels of a latent (data.stride)",
+    )
+    sets = (d.name, *d.mix)
+    _require(len(set(sets)) == len(sets), f"data.mix: the set {d.name!r} or another one is named twice in {sets}")
+    _require(
+        len(d.weights) in (0, len(sets)) and all(w > 0 for w in d.weights),
+        f"data.weights is {d.weights}, but must be a positive number for each of {', '.join(sets)}, or none",
+    )
+    for view in s.validation.views:
+        _one_of("validation.views", view, (*VIEWS, TEACHER) if s.has_base else VIEWS)
+    _require(bool(s.validation.views), "validation.views is empty: name at least one view")
 
 
 def _check_post_training(s: Settings) -> None:
@@ -161,8 +188,8 @@ def _check_guidance(s: Settings, model: FluxConfig) -> None:
         return
     _require(bool(s.guidance), f"guide={s.guide} needs a range of scales: set guidance=(low, high)")
     _require(
-        s.objective == "scfm" and s.data.text_encoder == "words",
-        f"guide={s.guide} needs objective=scfm and the empty caption's text states (data.text_encoder=words)",
+        s.objective == "scfm",
+        f"guide={s.guide} needs objective=scfm, not {s.objective}",
     )
     _require(
         model.guidance == (s.guide != "both"),
@@ -271,23 +298,6 @@ def mesh_shape(s: Settings, num_devices: int) -> MeshShape:
         f"set --config.mesh.data, .fsdp and .tensor so that they multiply to {num_devices}",
     )
     return typing.cast(MeshShape, shape)
-
-
-def check_images(s: Settings, cfg: FluxConfig, shapes: typing.Iterable[tuple[int, ...]]) -> None:
-    """Raises ConfigError where images of pixels, each [h, w, c], are not what the config and its network take."""
-    channels = cfg.channels // PATCH**2
-    for height, width, depth in sorted(set(shapes)):
-        _require(
-            (height, width) == (s.data.height, s.data.width),
-            f"the data set {s.data.name!r} holds images of {height} x {width} pixels, but data.height and data.width "
-            f"are {s.data.height} and {s.data.width}: set --config.data.height={height} --config.data.width={width}",
-        )
-        fitting = [name for name, row in PRESETS.items() if row.channels == depth * PATCH**2]
-        _require(
-            depth == channels,
-            f"the data set {s.data.name!r} holds images of {depth} channels, but the preset {s.model.preset!r} takes "
-            f"{channels}: choose {' or '.join(fitting) or 'another data set; no preset takes these'}",
-        )
 
 
 def check_tensor(cfg: FluxConfig, shape: MeshShape) -> None:

@@ -120,6 +120,29 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
+class ValidationSettings:
+    """The loss on held-out pictures: plain flow matching at fixed times with fixed noise.
+
+    Attributes:
+      every: steps between validations, the last step included; 0 means never.
+      name: the set; that of the training data by default.
+      split: of it.
+      rule: which times, a key of `steps.evals.RULES`: mlperf or midpoints.
+      images: records that are used, from the beginning of the split; 0 means all.
+      views: weights that are validated.
+      seed: of the noise.
+    """
+
+    every: int = 0
+    name: str | None = None
+    split: str = "validation"
+    rule: str = "mlperf"
+    images: int = 0
+    views: tuple[str, ...] = ("slow",)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run. The config file sets what differs from these defaults.
 
@@ -190,6 +213,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     @property
     def has_base(self) -> bool:
@@ -200,7 +224,8 @@ class Settings:
 MARKS = (
     (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
     (
-        r"mesh\..*|eval\..*|data\.dir|base|teacher_lora|(log|sample|checkpoint)_every|keep|accumulate|batch_per_device",
+        r"mesh\..*|eval\..*|validation\..*|data\.(dir|threads|workers)|base|teacher_lora|(log|sample|checkpoint)_every|"
+        r"keep|accumulate|batch_per_device",
         "free",
     ),
     (r"model\.(remat|attention|scan_unroll)", "free"),

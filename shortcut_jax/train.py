@@ -15,15 +15,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from shortcut_jax import command
-from shortcut_jax.announce import announce
-from shortcut_jax.assemble import Assembly, text_encoder
+from shortcut_jax.announce import announce, announce_data
+from shortcut_jax.assemble import Assembly, mean_flops, text_encoder
+from shortcut_jax.check_data import check_data
 from shortcut_jax.core.tree import count_parameters
-from shortcut_jax.data.pipeline import batches, make_samples
-from shortcut_jax.data.records import check_available, open_source
+from shortcut_jax.data.pipeline import BatchReader, ahead, batches
+from shortcut_jax.data.records import check_available
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.ends import training_ends
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import BaseRecord
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
-from shortcut_jax.resolve import check_images, from_config
+from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
@@ -31,10 +34,8 @@ from shortcut_jax.runtime.metrics import Meter, MetricLog, read_metrics, save_cu
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
 from shortcut_jax.settings import Settings, compare, complete
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
+from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, meta_of, open_start, record_of, restore_or_init, write_record
-
-Source = Sequence[dict[str, Any]]
-"""Records by index, as `open_source` gives them."""
 
 USAGE = "usage: python -m shortcut_jax.train --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]"
 
@@ -112,6 +113,7 @@ class Outputs(NamedTuple):
       log: scalars and pictures.
       draw_grid: weights -> the sample grid, with the same noise and captions every time.
       base: what a checkpoint says of the frozen base, if there is one.
+      validation: weights -> the loss on held-out pictures, where it is asked for.
     """
 
     workdir: Path
@@ -119,6 +121,7 @@ class Outputs(NamedTuple):
     log: MetricLog
     draw_grid: Callable[[Any], Image.Image]
     base: BaseRecord | None = None
+    validation: Validation | None = None
 
 
 def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
@@ -134,11 +137,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
     settings = assembly.settings
     with distributed.Interruptions() as interruptions:
         check_workdir(workdir, record_of(assembly))
-        source = open_source(settings.data)
-        records = min(len(source), settings.data.limit or len(source))
-        if records < assembly.batch_size:
-            say(f"{records} images for {assembly.batch_size} rows a step: each is repeated, with noise of its own")
-        check_images(settings, assembly.model, [record["image"].shape for record in _looked_at(source)])
+        data = TrainingData(settings.data)
+        check_data(settings, assembly.model, data)
+        validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
@@ -148,13 +149,14 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             state, start, base = restore_or_init(assembly, checkpoints, initial)
             write_record(workdir, assembly)
             announce(assembly, workdir, start)
+            announce_data(assembly, data)
             stop = min(stop_at or settings.steps, settings.steps)
-            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, source), base)
+            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, data), base, validation)
             interruptions.check()
             if start < stop:
-                state = loop(assembly, source, outputs, state, start, stop, interruptions)
+                state = loop(assembly, data, outputs, state, start, stop, interruptions)
             if stop == settings.steps:
-                finish(assembly, source, outputs, state, interruptions)
+                finish(assembly, data, outputs, state, interruptions)
         except distributed.Interrupted as interrupted:
             (signal,) = interrupted.args
             checkpoints.wait()
@@ -164,11 +166,6 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             log.close()
             checkpoints.close()
     return 0
-
-
-def _looked_at(source: Source) -> Source:
-    """The records whose size is checked: all of a set that is in memory, else the first."""
-    return source if isinstance(source, list) else [source[0]]
 
 
 def _what_is_saved(checkpoints: Checkpoints, start: int) -> str:
@@ -181,7 +178,7 @@ def _what_is_saved(checkpoints: Checkpoints, start: int) -> str:
 
 def loop(
     assembly: Assembly,
-    source: Source,
+    data: TrainingData,
     outputs: Outputs,
     state: TrainState,
     start: int,
@@ -192,15 +189,15 @@ def loop(
     s = assembly.settings
     sharding = batch_sharding(assembly.mesh)
     rows = process_rows(sharding, assembly.batch_size)
-    samples = make_samples(source, text_encoder(s, assembly.model), s.data.caption_dropout, s.seed, s.data.limit)
-    data = batches(samples, rows, assembly.batch_size, start, stop)
-    meter = Meter(assembly.batch_size, assembly.flops, assembly.peak_flops)
+    reader = BatchReader(data, text_encoder(s, assembly.model), rows, assembly.batch_size, s.seed)
+    read = batches(reader, start, stop, s.data.threads, s.data.workers)
+    placed = ahead(to_global(batch, rows, sharding, assembly.batch_size) for batch in read)
+    meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops)
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
     pending: tuple[int, dict[str, jax.Array]] | None = None
     with tqdm(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0, **shown) as bar:
         for step in range(start + 1, stop + 1):
-            batch = to_global(next(data), rows, sharding, assembly.batch_size)
-            state, metrics = assembly.train_step(state, batch)
+            state, metrics = assembly.train_step(state, next(placed))
             if pending:  # Read one step late, so that the device never waits for the host.
                 record(*pending, s, outputs.log, meter, bar)
             pending = (step, metrics)
@@ -211,6 +208,8 @@ def loop(
                 record(*pending, s, outputs.log, meter, bar)
                 pending = None
                 save(step, assembly, outputs, state, metrics)
+            if outputs.validation and signal is None and (_due(step, s.validation.every) or step == s.steps):
+                validate(step, s, outputs, state)
             if _due(step, s.sample_every) and not last:
                 show(step, s, outputs, state)
             if signal:
@@ -251,6 +250,18 @@ def save(step: int, assembly: Assembly, outputs: Outputs, state: TrainState, met
         outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base))
 
 
+def validate(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
+    """Logs and tells the loss on held-out pictures, by the rule that its name tells."""
+    if outputs.validation is None:
+        return
+    for view in s.validation.views:
+        name = f"validation/{s.validation.rule}/{view}"
+        values = outputs.validation(choose_view(state, view), name)
+        outputs.log.scalars(step, values)
+        if jax.process_index() == 0:
+            tqdm.write(f"step {step}: {name} {values[name]:.4f} ({outputs.validation.num_images:,} pictures)")
+
+
 def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
     """Draws the sample grid into the log and the workdir."""
     picture = outputs.draw_grid(choose_view(state, s.eval.view))
@@ -263,7 +274,7 @@ def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
 
 def finish(
     assembly: Assembly,
-    source: Source,
+    data: TrainingData,
     outputs: Outputs,
     state: TrainState,
     interruptions: distributed.Interruptions,
@@ -273,6 +284,7 @@ def finish(
     show(s.steps, s, outputs, state)
     if not e.views:
         return
+    source = data.sets[0].records
     if "label" not in source[0]:
         say("no table: the data set has no labels to judge captions by")
         return
@@ -309,12 +321,11 @@ def finish(
     print(f"report   {path}\npicture  {workdir / _grid_name(s.steps)}", flush=True)
 
 
-def grid_painter(assembly: Assembly, source: Source) -> Callable[[Any], Image.Image]:
+def grid_painter(assembly: Assembly, data: TrainingData) -> Callable[[Any], Image.Image]:
     """Weights -> the sample grid of `settings.eval`: a row a step count, a column a caption."""
     e = assembly.settings.eval
-    generator = Generator(assembly, e.columns, max(e.steps), e.shift)
-    known = [source[i]["caption"].decode("utf-8") for i in range(min(len(source), 256))]
-    captions = grid_captions(e.captions, known, e.columns)
+    generator = Generator(assembly, e.columns, max(e.steps), e.shift, training_ends(assembly, data))
+    captions = grid_captions(e.captions, data.captions(256), e.columns)
     return lambda params: sample_grid(generator, params, captions, e.steps, e.guidance)
 
 

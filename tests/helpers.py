@@ -57,7 +57,7 @@ def relative(a, b):
 
 def random_batch(assembly, seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda s: jax.device_put(rng.standard_normal(s.shape, np.float32), s.sharding)
+    draw = lambda s: jax.device_put(rng.standard_normal(s.shape, np.float32).astype(s.dtype), s.sharding)
     return jax.tree.map(draw, assembly.batch_shapes)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 
 from shortcut_jax.assemble import Assembly
-from shortcut_jax.data.records import open_source
-from shortcut_jax.resolve import check_images, from_config
+from shortcut_jax.check_data import check_data
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.resolve import from_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -19,8 +20,7 @@ def test_the_config_it_shows_can_be_trained(data_dir):
     config = names["get_config"]()
     config.data.dir = data_dir
     assembly = Assembly(from_config(config), jax.devices()[:1])
-    source = open_source(assembly.settings.data)
-    check_images(assembly.settings, assembly.model, [source[0]["image"].shape])
+    check_data(assembly.settings, assembly.model, TrainingData(assembly.settings.data))
     loss = jax.eval_shape(assembly.train_step, assembly.state_shapes, assembly.batch_shapes)[1]["loss"]
     assert loss.shape == ()
 

@@ -104,6 +104,11 @@ class SetInfo:
     eval_prompts: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
+    @property
+    def encoders_content(self) -> dict[str, str]:
+        """The content hash of each encoder."""
+        return {kind: made["content"] for kind, made in self.encoders.items()}
+
     def num_records(self, split: str) -> int:
         """Records of a split in all buckets."""
         return sum(self.counts.get(split, ()))

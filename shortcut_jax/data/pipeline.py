@@ -1,64 +1,206 @@
 """The input pipeline: grain, deterministic, resumed from the step number alone.
 
-Sample k G + r of an endless shuffled stream is row r of step k for a global batch of G rows, so a batch depends on
-neither the number of processes nor on where a run was interrupted.
+Row r of step k is one sample of an endless shuffled stream of its bucket, at a place that `BatchSchedule` knows from k
+alone, and its random draws belong to that place. So a batch depends on neither the number of processes, threads or
+workers nor on where a run was interrupted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
 from shortcut_jax.core.types import Batch
-from shortcut_jax.data.records import to_latents
+from shortcut_jax.data.format import LatentInfo, unpack_text
+from shortcut_jax.data.records import fold, stride_of, to_latents
+from shortcut_jax.data.schedule import BatchSchedule
+from shortcut_jax.data.training import TrainingData
 
 EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
 """caption -> txt [M, T], vec [V]."""
+T = TypeVar("T")
+
+_SEED_STRIDE = 1_000_003
+"""Apart enough that no two streams of a run share a seed, nor do streams and their draws."""
 
 
-class _DropCaption(grain.transforms.RandomMap):
-    """Replaces captions by the empty one, whole, with a fixed probability, by sample index."""
+class Draw(NamedTuple):
+    """One sample of a stream: which record, and what chance makes of it.
 
-    def __init__(self, probability: float):
-        self._probability = probability
-
-    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        caption = element["caption"].decode("utf-8")
-        return {**element, "caption": "" if rng.random() < self._probability else caption}
-
-
-def make_samples(
-    source: Sequence[dict[str, Any]], encode_text: EncodeText, caption_dropout: float, seed: int, limit: int = 0
-) -> grain.MapDataset:
-    """The endless stream of single samples as `Batch` rows: shuffled anew each epoch, captions dropped at random.
-
-    Only the first `limit` records are used; 0 means all.
+    Attributes:
+      set: of the run's sets.
+      record: of the set.
+      drop: whether the caption is replaced by the empty one.
+      flip: whether the picture is mirrored.
+      seed: of the noise that draws latents from their Gaussian.
     """
 
-    def to_row(element: dict[str, Any]) -> Batch:
-        txt, vec = encode_text(element["caption"])
-        return Batch(to_latents(element["image"]), txt, vec)
-
-    records = grain.MapDataset.source(source)
-    samples = (records[:limit] if limit else records).shuffle(seed=seed).repeat()
-    return samples.random_map(_DropCaption(caption_dropout), seed=seed + 1).map(to_row)
+    set: int
+    record: int
+    drop: bool
+    flip: bool
+    seed: int
 
 
-def batches(samples: grain.MapDataset, rows: np.ndarray, global_batch: int, start: int, stop: int) -> Iterator[Batch]:
-    """The given rows of the batches of steps `start` ... `stop - 1`, read ahead in threads.
+class _Places:
+    """The records of one set in one bucket, as a source of grain."""
 
-    Args:
-      samples: `make_samples`.
-      rows: the global rows this process needs (`runtime.sharding.process_rows`).
-      global_batch: G, rows of a global batch.
-      start: first step.
-      stop: step after the last.
-    """
+    def __init__(self, which: int, records: np.ndarray):
+        self._which, self._records = which, records
 
-    def read(step: int) -> Batch:
-        parts = [samples[int(step) * global_batch + int(row)] for row in rows]
-        return Batch(*(np.stack(leaves) for leaves in zip(*parts, strict=True)))
+    def __len__(self) -> int:
+        return len(self._records)
 
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._which, int(self._records[index])
+
+
+class _DrawAll(grain.transforms.RandomMap):
+    """Draws a sample's chances, by its place in the stream."""
+
+    def __init__(self, caption_dropout: float, flip: float):
+        self._caption_dropout, self._flip = caption_dropout, flip
+
+    def random_map(self, place: tuple[int, int], rng: np.random.Generator) -> Draw:
+        drop, flip = rng.random() < self._caption_dropout, rng.random() < self._flip
+        return Draw(*place, drop, flip, int(rng.integers(2**63)))
+
+
+def make_streams(data: TrainingData, seed: int) -> list[grain.MapDataset]:
+    """The endless stream of `Draw`s of each bucket: every set shuffled anew each time through, mixed by weight."""
+    settings, streams = data.settings, []
+    for bucket, row in enumerate(data.places):
+        own = seed + bucket * _SEED_STRIDE
+        parts, weights = [], []
+        for which, records in enumerate(row):
+            if len(records):
+                shuffled = grain.MapDataset.source(_Places(which, records)).shuffle(seed=(own + 2 * which) % 2**32)
+                parts.append(shuffled.repeat())
+                weights.append(float(data.shares[bucket, which]))
+        mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights) if parts else None
+        draws = _DrawAll(settings.caption_dropout, settings.flip)
+        streams.append(mixed and mixed.random_map(draws, seed=(own + 1) % 2**32))
+    return streams
+
+
+class BatchReader:
+    """Step -> the given rows of its global batch. It can be sent to worker processes."""
+
+    def __init__(self, data: TrainingData, encode_text: EncodeText, rows: np.ndarray, global_batch: int, seed: int):
+        """Nothing is read yet.
+
+        Args:
+          data: the sets.
+          encode_text: of captions whose states are not stored.
+          rows: the global rows that this process needs (`runtime.sharding.process_rows`).
+          global_batch: G, rows of a global batch.
+          seed: of order and chances.
+        """
+        self.schedule = BatchSchedule(data.epoch_sizes, global_batch, seed)
+        self._streams = make_streams(data, seed)
+        self._records = [s.records for s in data.sets]
+        self._to_row = RowMaker(data, encode_text)
+        self._rows = rows
+
+    def draws(self, step: int) -> list[Draw]:
+        """The samples of a step, one a row."""
+        entry = self.schedule.entry(step)
+        stream = self._streams[entry.bucket]
+        return [stream[entry.first + int(row)] for row in self._rows]
+
+    def __call__(self, step: int) -> Batch:
+        """The rows of a step, in order."""
+        draws = self.draws(int(step))
+        records: list[Any] = [None] * len(draws)
+        for which in {draw.set for draw in draws}:
+            at = [i for i, draw in enumerate(draws) if draw.set == which]
+            for i, record in zip(at, read_many(self._records[which], [draws[i].record for i in at]), strict=True):
+                records[i] = record
+        return stack_rows([self._to_row(record, draw) for record, draw in zip(records, draws, strict=True)])
+
+
+def read_many(records: Any, indices: list[int]) -> list[Any]:
+    """Several records at once, as fast as the source can."""
+    many = getattr(records, "__getitems__", None)
+    return list(many(indices)) if many else [records[i] for i in indices]
+
+
+def stack_rows(rows: list[Batch]) -> Batch:
+    """Samples as one batch."""
+    return Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+
+
+class RowMaker:
+    """A record and its draw -> one sample as a `Batch` row."""
+
+    def __init__(self, data: TrainingData, encode_text: EncodeText):
+        """See `BatchReader`."""
+        info = data.info
+        self._block = stride_of(data.settings)
+        self._latents = info.latents if info and info.store == "latents" else None
+        self._text = info.text if info and data.settings.text_encoder == "stored" else None
+        self._encode_text = encode_text
+        self._empty = data.prompts[""] if self._text else None
+
+    def __call__(self, record: dict[str, Any], draw: Draw) -> Batch:
+        """Latents [h, w, c] float32, txt [M, T], vec [V]."""
+        if self._latents:
+            latents = draw_latents(record["mean"], record["std"], draw.seed, self._latents)
+        else:
+            image = record["image"][:, ::-1] if draw.flip else record["image"]
+            latents = fold(to_latents(image), self._block)
+        return Batch(latents, *self._states(record, draw.drop))
+
+    def _states(self, record: dict[str, Any], drop: bool) -> tuple[np.ndarray, np.ndarray]:
+        if self._text is None:
+            return self._encode_text("" if drop else record["caption"].decode("utf-8"))
+        if drop and self._empty is not None:
+            return self._empty
+        return unpack_text(record, self._text), record["vec"]
+
+
+def draw_latents(mean_hwc: np.ndarray, std_hwc: np.ndarray, seed: int, info: LatentInfo) -> np.ndarray:
+    """Latents as the network sees them, float32, drawn from the Gaussian that the autoencoder gives a picture."""
+    random = np.random.Generator(np.random.SFC64(seed))
+    noise_hwc = random.standard_normal(mean_hwc.shape, np.float32)
+    noise_hwc *= std_hwc
+    noise_hwc += mean_hwc
+    noise_hwc -= np.float32(info.shift)
+    noise_hwc *= np.float32(info.scale)
+    return noise_hwc
+
+
+def batches(reader: Callable[[int], T], start: int, stop: int, threads: int = 1, workers: int = 0) -> Iterator[T]:
+    """What `reader` reads for the steps `start` ... `stop - 1`, in order, read ahead by threads or processes."""
+    read = _Steps(reader)
     steps = grain.MapDataset.range(start, stop).map(read)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    stream = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 4)))
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain's workers ask for flags of its own
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(stream)
+
+
+class _Steps(grain.transforms.Map):
+    """A reader as a transform that worker processes can be given."""
+
+    def __init__(self, reader: Callable[[int], Any]):
+        self._reader = reader
+
+    def map(self, step: int) -> Any:
+        return self._reader(int(step))
+
+
+def ahead(items: Iterable[T], num: int = 1) -> Iterator[T]:
+    """The items in order, each asked for `num` items before it is taken: transfers run beside the step before."""
+    iterator = iter(items)
+    waiting = list(islice(iterator, num))
+    for item in iterator:
+        waiting.append(item)
+        yield waiting.pop(0)
+    yield from waiting

@@ -1,4 +1,4 @@
-"""Opening data sets: TFDS sets stored as ArrayRecord, read without TensorFlow."""
+"""What a run reads: its settings, where the sets lie, and pictures as latents and back."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax.data.format import DataError
+from shortcut_jax.data.format import INFO, DataError, Size
 
 EMBEDDED = ("digits",)
 """Sets that are generated on first use from what the installation ships."""
@@ -16,68 +16,94 @@ EMBEDDED = ("digits",)
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A data set and how its samples become rows.
+    """The sets of a run and how their samples become rows.
 
     Attributes:
-      name: the TFDS name.
-      dir: the folder that holds TFDS sets.
-      split: TFDS split.
+      name: a set: a folder that `shortcut_jax.prepare` wrote, or the TFDS name of one with `image` and `caption`.
+      mix: further sets, read beside it.
+      weights: how often a sample comes from each of them, `name` first; empty means by their numbers of records.
+      dir: the folder that holds the sets; a name may also be a path of its own.
+      split: the split that is trained on.
       store: `pixels` (images are the latents themselves) or `latents` (of an autoencoder, prepared beforehand).
-      height: rows of an image in pixels.
-      width: columns of an image in pixels.
+      height: rows of a picture in pixels; of the sample grids, where a set has buckets of several sizes.
+      width: columns of it in pixels.
+      stride: pixels a latent, along each side: of the autoencoder (8 by default, as FLUX.1's), or of the blocks that
+        are folded into channels in a set of pixels (1).
       text_encoder: `words`, or `stored` for states prepared with the set.
       text_tokens: M; longer captions are cut.
+      text_states: `full` or `trimmed` (see `data.format.TextInfo`), of stored states.
       caption_dropout: probability of replacing a caption by the empty one.
-      limit: records of the split that are trained on, from its beginning; 0 means all.
+      flip: probability of mirroring a picture left to right, of a set of pixels.
+      limit: records of a split that are trained on, from its beginning; 0 means all.
+      threads: threads that read batches.
+      workers: processes that read batches; 0 means this one.
     """
 
     name: str = "digits"
+    mix: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     dir: str = "~/tensorflow_datasets"
     split: str = "train"
     store: str = "pixels"
     height: int = 8
     width: int = 8
+    stride: int | None = None
     text_encoder: str = "words"
     text_tokens: int = 8
+    text_states: str = "full"
     caption_dropout: float = 0.1
+    flip: float = 0.0
     limit: int = 0
+    threads: int = 2
+    workers: int = 0
 
 
-LATENT_STRIDE = 8
-"""Pixels a latent, along each side, in Flux's autoencoder."""
+STRIDES = {"latents": 8, "pixels": 1}
+"""Pixels a latent, along each side, by default."""
 
 
-def latent_size(settings: DataSettings) -> tuple[int, int]:
-    """Rows and columns of the latents."""
-    stride = LATENT_STRIDE if settings.store == "latents" else 1
-    return settings.height // stride, settings.width // stride
+def stride_of(settings: DataSettings) -> int:
+    """Pixels a latent, along each side."""
+    return settings.stride or STRIDES[settings.store]
 
 
-def data_folder(settings: DataSettings) -> Path:
-    """Where the set lies, or would lie."""
-    return Path(os.path.expanduser(settings.dir)) / settings.name
+def latent_size(settings: DataSettings, size: Size | None = None) -> tuple[int, int]:
+    """Rows and columns of the latents of a picture; of `height` x `width` by default."""
+    height, width = size or (settings.height, settings.width)
+    return height // stride_of(settings), width // stride_of(settings)
+
+
+def data_folder(settings: DataSettings, name: str | None = None) -> Path:
+    """Where a set lies, or would lie; the first one by default."""
+    return Path(os.path.expanduser(settings.dir)) / os.path.expanduser(name or settings.name)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is a complete set that `shortcut_jax.prepare` wrote."""
+    return (folder / INFO).is_file()
 
 
 def check_available(settings: DataSettings) -> None:
     """Says at once what is missing, before anything long starts.
 
     Raises:
-      DataError: the set is neither embedded nor present, or is of a kind that cannot be read yet.
+      DataError: a set is neither embedded nor present.
     """
-    folder = data_folder(settings)
-    if settings.store == "latents":
-        state = "is not there" if not folder.exists() else "cannot be read yet"
+    for name in (settings.name, *settings.mix):
+        folder = data_folder(settings, name)
+        if is_prepared(folder) or (settings.store == "pixels" and (name in EMBEDDED or folder.exists())):
+            continue
+        unfinished = folder.with_name(f".{folder.name}.partial").exists()
         raise DataError(
-            f"the data set {settings.name!r} of prepared latents {state}: {folder}. It will be written from captioned "
-            f"images by `python -m shortcut_jax.prepare`, which this version does not have. "
-            f"configs/digits.py runs without any prepared data; --dry_run needs none either"
+            f"the data set {name!r} is not prepared: {folder} "
+            + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not there. ")
+            + f"Make it with python -m shortcut_jax.prepare --store={settings.store} --source=... --out={folder}; "
+            f"configs/digits.py runs without any prepared data, and --dry_run needs none"
         )
-    if settings.name not in EMBEDDED and not folder.exists():
-        raise DataError(f"the data set {settings.name!r} is not prepared: {folder} is not there")
 
 
-def open_source(settings: DataSettings) -> Sequence[dict[str, Any]]:
-    """The records in storage order, each with at least `image` [h, w, c] uint8 and `caption` bytes.
+def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dict[str, Any]]:
+    """The records of a TFDS set in storage order, each with at least `image` [h, w, c] uint8 and `caption` bytes.
 
     An embedded set is generated first, if absent. A small set is decoded once and kept in memory.
 
@@ -90,17 +116,22 @@ def open_source(settings: DataSettings) -> Sequence[dict[str, Any]]:
     tfds.display_progress_bar(False)
     import shortcut_jax.data.datasets.digits  # noqa: F401  (registers the builder)
 
+    name = name or settings.name
     folder = os.path.expanduser(settings.dir)
     try:
-        builder = tfds.builder(settings.name, data_dir=folder, file_format="array_record")
-        if settings.name in EMBEDDED:
+        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+        if name in EMBEDDED:
             builder.download_and_prepare()
         source = builder.as_data_source(split=settings.split)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"cannot open the data set {settings.name!r} in {folder}: {reason}") from error
-    small = len(source) * int(np.prod(source[0]["image"].shape)) < 2**28
-    return [source[i] for i in range(len(source))] if small else source
+        raise DataError(f"cannot open the data set {name!r} in {folder}: {reason}") from error
+    return in_memory(source, int(np.prod(source[0]["image"].shape)))
+
+
+def in_memory(records: Sequence[dict[str, Any]], num_bytes: int) -> Sequence[dict[str, Any]]:
+    """Decodes a small set of pictures of `num_bytes` each once and for all; a large one is left as it is."""
+    return [records[i] for i in range(len(records))] if len(records) * num_bytes < 2**28 else records
 
 
 def to_latents(image: np.ndarray) -> np.ndarray:
@@ -111,3 +142,17 @@ def to_latents(image: np.ndarray) -> np.ndarray:
 def to_pixels(latents: np.ndarray) -> np.ndarray:
     """The inverse of `to_latents`, clipped and rounded to uint8."""
     return np.clip(np.round((np.asarray(latents, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def fold(x_hwc: np.ndarray, block: int) -> np.ndarray:
+    """Blocks of `block` x `block` pixels as channels: [h, w, c] -> [h / block, w / block, c block^2]."""
+    h, w, c = x_hwc.shape
+    blocks = x_hwc.reshape(h // block, block, w // block, block, c)
+    return blocks.transpose(0, 2, 4, 1, 3).reshape(h // block, w // block, c * block**2)
+
+
+def unfold(x_BhwC: np.ndarray, block: int) -> np.ndarray:
+    """The inverse of `fold`, of a batch."""
+    b, h, w, c = x_BhwC.shape
+    blocks = x_BhwC.reshape(b, h, w, c // block**2, block, block)
+    return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * block, w * block, c // block**2)

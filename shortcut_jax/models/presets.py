@@ -17,6 +17,7 @@ PRESETS: dict[str, FluxConfig] = {
     "flux-130m": FluxConfig(3, 7, 768, 12, _AXES_64, *_FLUX),
     "flux-30m": FluxConfig(2, 8, 384, 6, _AXES_64, *_FLUX),
     # For the embedded data sets: pixels as latents, `words` as text encoder.
+    "emoji": FluxConfig(2, 8, 384, 6, _AXES_64, 48, 256, 256),  # blocks of 2 x 2 pixels as latents
     "digits": FluxConfig(1, 2, 128, 4, (8, 12, 12), *_WORDS),
     "tiny": FluxConfig(2, 2, 32, 2, (4, 6, 6), *_WORDS),
 }

@@ -1,0 +1,87 @@
+"""Small prepared sets, written directly in the format."""
+
+import io
+
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from shortcut_jax.data.format import (
+    LatentInfo,
+    SetInfo,
+    Shard,
+    TextInfo,
+    dataset_name,
+    pack_text,
+    set_features,
+    shard_name,
+    write_set,
+)
+
+TEXT = TextInfo("full", "bfloat16", tokens=6, width=16, pooled_width=12)
+LATENTS = LatentInfo(channels=4, stride=2, scale=0.5, shift=0.1)
+SIZES = ((16, 16), (8, 24), (24, 8), (16, 24))
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixel_record(i, size, rng):
+    pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+    pixels[0, 0] = i % 256, i // 256, 7  # the record can be told by its picture
+    return {"image": png(pixels)}
+
+
+def latent_record(i, size, rng, text=TEXT):
+    h, w = (side // LATENTS.stride for side in size)
+    mean = rng.standard_normal((h, w, LATENTS.channels)).astype(np.float16)
+    std = (0.1 * rng.random(mean.shape)).astype(np.float16)
+    states = rng.standard_normal((text.tokens, text.width), np.float32)
+    fields, *_ = pack_text(states, text, length=2 + i % (text.tokens - 1))
+    vec = rng.standard_normal(text.pooled_width, np.float32)
+    return {"mean": mean, "std": std, "vec": vec, **fields}
+
+
+def write_small_set(folder, store, counts, num_shards=3, seed=0, text=TEXT, splits=("train",)):
+    """A set whose record i of bucket b has a caption of its own; `counts[b]` records a bucket, interleaved."""
+    text, latents = (text, LATENTS) if store == "latents" else (None, None)
+    features, rng = set_features(store, text, latents), np.random.default_rng(seed)
+    name, shards = dataset_name(folder), {}
+    folder.mkdir(parents=True)
+    for split in splits:
+        buckets = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+        shards[split] = []
+        for n, part in enumerate(np.array_split(np.arange(len(buckets)), num_shards)):
+            path, size = folder / shard_name(name, split, n, num_shards), 0
+            writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            for i in part:
+                height, width = SIZES[buckets[i]]
+                caption = f"{split} picture {i} of bucket {buckets[i]}"
+                fields = {"key": f"{split}/{i}", "caption": caption, "height": height, "width": width}
+                make = pixel_record if store == "pixels" else latent_record
+                extra = make(i, SIZES[buckets[i]], rng, *(() if store == "pixels" else (text,)))
+                raw = features.serialize_example(fields | extra)
+                writer.write(raw)
+                size += len(raw)
+            writer.close()
+            shards[split].append(Shard(path, buckets[part], size))
+    prompts, captions = None, ("a small cat", "a dog")
+    if text:
+        txt = rng.standard_normal((3, text.tokens, text.width)).astype(np.float32)
+        vec = rng.standard_normal((3, text.pooled_width)).astype(np.float32)
+        prompts = {"txt": txt.astype(ml_dtypes.bfloat16), "vec": vec}
+    info = SetInfo(
+        store,
+        SIZES[: len(counts)],
+        {split: tuple(counts) for split in splits},
+        request={"source": "random"},
+        text=text,
+        latents=latents,
+        eval_prompts=captions,
+    )
+    write_set(folder, name, info, shards, prompts)
+    return folder
