@@ -91,9 +91,12 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The last record of each step in a `metrics.jsonl`; a run that was resumed may have written a step twice."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["step"]: row for row in sorted(rows, key=lambda row: row["step"])}
+    """The values of each step in a `metrics.jsonl`; of what a resumed run has written twice, the last."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        rows.setdefault(row["step"], {}).update(row)
+    return dict(sorted(rows.items()))
 
 
 def contact_sheet(

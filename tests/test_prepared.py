@@ -1,0 +1,217 @@
+"""Training on prepared sets."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from shortcut_jax import command, train
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.check_data import check_data
+from shortcut_jax.core.flow import interpolate, velocity_target
+from shortcut_jax.core.latents import patchify
+from shortcut_jax.core.types import Condition
+from shortcut_jax.data.pipeline import BatchReader
+from shortcut_jax.data.records import fold, to_latents
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.presets import PRESETS
+from shortcut_jax.resolve import from_config
+from shortcut_jax.runtime.metrics import read_metrics
+from shortcut_jax.settings import ConfigError
+from shortcut_jax.steps.evals import RULES
+from shortcut_jax.steps.views import make_velocity
+from shortcut_jax.validation import Validation
+from tests.data.prepared import TEXT, write_small_set
+from tests.helpers import noisy_state, tiny_config
+
+COUNTS = (50, 70, 30, 50)
+RGB = FluxConfig(1, 1, 32, 2, (4, 6, 6), 12, 16, 16)
+STORED = FluxConfig(1, 1, 32, 2, (4, 6, 6), 16, TEXT.width, TEXT.pooled_width)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def presets():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny-rgb", RGB)
+        patch.setitem(PRESETS, "tiny-stored", STORED)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    write_small_set(folder / "pixels", "pixels", COUNTS, splits=("train", "validation"))
+    write_small_set(folder / "latents", "latents", COUNTS)
+    return folder
+
+
+def _settings(folder, name="pixels", **changes):
+    size = dict(data__name=name, data__dir=str(folder), data__height=16, data__width=16)
+    if name == "latents":
+        size |= dict(model__preset="tiny-stored", data__store="latents", data__stride=2, data__text_encoder="stored")
+        size |= dict(data__text_tokens=TEXT.tokens)
+    else:
+        size |= dict(model__preset="tiny-rgb")
+    return from_config(tiny_config(**{**size, "batch_size": 8, "steps": 24, **changes}))
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """24 steps on four buckets with a validation at the end, on one device; the assembly and its workdir."""
+    settings = _settings(folder, validation__every=24, log_every=1)
+    assembly = Assembly(settings, jax.devices()[:1])
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    assert train.train(assembly, workdir) == 0
+    return assembly, workdir
+
+
+def test_a_step_is_compiled_exactly_once_for_each_bucket(run, folder):
+    assembly, _ = run
+    data = TrainingData(assembly.settings.data)
+    assert data.num_records == 200 and len(data.buckets) == 4
+    reader = BatchReader(data, None, np.arange(8), 8, assembly.settings.seed)
+    assert {reader.schedule.entry(step).bucket for step in range(24)} == {0, 1, 2, 3}
+    assert assembly.train_step._cache_size() == 4
+
+
+def test_all_micro_batches_of_a_step_are_of_one_bucket(folder):
+    assembly = Assembly(_settings(folder, accumulate=2), jax.devices()[:1])
+    for size in TrainingData(assembly.settings.data).buckets:
+        jax.eval_shape(assembly.train_step, assembly.state_shapes, assembly.batch_shapes_at(size))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path):
+    assembly, workdir = run
+    again = Assembly(assembly.settings, jax.devices()[:1])
+    assert train.train(again, tmp_path / "run", stop_at=7) == 0
+    assert train.train(again, tmp_path / "run") == 0
+    read = lambda folder: {k: row["loss"] for k, row in read_metrics(folder / "metrics.jsonl").items()}
+    losses = read(workdir), read(tmp_path / "run")
+    assert len(losses[0]) == 24 and losses[0] == losses[1]
+
+
+def test_the_validation_loss_is_logged_by_its_rule_and_view(run):
+    _, workdir = run
+    last = read_metrics(workdir / "metrics.jsonl")[24]
+    assert 0.5 < last["validation/mlperf/slow"] < 5
+    times = [last[f"validation/mlperf/slow/t={t:g}"] for t in RULES["mlperf"]]
+    assert np.isclose(np.mean(times), last["validation/mlperf/slow"])  # 200 pictures: 25 at each time
+
+
+def _direct_loss(assembly, params, rule):
+    """Sample by sample, from the records themselves."""
+    s = assembly.settings
+    data = TrainingData(dataclasses.replace(s.data, split="validation"))
+    key, errors = jax.random.key(s.validation.seed), []
+    encode = train.text_encoder(s, assembly.model)
+    for index in range(data.num_records):
+        record = data.sets[0].records[index]
+        x0 = patchify(fold(to_latents(record["image"]), 1)[None])
+        noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape[1:])[None]
+        t = np.array([rule(index)], np.float32)
+        txt, vec = encode(record["caption"].decode())
+        velocity = make_velocity(assembly.model, *record["image"].shape[:2])(params, Condition(txt[None], vec[None]))
+        error = velocity(interpolate(x0, noise, t), t, None) - velocity_target(x0, noise)
+        errors.append(float(np.mean(np.square(error))))
+    return np.mean(errors)
+
+
+@pytest.mark.parametrize(
+    ("rule", "time"), [("mlperf", lambda i: (i % 8) / 8), ("midpoints", lambda i: (2 * (i % 8) + 1) / 16)]
+)
+def test_validation_asks_each_picture_at_its_own_fixed_time(folder, rule, time):
+    settings = _settings(folder, validation__rule=rule, validation__every=1, validation__images=10)
+    one = Assembly(settings, jax.devices()[:1])
+    params = jax.device_get(noisy_state(one).params)
+    values = Validation(one)(params, "loss")
+    short = dataclasses.replace(one.settings, data=dataclasses.replace(settings.data, limit=10))
+    one.settings = short
+    np.testing.assert_allclose(values["loss"], _direct_loss(one, params, time), rtol=1e-5)
+
+
+def test_the_validation_loss_does_not_depend_on_batch_or_mesh(folder):
+    settings = _settings(folder, validation__every=1)
+    one = Assembly(settings, jax.devices()[:1])
+    params = jax.device_get(noisy_state(one).params)
+    wide = dataclasses.replace(settings, batch_size=16, mesh=dataclasses.replace(settings.mesh, data=2, fsdp=2))
+    wide = dataclasses.replace(wide, rows=dataclasses.replace(wide.rows, self_rows=1, flow_rows=1))
+    many = Assembly(wide, jax.devices()[:4])
+    np.testing.assert_allclose(
+        list(Validation(one)(params, "loss").values()), list(Validation(many)(params, "loss").values()), rtol=1e-5
+    )
+
+
+def test_stored_states_reach_the_step(folder):
+    settings = _settings(folder, "latents")
+    assembly = Assembly(settings, jax.devices()[:1])
+    data = TrainingData(settings.data)
+    check_data(settings, assembly.model, data)
+    reader = BatchReader(data, None, np.arange(8), 8, 0)
+    batch, size = reader(0), data.buckets[reader.schedule.entry(0).bucket]
+    shapes = assembly.batch_shapes_at(size)
+    for leaf, shape in zip(batch, shapes, strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+    _, metrics = assembly.train_step(assembly.init_state(), batch)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_guidance_in_training_uses_the_stored_empty_caption(folder):
+    settings = _settings(folder, "latents", guide="both", guidance=(1.0, 3.0))
+    frozen = Assembly(settings, jax.devices()[:1]).init_state().frozen
+    txt, vec = TrainingData(settings.data).prompts[""]
+    np.testing.assert_array_equal(frozen.unconditional.txt_BMT[0], txt)
+    np.testing.assert_array_equal(frozen.unconditional.vec_BV[0], vec)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("pixels", dict(data__height=32), r"holds images of 16 x 16, 8 x 24, .* set --config.data.height=16"),
+        ("pixels", dict(model__preset="tiny"), r"images of 3 channels, but the preset 'tiny' takes 1"),
+        ("pixels", dict(data__stride=2), r"images of 12 channels \(data.stride=2\)"),
+        ("latents", dict(data__stride=4), "has 2 pixels a latent, but data.stride is 4: set data.stride=2"),
+        ("latents", dict(data__text_tokens=9), "data.text_tokens is 9, but the set 'latents' was prepared with 6"),
+        ("latents", dict(data__text_states="trimmed"), "data.text_states is 'trimmed', but .* prepared with 'full'"),
+        (
+            "latents",
+            dict(eval__captions=("a cow",)),
+            "'a cow', whose text states are not .* among its 2 prompts",
+        ),
+        ("latents", dict(validation__every=5), "has no split 'validation'"),
+    ],
+)
+def test_a_set_that_does_not_fit_is_told_before_anything_is_compiled(folder, tmp_path, name, changes, message):
+    settings = _settings(folder, name, **changes)
+    with pytest.raises(command.EXPECTED_ERRORS, match=message) as error:
+        train.train(Assembly(settings, jax.devices()[:1]), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_latents_cannot_be_mixed_with_those_of_other_encoders(folder, tmp_path):
+    write_small_set(tmp_path / "other", "latents", COUNTS)
+    stored = json.loads((tmp_path / "other" / "set.json").read_text())
+    stored["latents"]["shift"] = 0.2
+    (tmp_path / "other" / "set.json").write_text(json.dumps(stored))
+    settings = _settings(folder, "latents", data__mix=(str(tmp_path / "other"),))
+    with pytest.raises(command.EXPECTED_ERRORS, match=r"cannot be mixed: .*shift=0.1.*shift=0.2"):
+        TrainingData(settings.data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(data__weights=(1.0,), data__mix=("a",)), "must be a positive number for each of pixels, a"),
+        (dict(data__mix=("pixels",)), "named twice"),
+        (dict(data__store="latents", data__flip=0.5, data__text_encoder="stored"), "latents cannot be mirrored"),
+        (dict(validation__rule="best"), "validation.rule is 'best', but must be one of mlperf, midpoints"),
+        (dict(validation__views=("median",)), "validation.views is 'median'"),
+        (dict(data__threads=0), "data.threads is 0"),
+        (dict(data__stride=3), "not a multiple of the 3 pixels of a latent"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(folder, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        _settings(folder, **changes)
