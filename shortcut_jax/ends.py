@@ -1,9 +1,12 @@
 """The ends of a network while it trains: captions that are known beforehand, and latents as pictures."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
-from shortcut_jax.assemble import Assembly
+from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.data.format import VAE
+from shortcut_jax.data.records import data_folder, is_prepared
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.generate import Ends, pixel_ends
 from shortcut_jax.settings import ConfigError
@@ -25,6 +28,34 @@ def training_ends(assembly: Assembly, data: TrainingData) -> Ends:
     return ends
 
 
+def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
+    """Captions and pictures of a trained model: of a converted pipeline, or else of the set it was trained on.
+
+    Raises:
+      ConfigError: neither is at hand, or encoders are given for a run that has its own.
+      ConvertedError: `encoders` is no whole pipeline.
+    """
+    data = assembly.settings.data
+    if data.text_encoder == "words" and data.store == "pixels":
+        if encoders is not None:
+            raise ConfigError("encoders are for runs on latents: this one reads words and makes pixels")
+        return pixel_ends(assembly)
+    if encoders is not None:
+        from shortcut_jax.encoders import load_decoder, load_text_encoder
+
+        folder = Path(encoders).expanduser()
+        ends = Ends(text_encoder(assembly.settings, assembly.model), load_decoder(folder))
+        if data.text_encoder == "words":
+            return ends
+        return ends._replace(encode=load_text_encoder(folder, data.text_tokens, data.text_states))
+    if not is_prepared(data_folder(data)):
+        raise ConfigError(
+            f"the run was trained on prepared text states, and its set {data_folder(data)} is not here: name the "
+            f"pipeline that made them with --encoders=CONVERTED"
+        )
+    return training_ends(assembly, TrainingData(dataclasses.replace(data, mix=(), weights=())))
+
+
 def stored_captions(data: TrainingData) -> Any:
     """Caption -> its stored text states; a caption that has none is a ConfigError."""
 
@@ -32,7 +63,7 @@ def stored_captions(data: TrainingData) -> Any:
         if caption not in data.prompts:
             raise ConfigError(
                 f"the set {data.settings.name!r} has no text states of {caption!r}: choose among its "
-                f"{len(data.prompts) - 1} prompts, or prepare it with --eval_prompts"
+                f"{len(data.prompts) - 1} prompts, prepare it with --eval_prompts, or sample with --encoders=CONVERTED"
             )
         return data.prompts[caption]
 

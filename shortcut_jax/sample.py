@@ -19,6 +19,7 @@ from shortcut_jax import command
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.words import count_words
+from shortcut_jax.ends import sampling_ends
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import load_base
 from shortcut_jax.resolve import from_config
@@ -35,7 +36,7 @@ USAGE = (
     '--prompt="..." [--steps=4] [--num=16] [--out=samples.png]'
 )
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "workdir": {"num": 16, "guidance": None, "view": "slow", "base": None},
+    "workdir": {"num": 16, "guidance": None, "view": "slow", "base": None, "encoders": None},
     "checkpoint": {"num": 1, "guidance": None, "height": 1024, "width": 1024, "text_tokens": None, "lora": []},
 }
 """What is sampled -> the options that go with it only, or differ by it."""
@@ -59,6 +60,7 @@ class Pipeline:
         batch_size: int = 16,
         base: str | Path | None = None,
         lora_scale: float = 1.0,
+        encoders: str | Path | None = None,
     ):
         """Reads one view (`online`, `fast` or `slow`) of the newest readable checkpoint, and nothing else but its base.
 
@@ -69,6 +71,8 @@ class Pipeline:
           batch_size: pictures sampled at once.
           base: of a run that trained adapters, where it has moved.
           lora_scale: strength of its adapters; 0 gives the base.
+          encoders: converted pipeline whose text encoders and autoencoder a run on latents is sampled with; by default
+            the prompts that are stored with its set, and the set's autoencoder.
 
         Raises:
           CheckpointError: the workdir has no readable checkpoint.
@@ -98,7 +102,8 @@ class Pipeline:
             frozen = load_base(assembly, base or meta["base"]["path"], meta["base"])
             self.params = Adapted(frozen, self.params, jnp.float32(self.settings.lora.scale * lora_scale))
         self._assembly = assembly
-        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift)
+        ends = sampling_ends(assembly, encoders)
+        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, ends)
         checkpoints.close()
 
     @property
@@ -125,7 +130,7 @@ class Pipeline:
         if not prompts or num < 1:
             raise ValueError(f"asked for {num} pictures of {len(prompts)} prompts, but both must be at least 1")
         length = self.settings.data.text_tokens
-        for prompt in prompts:
+        for prompt in prompts if self.settings.data.text_encoder == "words" else ():
             if count_words(prompt) > length:
                 kept = " ".join(prompt.split()[:length])
                 say(f"the prompt has {count_words(prompt)} words, the model reads {length}: it is cut to {kept!r}")
@@ -149,6 +154,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow average.", flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale; by default that of the run.", flag_values=values)
     flags.DEFINE_string("base", None, "With --workdir: base of its adapters, where it has moved.", flag_values=values)
+    flags.DEFINE_string("encoders", None, "With --workdir: pipeline of a run on latents.", flag_values=values)
     flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
     flags.DEFINE_string("out", "samples.png", "File to write.", flag_values=values)
@@ -169,7 +175,8 @@ def main(argv: Sequence[str]) -> int:
     scales = options.lora_scale or [1.0]
     if len(scales) > 1:
         raise UsageError(f"--lora_scale is given {len(scales)} times, but a workdir has one set of adapters")
-    pipeline = Pipeline(options.workdir, options.view, options.steps, min(num, 64), options.base, scales[0])
+    chosen = options.view, options.steps, min(num, 64), options.base, scales[0], options.encoders
+    pipeline = Pipeline(options.workdir, *chosen)
     if options.guidance is None:
         options.guidance = pipeline.settings.eval.guidance
     if options.guidance != 1.0:

