@@ -54,7 +54,9 @@ def decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_header(image)
         image.load()
-        return _upright(_to_rgb(image))
+        turn = _TRANSPOSED.get(_orientation(image))
+        converted = _to_rgb(image)
+        return converted if turn is None else converted.transpose(turn)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -106,28 +108,22 @@ def _check_header(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    exif = image.getexif
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        converted = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)).convert("RGB")
-    elif image.mode in ("I", "F", "LAB", "HSV"):
+        return Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F", "LAB", "HSV"):
         raise BadImage("unsupported format", f"samples of kind {image.mode}")
-    elif image.has_transparency_data:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        converted = Image.alpha_composite(white, rgba).convert("RGB")
-    else:
-        converted = image.convert("RGB")
-    converted.getexif = exif  # type: ignore[method-assign]
-    return converted
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged notes beside a sound picture
-        return image
-    turn = _TRANSPOSED.get(orientation)
-    return image if turn is None else image.transpose(turn)
+        return 1
 
 
 def _cut_off(data: bytes) -> bool:
