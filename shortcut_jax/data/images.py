@@ -82,8 +82,8 @@ def fit(image: Image.Image, size: Size) -> tuple[np.ndarray, bool]:
         top, left = (image.height - height) // 2, (image.width - width) // 2
         return np.asarray(image.crop((left, top, left + width, top + height))), False
     rows, columns = height / scale, width / scale
-    top, left = max(0.0, (image.height - rows) / 2), max(0.0, (image.width - columns) / 2)
-    box = (left, top, min(left + columns, image.width), min(top + rows, image.height))
+    y, x = max(0.0, (image.height - rows) / 2), max(0.0, (image.width - columns) / 2)
+    box = (x, y, min(x + columns, image.width), min(y + rows, image.height))
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box)), scale > 1
 
 

@@ -1,4 +1,4 @@
-"""From captioned pictures to records: decoded in threads, brought to their buckets, encoded in batches of one bucket."""
+"""From captioned pictures to records: decoded in threads, brought to their buckets, encoded in batches."""
 
 import math
 import os

@@ -3,11 +3,11 @@
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shortcut_jax.data.format import SetInfo
+from shortcut_jax.data.format import SKIPPED, SetInfo
 from shortcut_jax.data.units import Done, done_units, read_done
 
 
@@ -88,9 +88,9 @@ def progress_bar(tally: Tally, shown: bool) -> Iterator[Bar]:
         yield Bar(tally, bar)
 
 
-def skipped_text(tally: Tally) -> str:
-    """What was left out, by reason."""
-    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(tally.skipped.items(), key=lambda x: (-x[1], x[0])))
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """What was left out, by reason, the most frequent first."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda x: (-x[1], x[0])))
 
 
 def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
@@ -101,10 +101,9 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
         lines.append(f"{split}: {sum(numbers):,} records ({', '.join(sizes)})")
     total = sum(info.num_records(split) for split in info.counts)
     if info.skipped:
-        reasons = ", ".join(
-            f"{n:,} {reason}" for reason, n in sorted(info.skipped.items(), key=lambda x: (-x[1], x[0]))
+        lines.append(
+            f"left out: {sum(info.skipped.values()):,} ({skipped_text(info.skipped)}), listed in {folder / SKIPPED}"
         )
-        lines.append(f"left out: {sum(info.skipped.values()):,} ({reasons}), listed in {folder / 'skipped.jsonl'}")
     if info.enlarged:
         lines.append(f"{info.enlarged:,} of {total:,} pictures were smaller than their bucket and were enlarged")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

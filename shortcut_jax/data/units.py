@@ -33,7 +33,7 @@ class Unit(NamedTuple):
       size: its pictures, where that is known beforehand.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     name: str
     size: int | None
 

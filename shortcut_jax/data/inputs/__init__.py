@@ -32,9 +32,9 @@ def open_source(source: str, options: SourceOptions) -> Source:
         _check_options(options, "tar files", "where", "template")
         return TarSource(source, options)
     exists = path.exists() or bool(glob.glob(str(path)))
-    state = (
-        f"has neither {METADATA} nor *.tar nor a TFDS set" if folder else "cannot be read" if exists else "is absent"
-    )
+    state = "is of no kind that can be read" if exists else "is not there"
+    if folder:
+        state = f"has neither {METADATA} nor *.tar nor a TFDS set"
     raise DataError(
         f"--source={source} {state}: give a folder with {METADATA}, WebDataset tar files (data-{{000..123}}.tar), "
         f"or tfds:NAME"

@@ -62,7 +62,7 @@ class TarSource:
         group, stem = dict[str, bytes | int](), ""
         for member in _members(path):
             if isinstance(member, Skip):
-                if _whole(group):
+                if {*IMAGES} & {*group} and {*CAPTIONS} & {*group}:
                     yield self._item(unit, stem, group, known)
                 yield member._replace(key=unit.name)
                 return
@@ -93,7 +93,7 @@ class TarSource:
         caption: Any = None if self._field else group.get("txt")
         if caption is None and "json" in group:
             try:
-                row = json.loads(group["json"])
+                row = json.loads(bytes(group["json"]))
             except UnicodeDecodeError as error:
                 return Skip(key, "not UTF-8", str(error))
             except (ValueError, RecursionError) as error:
@@ -162,7 +162,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | int] | Skip]:
             raw.seek(end)
             if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 yield Skip("", "truncated tar", f"{path.name} has no end; read to byte {end:,}")
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         yield Skip("", "truncated tar", f"{path.name}: {error}")
 
 
