@@ -7,6 +7,7 @@ with the same bytes. Several processes share the units and a file system; proces
 import contextlib
 import errno
 import fcntl
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,7 +190,9 @@ def _write_all(
             bar.show(None)
     _check_skipped(job, tally)
     if not tally.records:
-        raise DataError(f"no record is left: {skipped_text(tally)} were left out, listed in {_list_skipped(job)}")
+        raise DataError(
+            f"no record is left: {skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}"
+        )
     return tally
 
 
@@ -237,22 +240,16 @@ def _rename(job: Job) -> None:
     if job.work.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
         job.work.rename(aside)
-    job.partial.rename(job.out)
     shutil.rmtree(aside, ignore_errors=True)
+    job.partial.rename(job.out)
 
 
 def _list_skipped(job: Job) -> Path:
     """Writes what was left out, of the units that are done."""
     path = job.partial / SKIPPED
     skips = (skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
-    write_text(path, "".join(_json_line(skip._asdict()) for skip in skips))
+    write_text(path, "".join(json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in skips))
     return path
-
-
-def _json_line(value: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def _check_skipped(job: Job, tally: Tally) -> None:
@@ -263,7 +260,7 @@ def _check_skipped(job: Job, tally: Tally) -> None:
         path = _list_skipped(job)
         raise DataError(
             f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than --max_skipped={job.max_skipped:g}"
-            f": {skipped_text(tally)}; they are listed in {path}. What is done is kept: mend the source, or run this "
+            f": {skipped_text(tally.skipped)}; they are listed in {path}. What is done is kept: mend the source, or run this "
             f"again with a larger --max_skipped"
         )
 
@@ -277,8 +274,6 @@ def _check_space(job: Job) -> None:
 
 
 def _stored_request(path: Path) -> dict[str, Any]:
-    import json
-
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -287,6 +282,7 @@ def _stored_request(path: Path) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    asked = json.loads(json.dumps(asked))  # as it is stored: tuples are lists
     names = [n for n in sorted({*stored, *asked}) if stored and stored.get(n) != asked.get(n)]
     if names:
         told = "; ".join(f"{n}: {stored.get(n)} -> {asked.get(n)}" for n in names)
