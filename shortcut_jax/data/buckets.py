@@ -9,7 +9,7 @@ from shortcut_jax.data.format import DataError, Size
 PUBLISHED_RESOLUTIONS = (256, 512, 1024)
 _PUBLISHED = (
     "8x32 8x29 9x28 9x27 9x26 10x25 10x24 11x23 11x22 11x21 12x21 12x20 13x19 13x18 14x18 14x17 15x17 15x16 16x16 "
-    "16x15 17x15 17x14 18x14 18x13 19x13 20x12 21x12 22x11 23x11 25x10 26x10 27x9 32x8"
+    "16x15 17x15 17x14 18x14 18x13 19x13 20x12 21x12 22x11 23x11 24x10 25x10 27x9 32x8"
 )
 """The aspect ratio bins of PixArt-alpha in sixteenths of the resolution: the same for 256, 512 and 1024."""
 

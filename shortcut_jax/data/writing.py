@@ -260,8 +260,8 @@ def _check_skipped(job: Job, tally: Tally) -> None:
         path = _list_skipped(job)
         raise DataError(
             f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than --max_skipped={job.max_skipped:g}"
-            f": {skipped_text(tally.skipped)}; they are listed in {path}. What is done is kept: mend the source, or run this "
-            f"again with a larger --max_skipped"
+            f": {skipped_text(tally.skipped)}; they are listed in {path}. What is done is kept: mend the source, or run "
+            f"this again with a larger --max_skipped"
         )
 
 
