@@ -259,8 +259,8 @@ def _check_skipped(job: Job, tally: Tally) -> None:
     if skipped > job.max_skipped * (seen if finished else max(seen, min(1000, job.num_items or 1000))):
         path = _list_skipped(job)
         raise DataError(
-            f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than --max_skipped={job.max_skipped:g}"
-            f": {skipped_text(tally.skipped)}; they are listed in {path}. What is done is kept: mend the source, or run "
+            f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
+            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in {path}. What is done is kept: mend the source, or run "
             f"this again with a larger --max_skipped"
         )
 

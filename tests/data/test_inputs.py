@@ -148,7 +148,8 @@ def test_tars_are_units_of_neighbouring_members(tmp_path):
 def test_what_precedes_a_cut_in_a_tar_is_kept(tmp_path):
     pairs = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", PNG), ("txt", b"a caption"))]
     whole = _write_tar(tmp_path / "w.tar", pairs).read_bytes()
-    ends = [member.offset_data for member in tarfile.open(tmp_path / "w.tar").getmembers()]
+    with tarfile.open(tmp_path / "w.tar") as tar:
+        ends = [member.offset_data for member in tar.getmembers()]
     last = ends[-1] + 512
     for keep, kept in ((ends[4] + 10, 2), (ends[4] - 100, 2), (ends[5] - 512, 2), (ends[2] + 5, 1), (last, 3)):
         (tmp_path / "w.tar").write_bytes(whole[:keep])
