@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,8 +130,27 @@ def read_done(work: Path, index: int) -> Done:
     return Done(**{**stored, "skipped": [Skip(*skip) for skip in stored["skipped"]]})
 
 
+def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
+    """Fields -> the bytes of a record, the same in every process.
+
+    `features.serialize_example` writes the fields in an order that differs from process to process.
+    """
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    inner = ExampleSerializer(features.get_serialized_info())
+
+    def serialize(fields: dict[str, Any]) -> bytes:
+        return inner.get_tf_example(features.encode_example(fields)).SerializeToString(deterministic=True)
+
+    return serialize
+
+
 def write_unit(
-    work: Path, unit: Unit, produced: Iterable[Record | Skip], features: Any, validation: float
+    work: Path,
+    unit: Unit,
+    produced: Iterable[Record | Skip],
+    serialize: Callable[[dict[str, Any]], bytes],
+    validation: float,
 ) -> Iterator[Done]:
     """Writes a unit, giving its state after each record; when it ends, the unit is done.
 
@@ -139,7 +158,7 @@ def write_unit(
       work: the folder of the work.
       unit: which one.
       produced: its records, and what is left out.
-      features: of a record.
+      serialize: see `serializer`.
       validation: share of the validation split.
 
     Raises:
@@ -152,7 +171,7 @@ def write_unit(
                 done.skipped.append(result)
             else:
                 split = split_of(result.fields["key"], validation)
-                data = features.serialize_example(result.fields)
+                data = serialize(result.fields)
                 files.write(split, data)
                 done.add(split, result, len(data))
             yield done

@@ -43,6 +43,7 @@ from shortcut_jax.data.units import (
     done_units,
     read_done,
     records_path,
+    serializer,
     write_json,
     write_text,
     write_unit,
@@ -164,7 +165,7 @@ def write_units(
 def _write_all(
     job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], index: int, count: int, poll: float
 ) -> Tally:
-    features = set_features(job.store, job.text, job.latents)
+    serialize = serializer(set_features(job.store, job.text, job.latents))
     tally = Tally(job.work, len(job.units), job.num_items)
     started = time.time()
     for left in (*job.work.glob(".*.tmp"),) if count == 1 else ():
@@ -176,7 +177,7 @@ def _write_all(
         for unit in job.units[index::count]:
             if unit.index in tally.done:
                 continue
-            for state in write_unit(job.work, unit, produce(unit), features, job.validation):
+            for state in write_unit(job.work, unit, produce(unit), serialize, job.validation):
                 bar.show(state)
             tally.refresh()
             bar.show(None)
@@ -260,8 +261,8 @@ def _check_skipped(job: Job, tally: Tally) -> None:
         path = _list_skipped(job)
         raise DataError(
             f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
-            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in {path}. What is done is kept: mend the source, or run "
-            f"this again with a larger --max_skipped"
+            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in "
+            f"{path}. What is done is kept: mend the source, or run this again with a larger --max_skipped"
         )
 
 
