@@ -107,5 +107,5 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
     if info.enlarged:
         lines.append(f"{info.enlarged:,} of {total:,} pictures were smaller than their bucket and were enlarged")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    lines.append(f"{folder}: {size / 1e6:,.1f} MB, {seconds:.0f} s, {total / max(seconds, 1e-9):,.0f} records/s")
+    lines.append(f"{folder}: {size / 1e6:,.1f} MB, {seconds:.0f} s")
     return lines
