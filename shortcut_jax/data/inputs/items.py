@@ -1,0 +1,99 @@
+"""What a source of captioned pictures is, and what is wrong with a caption."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from shortcut_jax.data.units import Skip, Unit
+
+CAPTION_FIELDS = ("prompt", "caption", "text")
+"""Names under which captions are looked for, in this order."""
+MAX_CAPTION = 10_000
+"""Characters; a longer text is no caption. (One that is only longer than the text encoder reads is cut there.)"""
+
+
+class Item(NamedTuple):
+    """A captioned picture.
+
+    Attributes:
+      key: its name in the source.
+      image: its encoded bytes, or the file that holds them.
+      caption: without spaces around it.
+    """
+
+    key: str
+    image: bytes | Path
+    caption: str
+
+
+class Source(Protocol):
+    """Captioned pictures in units, in an order that does not change.
+
+    Attributes:
+      units: all of them.
+      num_items: pictures and what is left out, where that is known beforehand.
+      fingerprint: changes when the source does.
+    """
+
+    @property
+    def units(self) -> Sequence[Unit]: ...  # noqa: D102
+
+    @property
+    def num_items(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+    def items(self, unit: Unit) -> Iterator[Item | Skip]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read.
+
+    Attributes:
+      unit: pictures a unit, where the source does not divide itself.
+      where: `field=value` that the rows of a folder have to have.
+      caption_field: of a row; `captions/text` goes into nested fields of a TFDS record.
+      template: caption of a TFDS record, with its fields in braces.
+      tfds_dir: where TFDS sets lie.
+    """
+
+    unit: int = 4096
+    where: tuple[str, ...] = ()
+    caption_field: str | None = None
+    template: str | None = None
+    tfds_dir: str = "~/tensorflow_datasets"
+
+
+def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:
+    """A picture with its caption (text, or its bytes), or what is wrong with the caption."""
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return Skip(key, "not UTF-8", str(error))
+    if not isinstance(caption, str):
+        return Skip(key, "missing field", f"the caption is {type(caption).__name__}, not text")
+    caption = caption.strip()
+    if not caption:
+        return Skip(key, "empty caption")
+    if len(caption) > MAX_CAPTION:
+        return Skip(key, "over-long caption", f"{len(caption):,} characters")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        return Skip(key, "not UTF-8", str(error))
+    return Item(key, image, caption)
+
+
+def caption_in(row: dict[str, Any], caption_field: str | None) -> Any:
+    """The caption of a row, None where it has none."""
+    names = (caption_field,) if caption_field else CAPTION_FIELDS
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def printable(key: str) -> str:
+    """A name that can be written as UTF-8."""
+    return key.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,338 @@
+"""Writing a set: unit by unit in a folder beside it, which gets the set's name when everything is there.
+
+Whatever stops the work, even in the middle of a write, the same command goes on from the units that are done and ends
+with the same bytes. Several processes share the units and a file system; process 0 completes the set.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shortcut_jax.data.format import (
+    INFO,
+    SKIPPED,
+    SPLITS,
+    DataError,
+    LatentInfo,
+    SetInfo,
+    Shard,
+    Size,
+    TextInfo,
+    dataset_name,
+    read_info,
+    set_features,
+    shard_name,
+    write_set,
+)
+from shortcut_jax.data.progress import Tally, progress_bar, skipped_text, summary
+from shortcut_jax.data.units import (
+    Record,
+    Skip,
+    Unit,
+    counts,
+    done_path,
+    done_units,
+    read_done,
+    records_path,
+    serializer,
+    write_json,
+    write_text,
+    write_unit,
+)
+
+__all__ = ["Job", "Record", "Skip", "Unit", "summary", "write_units"]
+
+WORK = "work"
+REQUEST = "request.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A set that is to be written.
+
+    Attributes:
+      out: its folder.
+      request: what determines its content, as JSON: a set that is there already has to agree with it.
+      store: `pixels` or `latents`.
+      buckets: the sizes of its pictures.
+      units: what it is made of.
+      num_items: records and what is left out, where that is known.
+      bytes_per_record: about the least that a record takes.
+      text: of a set with text states.
+      latents: of a set of latents.
+      encoders: see `SetInfo`.
+      validation: share of the validation split.
+      max_skipped: the largest share that may be left out.
+      eval_prompts: captions that pictures are drawn for; None: the first captions of the validation split.
+      prompts: eval prompts -> the arrays that `write_set` takes. Called once, by process 0.
+      complete: called once, by process 0, with the folder that becomes the set and the sums of all records; may put
+        further files there; returns fields of `SetInfo` that are known only now.
+    """
+
+    out: Path
+    request: dict[str, Any]
+    store: str
+    buckets: tuple[Size, ...]
+    units: Sequence[Unit]
+    num_items: int | None = None
+    bytes_per_record: int = 0
+    text: TextInfo | None = None
+    latents: LatentInfo | None = None
+    encoders: dict[str, dict[str, str]] = field(default_factory=dict)
+    validation: float = 0.01
+    max_skipped: float = 0.01
+    eval_prompts: tuple[str, ...] | None = None
+    prompts: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None
+    complete: Callable[[Path, Mapping[str, float]], dict[str, Any]] | None = None
+
+    @property
+    def partial(self) -> Path:
+        """The folder that becomes the set."""
+        return self.out.with_name(f".{self.out.name}.partial")
+
+    @property
+    def work(self) -> Path:
+        """Units, and what else is only needed until the set is complete."""
+        return self.partial / WORK
+
+
+def already_written(job: Job) -> bool:
+    """Whether the set is there.
+
+    Raises:
+      DataError: `out` is something else, or it or its unfinished folder was asked for with other arguments.
+    """
+    out = job.out
+    if (out / INFO).is_file():
+        info = read_info(out)
+        _check_same(out, info.request, job.request)
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"--out={out} is there and is no prepared set: give another --out")
+    for path in (job.work / REQUEST, job.partial / INFO):
+        if path.is_file():
+            _check_same(job.partial, _stored_request(path), job.request)
+    return False
+
+
+def write_units(
+    job: Job,
+    produce: Callable[[Unit], Iterator[Record | Skip]],
+    process_index: int = 0,
+    process_count: int = 1,
+    poll_seconds: float = 1.0,
+) -> SetInfo:
+    """Writes a set, or the rest of one, and returns what it is. Process i of n writes units i, i + n, ...
+
+    Args:
+      job: the set.
+      produce: the records of a unit, and what is left out; the same ones whenever it is called.
+      process_index: i.
+      process_count: n.
+      poll_seconds: how often a process that has nothing left to do looks at what the others did.
+
+    Raises:
+      DataError: see `already_written`; too much was left out, nothing is left, the disk is full, or another process
+        works on it or failed.
+    """
+    if already_written(job):
+        return read_info(job.out)
+    with _failures_told(job, process_index):
+        if not (job.partial / INFO).is_file() or job.work.is_dir():
+            _check_space(job)
+            job.work.mkdir(parents=True, exist_ok=True)
+            write_json(job.work / REQUEST, job.request)
+            with _locked(job, process_index):
+                tally = _write_all(job, produce, process_index, process_count, poll_seconds)
+                if process_index == 0:
+                    _complete(job, tally)
+        if process_index == 0:
+            _rename(job)
+    while process_index and not (job.out / INFO).is_file():
+        time.sleep(poll_seconds)
+    return read_info(job.out)
+
+
+def _write_all(
+    job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], index: int, count: int, poll: float
+) -> Tally:
+    serialize = serializer(set_features(job.store, job.text, job.latents))
+    tally = Tally(job.work, len(job.units), job.num_items)
+    started = time.time()
+    for left in (*job.work.glob(".*.tmp"),) if count == 1 else ():
+        left.unlink(missing_ok=True)
+    (job.work / f"stopped-{index}").unlink(missing_ok=True)
+    tally.refresh()
+    _check_skipped(job, tally)
+    with progress_bar(tally, index == 0) as bar:
+        for unit in job.units[index::count]:
+            if unit.index in tally.done:
+                continue
+            for state in write_unit(job.work, unit, produce(unit), serialize, job.validation):
+                bar.show(state)
+            tally.refresh()
+            bar.show(None)
+            _check_skipped(job, tally)
+        while len(tally.done) < len(job.units):
+            _check_others(job, index, started)
+            time.sleep(poll)
+            if not job.work.is_dir():  # process 0 saw the last unit first, and is done
+                return tally
+            tally.refresh()
+            bar.show(None)
+    _check_skipped(job, tally)
+    if not tally.records:
+        raise DataError(
+            f"no record is left: {skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}"
+        )
+    return tally
+
+
+def _complete(job: Job, tally: Tally) -> None:
+    """Names the shards and writes everything beside them; done again from the start if it is interrupted."""
+    name = dataset_name(job.out)
+    outcomes = [(unit.index, read_done(job.work, unit.index)) for unit in job.units]
+    shards: dict[str, list[Shard]] = {}
+    for split in SPLITS:
+        held = [(index, done) for index, done in outcomes if done.buckets[split]]
+        for i, (index, done) in enumerate(held):
+            path, written = job.partial / shard_name(name, split, i, len(held)), records_path(job.work, index, split)
+            if written.exists():
+                written.rename(path)
+            shard = Shard(path, np.array(done.buckets[split], np.uint16), done.num_bytes[split])
+            shards.setdefault(split, []).append(shard)
+    _list_skipped(job)
+    chosen = job.eval_prompts
+    if chosen is None:
+        split = "validation" if "validation" in shards else "train"
+        captions = dict.fromkeys(caption for _, done in outcomes for caption in done.captions[split])
+        chosen = tuple(captions)[:16]
+    further = job.complete(job.partial, tally.sums) if job.complete else {}
+    fields: dict[str, Any] = {
+        "store": job.store,
+        "buckets": job.buckets,
+        "counts": {
+            split: counts((b for s in parts for b in s.buckets), len(job.buckets)) for split, parts in shards.items()
+        },
+        "request": job.request,
+        "skipped": dict(sorted(tally.skipped.items())),
+        "enlarged": int(tally.sums.get("enlarged", 0)),
+        "text": job.text,
+        "latents": job.latents,
+        "encoders": job.encoders,
+        "eval_prompts": chosen,
+    }
+    info = SetInfo(**(fields | further))
+    write_set(job.partial, name, info, shards, job.prompts(chosen) if job.prompts else None)
+
+
+def _rename(job: Job) -> None:
+    """Gives a complete set its name. Its work is set aside first: half of it would look like units to be done."""
+    aside = job.partial.with_name(f"{job.partial.name}.done")
+    if job.work.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        job.work.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    job.partial.rename(job.out)
+
+
+def _list_skipped(job: Job) -> Path:
+    """Writes what was left out, of the units that are done."""
+    path = job.partial / SKIPPED
+    skips = (skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
+    write_text(path, "".join(json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in skips))
+    return path
+
+
+def _check_skipped(job: Job, tally: Tally) -> None:
+    """Stops where too much was left out, of at least 1,000 or of all there is: a few say nothing of the rest."""
+    skipped, seen = sum(tally.skipped.values()), tally.seen
+    finished = len(tally.done) == len(job.units)
+    if skipped > job.max_skipped * (seen if finished else max(seen, min(1000, job.num_items or 1000))):
+        path = _list_skipped(job)
+        raise DataError(
+            f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
+            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in "
+            f"{path}. What is done is kept: mend the source, or run this again with a larger --max_skipped"
+        )
+
+
+def _check_space(job: Job) -> None:
+    folder = next(p for p in job.out.absolute().parents if p.exists())
+    finished = sum(p.stat().st_size for p in job.work.glob("*.array_record"))
+    needed, free = (job.num_items or 0) * job.bytes_per_record - finished, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(f"--out={job.out} needs at least {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there")
+
+
+def _stored_request(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # a set.json that was being written
+    return stored["request"] if path.name == INFO else stored
+
+
+def _check_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    asked = json.loads(json.dumps(asked))  # as it is stored: tuples are lists
+    names = [n for n in sorted({*stored, *asked}) if stored and stored.get(n) != asked.get(n)]
+    if names:
+        told = "; ".join(f"{n}: {stored.get(n)} -> {asked.get(n)}" for n in names)
+        raise DataError(f"{folder} was prepared with other arguments ({told}): give another --out, or delete it")
+
+
+def _check_others(job: Job, index: int, started: float) -> None:
+    for path in job.work.glob("stopped-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.name != f"stopped-{index}" and path.stat().st_mtime > started:
+                raise DataError(
+                    f"process {path.name.split('-')[1]} stopped: {path.read_text(encoding='utf-8').strip()}"
+                )
+
+
+@contextlib.contextmanager
+def _failures_told(job: Job, index: int) -> Iterator[None]:
+    """Tells the other processes of a failure, and turns a full disk into one line."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in message:
+            message = (
+                f"no space is left on the disk of {job.partial}; what is done is kept: free some, and run this again"
+            )
+        if job.work.is_dir():
+            with contextlib.suppress(OSError):
+                (job.work / f"stopped-{index}").write_text(message, encoding="utf-8")
+        if message != str(error):
+            raise DataError(message) from error
+        if isinstance(error, OSError):
+            raise DataError(f"{job.out} cannot be written: {message}") from error
+        raise
+
+
+@contextlib.contextmanager
+def _locked(job: Job, index: int) -> Iterator[None]:
+    """Two commands with the same `--out` would write into each other's files."""
+    with (job.work / f"lock-{index}").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another command is writing {job.out}: wait for it, or stop it") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def units_done(job: Job) -> int:
+    """How many units are done."""
+    return sum(done_path(job.work, unit.index).is_file() for unit in job.units)

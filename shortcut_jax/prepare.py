@@ -1,0 +1,243 @@
+"""Preparing a data set: `python -m shortcut_jax.prepare --source=images --out=data/set --store=pixels --resolution=64`.
+
+Reads captioned pictures (a folder with metadata.jsonl, WebDataset tar files, or a TFDS set) and writes an ArrayRecord
+set that training streams. Interrupted, by whatever, the same command goes on where it was.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortcut_jax import command
+from shortcut_jax.command import UsageError
+from shortcut_jax.data.buckets import parse_buckets
+from shortcut_jax.data.format import Size
+from shortcut_jax.data.inputs import Source, SourceOptions, open_source
+from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
+from shortcut_jax.data.progress import summary
+from shortcut_jax.data.writing import Job, already_written, units_done, write_units
+from shortcut_jax.runtime import distributed
+
+STORES = ("pixels", "latents")
+PIXEL_MULTIPLE = 2
+"""Sides of a picture that is trained on as pixels: a token is 2 x 2 of them."""
+USAGE = (
+    "usage: python -m shortcut_jax.prepare --source=FOLDER|TARS|tfds:NAME --out=DIR "
+    "[--store=pixels|latents] [--resolution=64] [--buckets=square|aspect|published|64x64,48x80]"
+)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that work on a set: this one's index, and how many there are."""
+
+    index: int
+    count: int
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal, its argument, that asks the command to stop."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and prepares a set. Returns the exit code."""
+    options = command.parse(define_flags(), argv, USAGE, required=["source", "out"])
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
+    processes = join(options.store)
+    return prepare(options, processes)
+
+
+def define_flags() -> Any:
+    """The flags of the command."""
+    from absl import flags
+
+    values = command.new_flags()
+    several = flags.DEFINE_multi_string
+    flags.DEFINE_string("source", None, "Folder with metadata.jsonl, tar files, or tfds:NAME.", flag_values=values)
+    flags.DEFINE_string("out", None, "Folder of the set to write.", flag_values=values)
+    flags.DEFINE_enum("store", "pixels", STORES, "What a record holds.", flag_values=values)
+    flags.DEFINE_integer("resolution", 64, "Side of the square whose area pictures get.", flag_values=values)
+    flags.DEFINE_string("buckets", "square", "square, aspect, published, or HxW,HxW,...", flag_values=values)
+    flags.DEFINE_boolean("enlarge", True, "Enlarge pictures smaller than their bucket.", flag_values=values)
+    flags.DEFINE_float("validation", 0.01, "Share of the validation split.", flag_values=values)
+    flags.DEFINE_float("max_skipped", 0.01, "Largest share that may be left out.", flag_values=values)
+    flags.DEFINE_string("eval_prompts", None, "File of captions to draw, one a line.", flag_values=values)
+    several("where", None, "field=value that a row of a folder must have.", flag_values=values)
+    flags.DEFINE_string("caption_field", None, "Field of the caption.", flag_values=values)
+    flags.DEFINE_string("template", None, 'Caption of a TFDS record: "a photo of a {label}".', flag_values=values)
+    flags.DEFINE_string("tfds_dir", "~/tensorflow_datasets", "Folder of TFDS sets.", flag_values=values)
+    flags.DEFINE_integer("unit", 4096, "Pictures a shard, where the source has no shards.", flag_values=values)
+    return values
+
+
+def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
+    """Prepares the set that the options describe; says what came of it."""
+    say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
+    start = time.monotonic()
+    check_options(options)
+    prompts = read_prompts(options.eval_prompts)
+    source = open_source(options.source, source_options(options))
+    with contextlib.closing(_Pool()) as held:
+        pool = held.pool
+        buckets, encode, fields = make_store(options, pool)
+        least = min(encode.bytes_per_record(size) for size in buckets)
+        job = Job(
+            out=Path(options.out).expanduser().absolute(),
+            request=request_of(options, source, buckets) | fields.pop("request", {}),
+            store=options.store,
+            buckets=buckets,
+            units=source.units,
+            num_items=source.num_items,
+            bytes_per_record=least,
+            validation=options.validation,
+            max_skipped=options.max_skipped,
+            eval_prompts=prompts,
+            **fields,
+        )
+        if already_written(job):
+            say(f"{job.out} is there already, prepared with these arguments")
+            return 0
+        if done := units_done(job):
+            say(f"going on: {done:,} of {len(job.units):,} units are done")
+        try:
+            with _signals():
+                info = write_units(
+                    job, producer(source, buckets, encode, pool, options.enlarge), processes.index, processes.count
+                )
+        except Stopped as stop:
+            say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
+            return distributed.EXIT_CODES[stop.args[0]]
+    for line in summary(info, job.out, time.monotonic() - start):
+        say(line)
+    return 0
+
+
+def join(store: str) -> Processes:
+    """Which of how many processes this is; JAX is started only where it is needed or has to be asked."""
+    number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return Processes(0, 1)
+    if store == "pixels" and number and index:
+        return Processes(int(index), int(number))
+    import jax
+
+    distributed.initialize()
+    return Processes(jax.process_index(), jax.process_count())
+
+
+def check_options(options: types.SimpleNamespace) -> None:
+    """Refuses numbers that make no sense.
+
+    Raises:
+      UsageError: one does.
+    """
+    for name in ("validation", "max_skipped"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UsageError(f"--{name} is {getattr(options, name):g}, but is a share, from 0 to 1")
+    for name in ("unit", "resolution"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least 1")
+
+
+def source_options(options: types.SimpleNamespace) -> SourceOptions:
+    """How the source is read."""
+    where = tuple(options.where or ())
+    return SourceOptions(options.unit, where, options.caption_field, options.template, options.tfds_dir)
+
+
+def make_store(
+    options: types.SimpleNamespace, pool: ThreadPoolExecutor
+) -> tuple[tuple[Size, ...], Encode, dict[str, Any]]:
+    """The buckets, what makes records of pictures, and fields of `Job` that depend on it (with `request`)."""
+    if options.store == "latents":
+        buckets = parse_buckets(options.buckets, options.resolution)
+        return buckets, *make_encoder(options, buckets)
+    buckets = parse_buckets(options.buckets, options.resolution, PIXEL_MULTIPLE if "x" in options.buckets else 16)
+    return buckets, PixelEncoder(buckets, pool), {}
+
+
+def make_encoder(options: types.SimpleNamespace, buckets: tuple[Size, ...]) -> tuple[Encode, dict[str, Any]]:
+    """The encoders of a set of latents, and the fields of `Job` that tell of them.
+
+    Raises:
+      UsageError: for now always.
+    """
+    del options, buckets
+    raise UsageError("--store=latents cannot be prepared yet: use --store=pixels")
+
+
+def request_of(options: types.SimpleNamespace, source: Source, buckets: Sequence[Size]) -> dict[str, Any]:
+    """What determines the content of a set."""
+    prompts = options.eval_prompts and hashlib.sha256(Path(options.eval_prompts).expanduser().read_bytes()).hexdigest()
+    path = Path(options.source).expanduser()
+    return {
+        "source": str(path.resolve()) if path.exists() else options.source,
+        "fingerprint": source.fingerprint,
+        "store": options.store,
+        "buckets": [f"{h}x{w}" for h, w in buckets],
+        "enlarge": options.enlarge,
+        "validation": options.validation,
+        "eval_prompts": prompts or "of the set",
+        "where": list(options.where or ()),
+        "caption_field": options.caption_field,
+        "template": options.template,
+        "unit": options.unit,
+    }
+
+
+def read_prompts(path: str | None) -> tuple[str, ...] | None:
+    """The captions in a file, or None without one.
+
+    Raises:
+      UsageError: it cannot be read, or has none.
+    """
+    if path is None:
+        return None
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--eval_prompts={path} cannot be read: {error}") from error
+    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UsageError(f"--eval_prompts={path} has no captions: write one a line")
+    return prompts
+
+
+class _Pool:
+    """Threads that are not waited for when the command stops."""
+
+    def __init__(self) -> None:
+        self.pool = make_pool()
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the work wherever it is: it is written so that it can be."""
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        del frame
+        raise Stopped(signal.Signals(number))
+
+    previous = {which: signal.signal(which, stop) for which in distributed.EXIT_CODES}
+    try:
+        yield
+    finally:
+        for which, handler in previous.items():
+            signal.signal(which, handler)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from shortcut_jax import prepare
+from shortcut_jax.command import UsageError
+from shortcut_jax.data.format import DataError, PreparedSet
+from tests.data.pictures import encoded, picture, simple_folder, write_folder
+
+
+def _arguments(source, out, **changes):
+    options = {"source": source, "out": out, "resolution": 32, "validation": 0.2} | changes
+    return ["prepare", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _bytes(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return simple_folder(tmp_path_factory.mktemp("source") / "images", 200)
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
+    return out
+
+
+def test_tfds_opens_the_pixels_of_the_source(prepared):
+    numbers = []
+    for split in ("train", "validation"):
+        for record in tfds.builder_from_directory(prepared).as_data_source(split):
+            i = int(record["key"].decode()[2:5])
+            np.testing.assert_array_equal(record["image"], picture(i))
+            assert record["caption"].decode() == f"picture {i}" and (record["height"], record["width"]) == (32, 32)
+            numbers.append(i)
+    assert sorted(numbers) == list(range(200))
+
+
+def test_prepared_twice_is_the_same_and_the_third_time_is_told(source, prepared, tmp_path, capsys):
+    out = tmp_path / "set"
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
+    assert "left out" not in capsys.readouterr().err
+    assert _bytes(out) == _bytes(prepared)
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"buckets: \['32x32'\] -> \['16x16'\]; unit: 20 -> 30"):
+        prepare.main(_arguments(source, out, unit=30, resolution=16))
+
+
+@pytest.mark.parametrize("which, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_stopped_in_the_middle_and_run_again_is_the_same(source, prepared, tmp_path, which, code):
+    out = tmp_path / "set"
+    slow = (  # so that the signal meets the work
+        "import sys, time; from shortcut_jax import command, prepare; from shortcut_jax.data import pictures\n"
+        "read = pictures._read\n"
+        "pictures._read = lambda *a: (time.sleep(0.02), read(*a))[1]\n"
+        "command.run(prepare.main, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", slow, *_arguments(source, out, unit=20)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    work = tmp_path / ".set.partial" / "work"
+    while process.poll() is None and len(list(work.glob("[0-9]*.json"))) < 3:
+        time.sleep(0.01)
+    process.send_signal(which)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == code and not out.exists(), err
+    if which != signal.SIGKILL:
+        assert "of 10 units are done; the same command goes on" in err and "Traceback" not in err
+    before = {p.name: os.stat(p).st_mtime_ns for p in work.glob("[0-9]*.json")}
+    assert 3 <= len(before) < 10
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
+    assert _bytes(out) == _bytes(prepared)
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
+    pictures = {f"{i:03d}.png": (encoded(picture(i)), f"picture {i}") for i in range(60)}
+    whole = encoded(picture(1, 64, 64))
+    frames = dict(save_all=True, append_images=[__import__("PIL.Image").Image.fromarray(picture(2))])
+    bad = {
+        "missing.png": (None, "x"),
+        "truncated.png": (whole[:3000], "x"),
+        "corrupt.png": (whole[:3000] + bytes(300) + whole[3300:], "x"),
+        "empty.png": (b"", "x"),
+        "page.png": (b"<html>", "x"),
+        "moves.gif": (encoded(picture(), "GIF", **frames), "x"),
+        "blank.png": (whole, ""),
+        "small.png": (encoded(picture(3, 20, 20)), "x"),
+    }
+    folder = write_folder(tmp_path / "a", pictures | bad, ['{"file_name": "000.png", "prompt": "twice"}', "{"])
+    with pytest.raises(DataError, match=r"more than --max_skipped=0\.1: 1 animated, 1 bad JSON, 1 corrupt, 1 dupl"):
+        prepare.main(_arguments(folder, tmp_path / "set", max_skipped=0.1, enlarge="false"))
+    assert not (tmp_path / "set").exists()
+    assert prepare.main(_arguments(folder, tmp_path / "set", max_skipped=0.2, enlarge="false")) == 0
+    info = PreparedSet(tmp_path / "set").info
+    names = ("animated", "bad JSON", "corrupt", "duplicate key", "empty", "empty caption", "missing file")
+    assert info.skipped == dict.fromkeys((*names, "too small", "truncated", "unsupported format"), 1)
+    listed = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
+    assert {skip["key"]: skip["reason"] for skip in listed}["moves.gif"] == "animated" and len(listed) == 10
+    capsys.readouterr()
+    assert prepare.main(_arguments(folder, tmp_path / "enlarged", max_skipped=0.2)) == 0
+    assert "1 of 61 pictures were smaller than their bucket and were enlarged" in capsys.readouterr().err
+
+
+def test_a_source_that_leads_outside_writes_nothing(tmp_path):
+    folder = write_folder(tmp_path / "a", {}, ['{"file_name": "../x.png", "prompt": "x"}'])
+    with pytest.raises(DataError, match="leads out of the folder"):
+        prepare.main(_arguments(folder, tmp_path / "set"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_buckets_by_aspect_and_prompts_of_a_file(tmp_path):
+    sizes = [(64, 64), (48, 80), (80, 48), (96, 160)]
+    pictures = {f"{i}.png": (encoded(picture(i, *size)), f"{i}") for i, size in enumerate(sizes)}
+    folder = write_folder(tmp_path / "a", pictures)
+    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
+    options = dict(buckets="aspect", resolution=64, validation=0, eval_prompts=tmp_path / "prompts.txt")
+    assert prepare.main(_arguments(folder, tmp_path / "set", **options)) == 0
+    opened = PreparedSet(tmp_path / "set")
+    assert opened.info.buckets == ((48, 80), (64, 64), (80, 48)) and opened.info.counts == {"train": (2, 1, 1)}
+    assert opened.info.eval_prompts == ("first", "second") and opened.info.enlarged == 0
+    for record, bucket in zip(opened.records("train"), opened.buckets("train"), strict=True):
+        assert record["image"].shape == (*opened.info.buckets[bucket], 3)
+
+
+def test_the_digits_of_tfds(data_dir, tmp_path):
+    arguments = _arguments("tfds:digits", tmp_path / "set", resolution=16, tfds_dir=data_dir)
+    assert prepare.main(arguments) == 0
+    info = PreparedSet(tmp_path / "set").info
+    assert info.enlarged == sum(map(info.num_records, info.counts)) == 1797 and len(info.eval_prompts) == 10
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"validation": 2}, "is a share"),
+        ({"unit": 0}, "at least 1"),
+        ({"eval_prompts": "absent"}, "cannot be read"),
+        ({"store": "latents"}, "cannot be prepared yet"),
+    ],
+)
+def test_unfit_options_are_told(source, tmp_path, changes, told):
+    with pytest.raises(UsageError, match=told):
+        prepare.main(_arguments(source, tmp_path / "set", **changes))
+    assert not list(tmp_path.iterdir())
