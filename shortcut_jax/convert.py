@@ -108,6 +108,10 @@ def main(argv: Sequence[str]) -> int:
     _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
     job = _gather(sources, options)
     _check_format(job, options.format)
+    if job.models.keys() & {"flux"} and job.sampling.text_states == "trimmed" and options.format != "orbax":
+        tell(
+            ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
+        )
     _check_space(job, target)
     files = _files(job, options.format)
     if target.is_dir() and (len(files) == 1 or (job.lora and options.format != "orbax")):

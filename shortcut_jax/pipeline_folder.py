@@ -1,5 +1,6 @@
-"""A converted folder that pictures can be made with: whole, and of models that belong together."""
+"""A converted folder that pictures can be made with, or prepared: whole, and of models that belong together."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +14,25 @@ class PipelineParts(NamedTuple):
     """What a pipeline consists of.
 
     Attributes:
-      models: by kind: `flux`, `vae`, `t5` and `clip`.
+      models: by kind: `flux`, `vae`, `t5` and `clip`, or those of them that were asked for.
       sampling: how it is sampled.
-      clip_tokenizer: CLIP's.
-      t5_tokenizer: T5's.
+      tokenizers: of `t5` and `clip`, where they are among the models.
+      origins: what each model was converted from.
     """
 
     models: dict[str, Model]
     sampling: Sampling
-    clip_tokenizer: Tokenizer
-    t5_tokenizer: Tokenizer
+    tokenizers: dict[str, Tokenizer]
+    origins: dict[str, str]
 
 
-def open_pipeline(folder: Path) -> PipelineParts:
+def open_pipeline(folder: Path, kinds: Sequence[str] = KINDS, purpose: str = "pictures need") -> PipelineParts:
     """Opens a converted folder; nothing but headers and tokenizers is read.
+
+    Args:
+      folder: made by `shortcut_jax.convert`.
+      kinds: of the models that are needed.
+      purpose: of them, as an error says it.
 
     Raises:
       ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its parts do not go together.
@@ -39,31 +45,34 @@ def open_pipeline(folder: Path) -> PipelineParts:
         )
     stored, sampling = read_record(folder)
     held = [m.kind for m in stored]
-    missing = [kind for kind in KINDS if kind not in held]
+    missing = [kind for kind in kinds if kind not in held]
     if missing:
         raise ConvertedError(
-            f"{folder} holds {', '.join(held) or 'nothing'}, but pictures need {', '.join(missing)} too: "
+            f"{folder} holds {', '.join(held) or 'nothing'}, but {purpose} {', '.join(missing)} too: "
             "convert again from a whole pipeline, or with one --from for each model"
         )
-    models = {m.kind: m for m in open_models(folder)}
-    parts = PipelineParts(models, sampling, Tokenizer(folder / CLIP), Tokenizer(folder / T5))
+    models = {m.kind: m for m in open_models(folder) if m.kind in kinds}
+    tokenizers = {kind: Tokenizer(folder / name) for kind, name in (("clip", CLIP), ("t5", T5)) if kind in models}
+    parts = PipelineParts(models, sampling, tokenizers, {m.kind: m.origin for m in stored})
     _check(folder, parts)
     return parts
 
 
 def _check(folder: Path, parts: PipelineParts) -> None:
     """Parts of different pipelines would give noise, or an error deep inside."""
-    flux, vae, t5, clip = (parts.models[kind].config for kind in ("flux", "vae", "t5", "clip"))
-    for name, wanted, whose, found in (
-        ("text width", flux.text_width, "T5's", t5.width),
-        ("pooled width", flux.pooled_width, "CLIP's", clip.width),
-        ("packed channels", flux.channels, "the autoencoder's", PATCH**2 * vae.latent_channels),
-    ):
-        if wanted != found:
-            raise ConvertedError(f"{folder}: the transformer's {name} is {wanted}, but {whose} is {found}")
-    for tokenizer, model in ((parts.clip_tokenizer, clip), (parts.t5_tokenizer, t5)):
-        if tokenizer.vocab > model.vocab:
+    configs = {kind: model.config for kind, model in parts.models.items()}
+    if configs.keys() == set(KINDS):
+        flux, vae, t5, clip = (configs[kind] for kind in ("flux", "vae", "t5", "clip"))
+        for name, wanted, whose, found in (
+            ("text width", flux.text_width, "T5's", t5.width),
+            ("pooled width", flux.pooled_width, "CLIP's", clip.width),
+            ("packed channels", flux.channels, "the autoencoder's", PATCH**2 * vae.latent_channels),
+        ):
+            if wanted != found:
+                raise ConvertedError(f"{folder}: the transformer's {name} is {wanted}, but {whose} is {found}")
+    for kind, tokenizer in parts.tokenizers.items():
+        if tokenizer.vocab > configs[kind].vocab:
             raise ConvertedError(
                 f"{folder}: the tokenizer of {tokenizer.name} has {tokenizer.vocab} tokens, but the model knows "
-                f"{model.vocab}: they belong to different models"
+                f"{configs[kind].vocab}: they belong to different models"
             )

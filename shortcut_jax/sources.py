@@ -192,6 +192,11 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
         return read_record(path)[1]
     guided = next((m.config.guidance for m in models if m.kind == "flux"), True)
     length = 512 if guided else 256
+    if meta := stored_meta(path / "checkpoints"):
+        data = meta["config"]["data"]
+        stored = data["text_encoder"] == "stored"
+        tokens = data["text_tokens"] if stored else length
+        return Sampling(ShiftRule(dynamic=guided), tokens, data.get("text_states", "full") if stored else "full")
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return Sampling(ShiftRule(dynamic=guided), length)

@@ -1,6 +1,5 @@
 """Prompts to pictures with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,30 +9,18 @@ import jax
 import numpy as np
 
 from shortcut_jax.core.latents import PATCH
-from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
+from shortcut_jax.encoders import TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.models.attention import choose_backend
-from shortcut_jax.models.clip import ClipText
-from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
-from shortcut_jax.runtime.sharding import (
-    MeshShape,
-    batch_sharding,
-    make_constrain,
-    make_mesh,
-    make_per_shard,
-    replicated,
-    tree_shardings,
-)
-from shortcut_jax.runtime.tokenizers import Tokenizer
-from shortcut_jax.sources import Model, abstract_params, open_lora, place
+from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard, replicated
+from shortcut_jax.sources import open_lora
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.params import shapes_of
-from shortcut_jax.weights.rules import nest
 
 EMBEDDED_GUIDANCE = 3.5
 """What a model with a guidance embedding is told by default, as diffusers does."""
@@ -96,19 +83,12 @@ class TextToImage:
         self.mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
         parts = open_pipeline(Path(folder))
         self.models, self.sampling = parts.models, parts.sampling
-        self._clip_tokenizer, self._t5_tokenizer = parts.clip_tokenizer, parts.t5_tokenizer
         flux = self.models["flux"].config
         attention = choose_backend("auto", platform, self.compute_dtype, flux.head_size)
-        on_mesh: dict[str, Any] = {"constrain": make_constrain(self.mesh)}
-        changes = {
-            "flux": {**on_mesh, "attention": attention, "per_shard": make_per_shard(self.mesh)},
-            "vae": {},
-            "t5": on_mesh,
-            "clip": on_mesh,
-        }
+        special: dict[str, Any] = {"flux": {"attention": attention, "per_shard": make_per_shard(self.mesh)}}
         for kind, model in self.models.items():
-            config = dataclasses.replace(model.config, compute_dtype=self.compute_dtype, **changes[kind])
-            self.models[kind] = model._replace(config=config)
+            self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
+        self._text = TextEncoders(parts._replace(models=self.models), self.mesh)
         for path, strength in loras:
             self._add_lora(Path(path).expanduser(), strength)
 
@@ -131,19 +111,8 @@ class TextToImage:
         Raises:
           ConvertedError: files are damaged, or parameters are missing.
         """
-        return {kind: place(model.params, self._wanted(model)) for kind, model in self.models.items()}
-
-    def _wanted(self, model: Model) -> Any:
-        """What is placed on devices, as nested abstract arrays; the autoencoder's encoder is not."""
-        shapes, specs = abstract_params(model.kind, model.config), model.specs
-        shapes = {"decoder": shapes["decoder"]} if model.kind == "vae" else shapes
-        shardings, wanted = flat_paths(tree_shardings(self.mesh, shapes)), {}
-        for name, leaf in flat_paths(shapes).items():
-            if name not in specs or specs[name].shape != leaf.shape:
-                found = f"{specs[name].shape}, not {leaf.shape}" if name in specs else "missing"
-                raise ConvertedError(f"{model.origin}: {name} is {found}: convert it again")
-            wanted[name] = jax.ShapeDtypeStruct(leaf.shape, specs[name].dtype, sharding=shardings[name])
-        return nest(wanted)
+        whole, half = place_on(self.mesh, self.models["flux"]), place_on(self.mesh, self.models["vae"], "decoder")
+        return {"flux": whole, "vae": half, **self._text.params}
 
     def __call__(
         self,
@@ -234,23 +203,15 @@ class TextToImage:
 
     def cuts(self, prompts: Sequence[str], text_tokens: int | None = None) -> list[str]:
         """A line for each prompt and text encoder that does not read all of it, with the text that is cut off."""
-        lines = []
-        for tokenizer, length in self._tokenizers(text_tokens):
-            for prompt, cut in zip(prompts, tokenizer(prompts, length).cuts, strict=True):
-                if cut:
-                    lines.append(f"{tokenizer.name} reads {length} tokens of {prompt[:40]!r}: {cut!r} is cut off")
-        return lines
+        return self._text.cuts(prompts, text_tokens)
 
     def encode(
         self, prompts: Sequence[str], guidance: float | None = None, text_tokens: int | None = None
     ) -> Condition:
         """T5 states, CLIP's pooled vector and the embedded guidance of each prompt, one row a prompt."""
-        clip, t5 = (tokenizer(prompts, length).ids_BM for tokenizer, length in self._tokenizers(text_tokens))
         embedded = self.guidance(guidance).embedded
-        with jax.set_mesh(self.mesh):
-            txt_BMT, vec_BV = self._encode(self.params["t5"], self.params["clip"], self._rows(t5), self._rows(clip))
-        scale_B = None if embedded is None else np.full(len(prompts), embedded, np.float32)
-        return Condition(txt_BMT[: len(prompts)], vec_BV[: len(prompts)], scale_B)
+        txt_BMT, vec_BV = self._text.encode(prompts, text_tokens)
+        return Condition(txt_BMT, vec_BV, None if embedded is None else np.full(len(prompts), embedded, np.float32))
 
     def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:
         """Noise [num, N, C] of pictures `first` ... of a seed, for pictures of `height` x `width` pixels."""
@@ -295,27 +256,8 @@ class TextToImage:
         with jax.set_mesh(self.mesh):
             return self._decode(self.params["vae"], self._rows(latents_BhwC))[: len(latents_BhwC)]
 
-    def _tokenizers(self, text_tokens: int | None) -> tuple[tuple[Tokenizer, int], tuple[Tokenizer, int]]:
-        clip_length = min(self._clip_tokenizer.max_tokens, self.models["clip"].config.max_tokens)
-        return (self._clip_tokenizer, clip_length), (self._t5_tokenizer, text_tokens or self.sampling.text_tokens)
-
     def _rows(self, x_B: Any) -> Array:
-        """Rows split over the devices, the last one repeated until they divide."""
-        padding = -len(x_B) % self.mesh.devices.size
-        if padding:
-            x_B = x_B[np.minimum(np.arange(len(x_B) + padding), len(x_B) - 1)]
-        return jax.device_put(x_B, batch_sharding(self.mesh))
-
-    @cached_property
-    def _encode(self) -> Callable[..., tuple[Array, Array]]:
-        t5, clip = T5Encoder(self.models["t5"].config), ClipText(self.models["clip"].config)
-
-        def encode(t5_params: Any, clip_params: Any, t5_ids_BM: Array, clip_ids_BM: Array) -> tuple[Array, Array]:
-            txt_BMT: Any = t5.apply({"params": t5_params}, t5_ids_BM)
-            output: Any = clip.apply({"params": clip_params}, clip_ids_BM)
-            return txt_BMT, output.pooled_BD
-
-        return jax.jit(encode)
+        return split_rows(self.mesh, x_B)
 
     @cached_property
     def _decode(self) -> Callable[..., Array]:

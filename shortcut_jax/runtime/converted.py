@@ -56,10 +56,12 @@ class Sampling:
     Attributes:
       shift: of the timesteps.
       text_tokens: the length that prompts are padded to for T5.
+      text_states: `full`, T5's states of all tokens, or `trimmed`, with zeros behind those of the prompt.
     """
 
     shift: ShiftRule = dataclasses.field(default_factory=ShiftRule)
     text_tokens: int = 512
+    text_states: str = "full"
 
 
 class Stored(NamedTuple):
@@ -245,7 +247,8 @@ def read_record(folder: Path) -> tuple[list[Stored], Sampling]:
             for kind, entry in record["models"].items()
         ]
         sampling = record["sampling"]
-        return models, Sampling(ShiftRule(**sampling["shift"]), sampling["text_tokens"])
+        states = sampling.get("text_states", "full")  # which records written before they could differ do not say
+        return models, Sampling(ShiftRule(**sampling["shift"]), sampling["text_tokens"], states)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConvertedError(f"{path} cannot be read: {error}") from error
 

@@ -52,10 +52,12 @@ class Tokens(NamedTuple):
     Attributes:
       ids_BM: padded and cut, int32.
       cuts: the text that was cut off each prompt; empty where nothing was.
+      length_B: tokens of each prompt, its end token included and padding not.
     """
 
     ids_BM: np.ndarray
     cuts: tuple[str, ...]
+    length_B: np.ndarray
 
 
 class Tokenizer:
@@ -91,7 +93,8 @@ class Tokenizer:
         whole = [self._tokenizer(p, verbose=False).input_ids for p in prompts]
         cuts = tuple(self._tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in whole)
         padded = self._tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-        return Tokens(np.asarray(padded.input_ids, np.int32), cuts)
+        length_B = np.asarray([min(len(ids), length) for ids in whole], np.int32)
+        return Tokens(np.asarray(padded.input_ids, np.int32), cuts, length_B)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
