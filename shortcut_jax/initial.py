@@ -16,7 +16,7 @@ from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.settings import ConfigError
-from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, place
+from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, place, sampling_of
 from shortcut_jax.steps.state import TrainState
 from shortcut_jax.steps.views import Frozen
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack
@@ -112,6 +112,12 @@ def _open_network(assembly: Assembly, name: str, path: Path) -> Model:
         raise ConfigError(
             f"{given} is another network than model.preset={s.model.preset}; checkpoint -> config: "
             f"{'; '.join(differences)}"
+        )
+    known = sampling_of(path, [model]).text_states
+    if s.data.text_encoder == "stored" and known != s.data.text_states:
+        raise ConfigError(
+            f"{given} was trained on {known} text states, but data.text_states={s.data.text_states}: prepare the set "
+            f"with --text_states={known}{' (trimmed ones are for training from scratch)' if known == 'full' else ''}"
         )
     if model.config.step_size and not assembly.model.step_size:
         raise ConfigError(f"{given} has a step-size embedding: train it with objective=shortcut")

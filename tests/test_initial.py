@@ -87,6 +87,9 @@ def test_training_starts_from_a_workdir_and_resumes_without_it(trained, tmp_path
     assert "starting from" not in capfd.readouterr().err
 
 
+TRIMMED = dict(data__store="latents", data__text_encoder="stored", data__text_states="trimmed", data__stride=2)
+
+
 def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(sources, tmp_path, arguments, capfd):
     folder, _ = sources
     shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", preset("tiny"))).items()}
@@ -97,6 +100,10 @@ def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(so
         (
             {"init_from": str(folder / "orbax"), "model__double_blocks": 1},
             "checkpoint -> config: double_blocks: 2 -> 1",
+        ),
+        (
+            {"init_from": str(folder / "orbax"), **TRIMMED},
+            "trained on full text states, but data.text_states=trimmed: prepare the set with --text_states=full",
         ),
     )
     for changes, message in cases:
