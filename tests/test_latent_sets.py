@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import TextToImage, command, convert, inspect_set, prepare
+from shortcut_jax import TextToImage, command, convert, inspect_set, prepare, sources
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.data.format import VAE, DataError, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
 from shortcut_jax.data.pictures import Picture
 from shortcut_jax.encoders import load_decoder, load_text_encoder
 from shortcut_jax.latent_encoder import LatentEncoder, as_half
 from shortcut_jax.models.vae import Autoencoder
-from shortcut_jax.runtime.converted import RECORD, ConvertedError
+from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling
 from shortcut_jax.sources import open_models, place
 from shortcut_jax.weights.rules import nest
 from tests.data.pictures import encoded, picture, write_folder
@@ -203,8 +203,19 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
     assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/d", "--format=diffusers"]) == 0
     assert "trimmed text states, but diffusers and ComfyUI" in capfd.readouterr().err
     assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/o"]) == 0
-    assert "diffusers" not in capfd.readouterr().err
+    assert "trimmed text states" not in capfd.readouterr().err
     assert TextToImage(tmp_path / "o").sampling.text_states == "trimmed"
+
+
+def test_the_text_states_of_a_run_go_into_what_is_converted(tmp_path, monkeypatch):
+    data = {"text_encoder": "stored", "text_tokens": 40}
+    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": {"data": data}})
+    sampling = sources.sampling_of(tmp_path, [])
+    assert (sampling.text_tokens, sampling.text_states) == (40, "full")  # of a run from before there were two kinds
+    data["text_states"] = "trimmed"
+    assert sources.sampling_of(tmp_path, []).text_states == "trimmed"
+    data["text_encoder"] = "words"
+    assert sources.sampling_of(tmp_path, []) == Sampling(text_tokens=512)
 
 
 def _teacher(converted_folder, out, prompts, **changes):
