@@ -17,13 +17,11 @@ class PipelineParts(NamedTuple):
       models: by kind: `flux`, `vae`, `t5` and `clip`, or those of them that were asked for.
       sampling: how it is sampled.
       tokenizers: of `t5` and `clip`, where they are among the models.
-      origins: what each model was converted from.
     """
 
     models: dict[str, Model]
     sampling: Sampling
     tokenizers: dict[str, Tokenizer]
-    origins: dict[str, str]
 
 
 def open_pipeline(folder: Path, kinds: Sequence[str] = KINDS, purpose: str = "pictures need") -> PipelineParts:
@@ -53,7 +51,7 @@ def open_pipeline(folder: Path, kinds: Sequence[str] = KINDS, purpose: str = "pi
         )
     models = {m.kind: m for m in open_models(folder) if m.kind in kinds}
     tokenizers = {kind: Tokenizer(folder / name) for kind, name in (("clip", CLIP), ("t5", T5)) if kind in models}
-    parts = PipelineParts(models, sampling, tokenizers, {m.kind: m.origin for m in stored})
+    parts = PipelineParts(models, sampling, tokenizers)
     _check(folder, parts)
     return parts
 

@@ -12,7 +12,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +21,21 @@ from typing import Any
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.buckets import parse_buckets
-from shortcut_jax.data.format import Size
+from shortcut_jax.data.format import TEXT_DTYPES, Size
 from shortcut_jax.data.inputs import Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.writing import Job, already_written, units_done, write_units
+from shortcut_jax.data.writing import Job, Record, Skip, Unit, already_written, units_done, write_units
 from shortcut_jax.runtime import distributed
 
 STORES = ("pixels", "latents")
+DEFAULT_UNIT = 4096
 PIXEL_MULTIPLE = 2
 """Sides of a picture that is trained on as pixels: a token is 2 x 2 of them."""
 USAGE = (
     "usage: python -m shortcut_jax.prepare --source=FOLDER|TARS|tfds:NAME --out=DIR "
-    "[--store=pixels|latents] [--resolution=64] [--buckets=square|aspect|published|64x64,48x80]"
+    "[--store=pixels|latents --checkpoint=CONVERTED] [--resolution=64] [--buckets=square|aspect|published|64x64,48x80]"
+    "; or --from_teacher=CONVERTED --prompts=FILE --per_bucket=N --out=DIR; or --inspect=SET"
 )
 
 
@@ -51,10 +53,16 @@ class Stopped(KeyboardInterrupt):
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and prepares a set. Returns the exit code."""
-    options = command.parse(define_flags(), argv, USAGE, required=["source", "out"])
+    options = command.parse(define_flags(), argv, USAGE)
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
-    processes = join(options.store)
-    return prepare(options, processes)
+    if options.inspect is not None:
+        from shortcut_jax.inspect_set import inspect
+
+        print("\n".join(inspect(Path(options.inspect), options.out and Path(options.out))))
+        return 0
+    check_options(options)
+    processes = join("latents" if options.from_teacher else options.store)
+    return (prepare_from_teacher if options.from_teacher else prepare)(options, processes)
 
 
 def define_flags() -> Any:
@@ -76,16 +84,27 @@ def define_flags() -> Any:
     flags.DEFINE_string("caption_field", None, "Field of the caption.", flag_values=values)
     flags.DEFINE_string("template", None, 'Caption of a TFDS record: "a photo of a {label}".', flag_values=values)
     flags.DEFINE_string("tfds_dir", "~/tensorflow_datasets", "Folder of TFDS sets.", flag_values=values)
-    flags.DEFINE_integer("unit", 4096, "Pictures a shard, where the source has no shards.", flag_values=values)
+    flags.DEFINE_integer("unit", None, "Pictures a shard, where the source has none (4096).", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "Converted pipeline that makes latents.", flag_values=values)
+    flags.DEFINE_enum("text_states", "full", ("full", "trimmed"), "T5 states that are stored.", flag_values=values)
+    flags.DEFINE_enum("text_dtype", "bfloat16", list(TEXT_DTYPES), "Of the stored T5 states.", flag_values=values)
+    flags.DEFINE_integer("text_tokens", 256, "Tokens of a caption for T5.", flag_values=values)
+    flags.DEFINE_integer("batch", None, "Pictures that a device encodes (8) or samples (1).", flag_values=values)
+    flags.DEFINE_string("from_teacher", None, "Converted pipeline that samples the set.", flag_values=values)
+    flags.DEFINE_string("prompts", None, "Its prompts, one a line.", flag_values=values)
+    flags.DEFINE_integer("per_bucket", None, "Pictures that it samples of each size.", flag_values=values)
+    flags.DEFINE_integer("steps", 32, "Its sampling steps.", flag_values=values)
+    flags.DEFINE_float("guidance", 3.5, "Its guidance scale.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of its noise.", flag_values=values)
+    several("lora", None, "Adapters that are merged into it.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of each of them.", flag_values=values)
+    flags.DEFINE_string("inspect", None, "Set to look at; its pictures go to --out.", flag_values=values)
     return values
 
 
 def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
     """Prepares the set that the options describe; says what came of it."""
-    say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
-    start = time.monotonic()
-    check_options(options)
-    prompts = read_prompts(options.eval_prompts)
+    prompts = read_prompts("eval_prompts", options.eval_prompts)
     source = open_source(options.source, source_options(options))
     with contextlib.closing(_Pool()) as held:
         pool = held.pool
@@ -104,19 +123,59 @@ def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
             eval_prompts=prompts,
             **fields,
         )
-        if already_written(job):
-            say(f"{job.out} is there already, prepared with these arguments")
-            return 0
-        if done := units_done(job):
-            say(f"going on: {done:,} of {len(job.units):,} units are done")
-        try:
-            with _signals():
-                info = write_units(
-                    job, producer(source, buckets, encode, pool, options.enlarge), processes.index, processes.count
-                )
-        except Stopped as stop:
-            say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
-            return distributed.EXIT_CODES[stop.args[0]]
+        return write(job, producer(source, buckets, encode, pool, options.enlarge), processes)
+
+
+def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -> int:
+    """Prepares a set that a checkpoint samples; says what came of it."""
+    from shortcut_jax.teacher_data import TeacherData, TeacherSettings
+
+    captions = read_prompts("eval_prompts", options.eval_prompts)
+    prompts = read_prompts("prompts", options.prompts) or ()
+    loras, scales = options.lora or [], options.lora_scale or [1.0] * len(options.lora or [])
+    if len(loras) != len(scales):
+        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
+    buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
+    named = {n: getattr(options, n) for n in ("per_bucket", "steps", "guidance", "seed", "text_tokens", "text_dtype")}
+    settings = TeacherSettings(prompts, buckets, per_device=options.batch or 1, unit=options.unit or 512, **named)
+    teacher = TeacherData(options.from_teacher, settings, list(zip(loras, scales, strict=True)))
+    cuts = teacher.text.cuts(prompts, options.text_tokens)
+    for line in (*cuts[:3], *([f"{len(cuts):,} prompts are cut in all"] if len(cuts) > 3 else ())):
+        distributed.say(line)
+    distributed.say(f"{teacher.pipeline.guidance(options.guidance)}; {options.steps} steps")
+    eval_prompts = read_text_hash(options.eval_prompts)
+    job = Job(
+        out=Path(options.out).expanduser().absolute(),
+        store="latents",
+        buckets=buckets,
+        units=teacher.units,
+        num_items=len(buckets) * options.per_bucket,
+        bytes_per_record=min(teacher.bytes_per_record(size) for size in buckets),
+        validation=options.validation,
+        max_skipped=options.max_skipped,
+        eval_prompts=captions,
+        **teacher.job_fields(
+            **teacher.request(), store="latents", validation=options.validation, eval_prompts=eval_prompts
+        ),
+    )
+    return write(job, teacher, processes)
+
+
+def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processes: Processes) -> int:
+    """Writes a set, or the rest of one; says what came of it. Returns the exit code."""
+    say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
+    start = time.monotonic()
+    if already_written(job):
+        say(f"{job.out} is there already, prepared with these arguments")
+        return 0
+    if done := units_done(job):
+        say(f"going on: {done:,} of {len(job.units):,} units are done")
+    try:
+        with _signals():
+            info = write_units(job, produce, processes.index, processes.count)
+    except Stopped as stop:
+        say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
+        return distributed.EXIT_CODES[stop.args[0]]
     for line in summary(info, job.out, time.monotonic() - start):
         say(line)
     return 0
@@ -136,23 +195,31 @@ def join(store: str) -> Processes:
 
 
 def check_options(options: types.SimpleNamespace) -> None:
-    """Refuses numbers that make no sense.
+    """Refuses flags that are missing or do not go together, and numbers that make no sense.
 
     Raises:
-      UsageError: one does.
+      UsageError: there is one.
     """
+    needed = ("out", "prompts", "per_bucket") if options.from_teacher else ("source", "out")
+    if options.from_teacher is None and options.store == "latents":
+        needed = (*needed, "checkpoint")
+    for name in needed:
+        if getattr(options, name) is None:
+            raise UsageError(f"--{name} is missing; {USAGE}")
+    if options.from_teacher and (options.source or options.checkpoint or options.text_states != "full"):
+        raise UsageError("--source, --checkpoint and --text_states do not go with --from_teacher")
     for name in ("validation", "max_skipped"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageError(f"--{name} is {getattr(options, name):g}, but is a share, from 0 to 1")
-    for name in ("unit", "resolution"):
-        if getattr(options, name) < 1:
+    for name in ("unit", "resolution", "batch", "text_tokens"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least 1")
 
 
 def source_options(options: types.SimpleNamespace) -> SourceOptions:
     """How the source is read."""
     where = tuple(options.where or ())
-    return SourceOptions(options.unit, where, options.caption_field, options.template, options.tfds_dir)
+    return SourceOptions(options.unit or DEFAULT_UNIT, where, options.caption_field, options.template, options.tfds_dir)
 
 
 def make_store(
@@ -160,9 +227,9 @@ def make_store(
 ) -> tuple[tuple[Size, ...], Encode, dict[str, Any]]:
     """The buckets, what makes records of pictures, and fields of `Job` that depend on it (with `request`)."""
     if options.store == "latents":
-        buckets = parse_buckets(options.buckets, options.resolution)
+        buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
         return buckets, *make_encoder(options, buckets)
-    buckets = parse_buckets(options.buckets, options.resolution, PIXEL_MULTIPLE if "x" in options.buckets else 16)
+    buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
     return buckets, PixelEncoder(buckets, pool), {}
 
 
@@ -170,15 +237,25 @@ def make_encoder(options: types.SimpleNamespace, buckets: tuple[Size, ...]) -> t
     """The encoders of a set of latents, and the fields of `Job` that tell of them.
 
     Raises:
-      UsageError: for now always.
+      DataError: a size that the autoencoder cannot encode.
+      ConvertedError: the checkpoint lacks a model, or cannot be read.
     """
-    del options, buckets
-    raise UsageError("--store=latents cannot be prepared yet: use --store=pixels")
+    from shortcut_jax.latent_encoder import LatentEncoder, check_sizes
+
+    encoder = LatentEncoder(
+        options.checkpoint, options.text_states, options.text_tokens, options.text_dtype, options.batch or 8
+    )
+    check_sizes(buckets, encoder.latents.stride)
+    return encoder, encoder.job_fields()
+
+
+def multiple_of(options: types.SimpleNamespace) -> int:
+    """What the sides of buckets are multiples of; of latents the autoencoder has the last word."""
+    return PIXEL_MULTIPLE if "x" in options.buckets else 16
 
 
 def request_of(options: types.SimpleNamespace, source: Source, buckets: Sequence[Size]) -> dict[str, Any]:
     """What determines the content of a set."""
-    prompts = options.eval_prompts and hashlib.sha256(Path(options.eval_prompts).expanduser().read_bytes()).hexdigest()
     path = Path(options.source).expanduser()
     return {
         "source": str(path.resolve()) if path.exists() else options.source,
@@ -187,15 +264,20 @@ def request_of(options: types.SimpleNamespace, source: Source, buckets: Sequence
         "buckets": [f"{h}x{w}" for h, w in buckets],
         "enlarge": options.enlarge,
         "validation": options.validation,
-        "eval_prompts": prompts or "of the set",
+        "eval_prompts": read_text_hash(options.eval_prompts),
         "where": list(options.where or ()),
         "caption_field": options.caption_field,
         "template": options.template,
-        "unit": options.unit,
+        "unit": options.unit or DEFAULT_UNIT,
     }
 
 
-def read_prompts(path: str | None) -> tuple[str, ...] | None:
+def read_text_hash(path: str | None) -> str:
+    """What a file of captions holds, as a hash."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else "of the set"
+
+
+def read_prompts(name: str, path: str | None) -> tuple[str, ...] | None:
     """The captions in a file, or None without one.
 
     Raises:
@@ -206,10 +288,10 @@ def read_prompts(path: str | None) -> tuple[str, ...] | None:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--eval_prompts={path} cannot be read: {error}") from error
+        raise UsageError(f"--{name}={path} cannot be read: {error}") from error
     prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
-        raise UsageError(f"--eval_prompts={path} has no captions: write one a line")
+        raise UsageError(f"--{name}={path} has no captions: write one a line")
     return prompts
 
 

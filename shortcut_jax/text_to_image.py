@@ -52,7 +52,8 @@ class TextToImage:
 
     Attributes:
       models: by kind, `flux`, `vae`, `t5` and `clip`; their configs are constrained to the mesh.
-      sampling: the shift rule and text length of the pipeline.
+      sampling: the shift rule, text length and text states of the pipeline.
+      text: its text encoders.
       mesh: all devices along `fsdp`.
       compute_dtype: of activations and matrix products.
     """
@@ -88,7 +89,7 @@ class TextToImage:
         special: dict[str, Any] = {"flux": {"attention": attention, "per_shard": make_per_shard(self.mesh)}}
         for kind, model in self.models.items():
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
-        self._text = TextEncoders(parts._replace(models=self.models), self.mesh)
+        self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
         for path, strength in loras:
             self._add_lora(Path(path).expanduser(), strength)
 
@@ -112,7 +113,7 @@ class TextToImage:
           ConvertedError: files are damaged, or parameters are missing.
         """
         whole, half = place_on(self.mesh, self.models["flux"]), place_on(self.mesh, self.models["vae"], "decoder")
-        return {"flux": whole, "vae": half, **self._text.params}
+        return {"flux": whole, "vae": half, **self.text.params}
 
     def __call__(
         self,
@@ -203,14 +204,14 @@ class TextToImage:
 
     def cuts(self, prompts: Sequence[str], text_tokens: int | None = None) -> list[str]:
         """A line for each prompt and text encoder that does not read all of it, with the text that is cut off."""
-        return self._text.cuts(prompts, text_tokens)
+        return self.text.cuts(prompts, text_tokens)
 
     def encode(
         self, prompts: Sequence[str], guidance: float | None = None, text_tokens: int | None = None
     ) -> Condition:
         """T5 states, CLIP's pooled vector and the embedded guidance of each prompt, one row a prompt."""
         embedded = self.guidance(guidance).embedded
-        txt_BMT, vec_BV = self._text.encode(prompts, text_tokens)
+        txt_BMT, vec_BV = self.text.encode(prompts, text_tokens)
         return Condition(txt_BMT, vec_BV, None if embedded is None else np.full(len(prompts), embedded, np.float32))
 
     def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:

@@ -147,7 +147,7 @@ def test_the_digits_of_tfds(data_dir, tmp_path):
         ({"validation": 2}, "is a share"),
         ({"unit": 0}, "at least 1"),
         ({"eval_prompts": "absent"}, "cannot be read"),
-        ({"store": "latents"}, "cannot be prepared yet"),
+        ({"store": "latents"}, "--checkpoint is missing"),
     ],
 )
 def test_unfit_options_are_told(source, tmp_path, changes, told):

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 FORMAT_VERSION = 1
 INFO, INDEX, PROMPTS, SKIPPED = "set.json", "index.npz", "prompts.safetensors", "skipped.jsonl"
 VAE = "vae"
-"""Folder of the autoencoder of a set of latents, a converted one: pictures are drawn with nothing else at hand."""
+"""Folder of the autoencoder of a set of latents, as diffusers writes it: pictures are drawn with nothing else."""
 
 TEXT_DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float8": ml_dtypes.float8_e4m3fn}
 SPLITS = ("train", "validation")

@@ -1,0 +1,175 @@
+"""What a prepared set of latents is made with: pictures and captions to the fields of records, and what lies beside."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from shortcut_jax.core.fingerprint import fingerprint, fingerprint_of
+from shortcut_jax.core.latents import PATCH
+from shortcut_jax.data.format import TEXT_DTYPES, VAE, DataError, LatentInfo, Size, TextInfo, pack_text
+from shortcut_jax.data.pictures import Picture
+from shortcut_jax.encoders import Halves, TextEncoders, local_mesh, on_mesh
+from shortcut_jax.pipeline_folder import open_pipeline
+from shortcut_jax.runtime.exported import write_component
+from shortcut_jax.sources import Model
+
+
+class SetMaker:
+    """What the latents of a set share, whether an autoencoder or a teacher makes them.
+
+    Attributes:
+      batch_size: rows at once; batches are padded to it.
+      text: the text encoders.
+      vae: the autoencoder.
+      text_info: how text states are stored.
+      latents: the scale of the latents.
+    """
+
+    def __init__(self, text: TextEncoders, vae: Model, text_tokens: int, text_dtype: str, batch_size: int):
+        """Takes models on devices, M, and a key of `TEXT_DTYPES`."""
+        self.text, self.vae, self.batch_size = text, vae, batch_size
+        widths = text.models["t5"].config.width, text.models["clip"].config.width
+        self.text_info = TextInfo(text.states, text_dtype, text_tokens, *widths)
+        c = vae.config
+        self.latents = LatentInfo(c.latent_channels, c.factor, c.scale, c.shift)
+
+    @cached_property
+    def encoders(self) -> dict[str, dict[str, str]]:
+        """Origin and content of each model; its weights are read."""
+        vae = self.vae.params
+        content = {kind: fingerprint(params) for kind, params in self.text.params.items()}
+        content["vae"] = fingerprint_of((path, np.asarray(vae[path])) for path in vae)
+        return {kind: {"origin": self._origin(kind), "content": content[kind]} for kind in sorted(content)}
+
+    def _origin(self, kind: str) -> str:
+        return self.vae.origin if kind == "vae" else self.text.models[kind].origin
+
+    def job_fields(self, **request: Any) -> dict[str, Any]:
+        """Fields of `writing.Job`, its `request` among them."""
+        asked = {f"text_{name}": getattr(self.text_info, name) for name in ("states", "tokens", "dtype")}
+        asked |= {"encoders": {kind: told["content"] for kind, told in self.encoders.items()}}
+        told = {"text": self.text_info, "latents": self.latents, "encoders": self.encoders}
+        return {**told, "prompts": self.prompts, "complete": self.complete, "request": asked | request}
+
+    def bytes_per_record(self, size: Size) -> int:
+        """About the least that a record of a bucket takes on the disk."""
+        info, stride = self.text_info, self.latents.stride
+        tokens = info.tokens if info.states == "full" else min(4, info.tokens)
+        moments = 2 * 2 * math.prod(size) // stride**2 * self.latents.channels
+        return moments + tokens * info.width * np.dtype(TEXT_DTYPES[info.dtype]).itemsize + 4 * info.pooled_width
+
+    def prompts(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The text states of the empty caption and of others: txt [1 + P, M, T] bfloat16, vec [1 + P, V] float32."""
+        rows, parts = ["", *captions], []
+        for first in range(0, len(rows), self.batch_size):
+            chunk = rows[first : first + self.batch_size]
+            encoded = self.text.encode(padded(chunk, self.batch_size), self.text_info.tokens)
+            parts.append([np.asarray(x, np.float32)[: len(chunk)] for x in encoded])
+        txt, vec = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return {"txt": txt.astype(ml_dtypes.bfloat16), "vec": vec}
+
+    def complete(self, folder: Path, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Puts the autoencoder into the folder of a set; the error of its text states."""
+        self.copy_vae(folder / VAE)
+        square, error = sums.get("state_square", 0.0), sums.get("error_square", 0.0)
+        measured = math.sqrt(error / square) if square else 0.0
+        return {"text": dataclasses.replace(self.text_info, error=measured)}
+
+    def copy_vae(self, folder: Path) -> None:
+        """Writes the autoencoder as diffusers does: `open_models` reads it, and its bytes are always the same."""
+        write_component(folder, "vae", self.vae.config, self.vae.params, lambda size: None)
+
+    def text_fields(
+        self, captions: Sequence[str], txt_BMT: Any, vec_BV: Any
+    ) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+        """The fields and sums of each caption's states.
+
+        Raises:
+          DataError: states are not finite.
+        """
+        txt_BMT, vec_BV = np.asarray(txt_BMT, np.float32), np.asarray(vec_BV, np.float32)
+        lengths = self.text.lengths(captions, self.text_info.tokens)
+        for i, caption in enumerate(captions):
+            if not (np.isfinite(txt_BMT[i]).all() and np.isfinite(vec_BV[i]).all()):
+                raise DataError(f"the text states of {caption[:60]!r} are not finite: the checkpoint is damaged")
+            fields, error, square = pack_text(txt_BMT[i], self.text_info, int(lengths[i]))
+            yield fields | {"vec": vec_BV[i]}, {"error_square": error, "state_square": square}
+
+
+class LatentEncoder(SetMaker):
+    """Captioned pictures to latents and text states, on all devices of this process: an `Encode`.
+
+    The same pictures in the same batches give the same bytes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        states: str = "full",
+        text_tokens: int = 256,
+        text_dtype: str = "bfloat16",
+        per_device: int = 8,
+    ):
+        """Opens a converted pipeline; weights are read on first use.
+
+        Args:
+          checkpoint: a converted folder with autoencoder, T5, CLIP and tokenizers.
+          states: `full` or `trimmed`.
+          text_tokens: M.
+          text_dtype: a key of `TEXT_DTYPES`.
+          per_device: pictures that a device encodes at once.
+
+        Raises:
+          ConvertedError: a model is missing, or cannot be read.
+        """
+        mesh, dtype = local_mesh()
+        parts = open_pipeline(Path(checkpoint).expanduser(), ("vae", "t5", "clip"), "latents need")
+        parts = parts._replace(models={kind: on_mesh(model, mesh, dtype) for kind, model in parts.models.items()})
+        text, vae = TextEncoders(parts, mesh, states), parts.models["vae"]
+        super().__init__(text, vae, text_tokens, text_dtype, per_device * mesh.devices.size)
+        self._halves = Halves(vae, mesh)
+
+    def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
+        """See `Encode`. Raises DataError where latents or states are not finite as they are stored."""
+        rows = padded(pictures, self.batch_size)
+        moments = self._halves.encode(np.stack([p.pixels for p in rows]))
+        encoded = self.text.encode([p.caption for p in rows], self.text_info.tokens)
+        mean_BhwC, std_BhwC = np.asarray(moments.mean_BhwC), np.exp(0.5 * np.asarray(moments.logvar_BhwC))
+        texts = self.text_fields([p.caption for p in pictures], *(x[: len(pictures)] for x in encoded))
+        result = []
+        for picture, mean, std, (fields, sums) in zip(pictures, mean_BhwC, std_BhwC, texts, strict=False):
+            gaussian = {"mean": as_half(mean, picture.key), "std": as_half(std, picture.key)}
+            result.append((gaussian | fields, sums))
+        return result
+
+
+def padded(rows: Sequence[Any], size: int) -> list[Any]:
+    """Rows and the last one again, `size` of them."""
+    return [*rows, *[rows[-1]] * (size - len(rows))]
+
+
+def as_half(x: np.ndarray, key: str) -> np.ndarray:
+    """float16, as latents are stored. Raises DataError where a value is not finite in it."""
+    with np.errstate(over="ignore"):
+        half = x.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise DataError(
+            f"the latents of {key} are not finite in float16 (up to {np.abs(x).max():g}): the autoencoder is damaged, "
+            f"or of another kind"
+        )
+    return half
+
+
+def check_sizes(buckets: Sequence[Size], stride: int) -> None:
+    """Raises DataError where a bucket is no multiple of what a token spans: two latents each way."""
+    unit = PATCH * stride
+    for h, w in buckets:
+        if h % unit or w % unit:
+            nearest = "x".join(str(max(round(side / unit), 1) * unit) for side in (h, w))
+            raise DataError(f"--buckets: {h}x{w} is not in multiples of {unit}; the nearest is {nearest}")

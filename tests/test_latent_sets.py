@@ -1,0 +1,332 @@
+"""Sets of latents, made of pictures or by a teacher, on the small random pipeline."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import TextToImage, command, convert, inspect_set, prepare, sources
+from shortcut_jax.core.latents import patchify, unpatchify
+from shortcut_jax.data.format import VAE, DataError, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
+from shortcut_jax.data.pictures import Picture
+from shortcut_jax.encoders import load_decoder, load_text_encoder
+from shortcut_jax.latent_encoder import LatentEncoder, as_half
+from shortcut_jax.models.vae import Autoencoder
+from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling
+from shortcut_jax.sources import open_models, place
+from shortcut_jax.weights.rules import nest
+from tests.data.pictures import encoded, picture, write_folder
+from tests.helpers import relative
+
+CAPTIONS = ["a red cat", "a photo of the small dog and the cat", "seven"]
+TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    pictures = {f"{i:02d}.png": (encoded(picture(i, *SIZES[i % 2])), CAPTIONS[i % 3]) for i in range(12)}
+    return write_folder(tmp_path_factory.mktemp("latents") / "source", pictures)
+
+
+SIZES = ((32, 32), (16, 32))
+
+
+def _arguments(source, checkpoint, out, **changes):
+    options = {"source": source, "out": out, "store": "latents", "checkpoint": checkpoint, "buckets": "32x32,16x32"}
+    options |= {"text_tokens": TOKENS, "validation": 0.3, "unit": 4, "batch": 1} | changes
+    return ["prepare", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture(scope="module")
+def prepared(source, converted_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:2]
+        patch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
+        assert prepare.main(_arguments(source, converted_folder, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipeline(converted_folder):
+    return TextToImage(converted_folder, devices=jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def autoencoder(converted_folder):
+    """The module and its parameters, read without what is tested."""
+    (model,) = (m for m in open_models(converted_folder) if m.kind == "vae")
+    return Autoencoder(model.config), nest({k: np.asarray(model.params[k]) for k in model.params})
+
+
+def _records(folder):
+    prepared = PreparedSet(folder)
+    return {r["key"].decode(): r for split in prepared.info.counts for r in prepared.records(split)}
+
+
+def _bytes(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_records_hold_the_moments_and_states_of_the_models(prepared, pipeline, autoencoder):
+    info, records = PreparedSet(prepared).info, _records(prepared)
+    vae, params = autoencoder
+    assert len(records) == 12 and info.latents == LatentInfo(16, 2, 0.3611, 0.1159)
+    assert set(info.encoders) == {"vae", "t5", "clip"} and info.text == TextInfo(
+        "full", "bfloat16", TOKENS, 32, 24, info.text.error
+    )
+    for key, record in records.items():
+        i = int(key[:2])
+        x = jnp.asarray(picture(i, *SIZES[i % 2]), jnp.float32)[None] / 127.5 - 1
+        moments = vae.apply({"params": params}, x, method="encode")
+        assert relative(record["mean"].astype(np.float32), moments.mean_BhwC[0]) < 1e-3
+        assert relative(record["std"].astype(np.float32), np.exp(moments.logvar_BhwC[0] / 2)) < 1e-3
+        condition = pipeline.encode([CAPTIONS[i % 3]], text_tokens=TOKENS)
+        assert relative(unpack_text(record, info.text).astype(np.float32), condition.txt_BMT[0]) < 4e-3
+        assert relative(record["vec"], condition.vec_BV[0]) < 1e-5
+        assert (record["height"], record["width"]) == SIZES[i % 2]
+    assert 0 < info.text.error < 4e-3  # of bfloat16
+
+
+def test_the_set_decodes_its_own_pictures(prepared, autoencoder):
+    record = next(r for r in _records(prepared).values() if r["mean"].shape == (16, 16, 16))
+    latents = (record["mean"].astype(np.float32)[None] - 0.1159) * 0.3611
+    i = int(record["key"][:2])
+    vae, params = autoencoder
+    x = jnp.asarray(picture(i), jnp.float32)[None] / 127.5 - 1
+    whole = np.asarray(vae.apply({"params": params}, x))
+    expected = np.clip((whole + 1) * 127.5, 0, 255)
+    decode = load_decoder(prepared / VAE)
+    assert np.abs(decode(latents) - expected).max() <= 2
+    many = decode(np.repeat(latents, 5, axis=0))
+    assert many.shape == (5, 32, 32, 3) and many.dtype == np.uint8 and np.ptp(many.astype(int), axis=0).max() <= 1
+    with pytest.raises(ConvertedError, match="nowhere is not there"):
+        load_decoder(prepared / "nowhere")
+
+
+def test_stored_prompts_are_those_of_the_text_encoders(prepared, converted_folder):
+    prompts = PreparedSet(prepared).prompts()
+    assert next(iter(prompts)) == "" and set(prompts) <= {"", *CAPTIONS} and len(prompts) > 1
+    encode = load_text_encoder(converted_folder, TOKENS, "full")
+    for caption, (txt_MT, vec_V) in prompts.items():
+        own_txt_MT, own_vec_V = encode(caption)
+        assert txt_MT.dtype == own_txt_MT.dtype == ml_dtypes.bfloat16
+        assert relative(own_txt_MT.astype(np.float32), txt_MT.astype(np.float32)) < 4e-3
+        np.testing.assert_allclose(own_vec_V, vec_V, atol=1e-5)
+
+
+def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, converted_folder, tmp_path, capsys):
+    assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
+    assert _bytes(tmp_path / "set") == _bytes(prepared)
+    assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"text_dtype: bfloat16 -> float8"):
+        prepare.main(_arguments(source, converted_folder, tmp_path / "set", text_dtype="float8"))
+    out = tmp_path / "killed" / "set"
+    out.parent.mkdir()
+    slow = (  # so that the signal meets the work
+        "import sys, time, jax; from shortcut_jax import command, prepare, latent_encoder\n"
+        "devices = jax.devices()[:2]; jax.local_devices = lambda *a, **k: devices\n"
+        "half = latent_encoder.as_half\n"
+        "latent_encoder.as_half = lambda *a: (time.sleep(0.1), half(*a))[1]\n"
+        "command.run(prepare.main, sys.argv[1:])"
+    )
+    argv = [sys.executable, "-c", slow, *_arguments(source, converted_folder, out)]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    work = out.parent / ".set.partial" / "work"
+    while process.poll() is None and not list(work.glob("[0-9]*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -9 and not out.exists()
+    assert prepare.main(_arguments(source, converted_folder, out)) == 0
+    assert "going on: " in capsys.readouterr().err
+    assert _bytes(out) == _bytes(prepared)
+
+
+@pytest.mark.parametrize("states", ["full", "trimmed"])
+def test_float8_states_are_near_and_trimmed_ones_are_zero_behind_the_caption(states, converted_folder, pipeline):
+    exact = LatentEncoder(converted_folder, states, TOKENS, "bfloat16", 1)
+    small = LatentEncoder(converted_folder, states, TOKENS, "float8", 1)
+    pictures = [Picture(c, c, 16, 16, picture(i, 16, 16)) for i, c in enumerate(CAPTIONS[:2])]
+    lengths = exact.text.lengths(CAPTIONS[:2], TOKENS)
+    assert 4 <= lengths[0] < lengths[1] <= TOKENS
+    wanted = np.array(pipeline.encode(CAPTIONS[:2], text_tokens=TOKENS).txt_BMT)
+    for i, ((fields, _), (few, sums)) in enumerate(zip(exact(pictures), small(pictures), strict=True)):
+        if states == "trimmed":
+            wanted[i, lengths[i] :] = 0
+            assert fields["txt"].shape == few["txt"].shape == (lengths[i], 32)
+        txt_MT = unpack_text(few, small.text_info).astype(np.float32)
+        assert relative(unpack_text(fields, exact.text_info).astype(np.float32), wanted[i]) < 4e-3
+        assert 0.005 < relative(txt_MT, wanted[i]) < 0.03
+        measured = np.sqrt(sums["error_square"] / sums["state_square"])
+        assert relative(txt_MT, wanted[i]) == pytest.approx(measured, rel=0.05)
+        np.testing.assert_array_equal(fields["mean"], few["mean"])
+
+
+def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipeline, tmp_path, capfd):
+    import json
+    import shutil
+
+    folder = tmp_path / "trimmed"
+    shutil.copytree(converted_folder, folder)
+    record = json.loads((folder / RECORD).read_text())
+    del record["sampling"]["text_states"]  # as it was written before there were two kinds
+    (folder / RECORD).write_text(json.dumps(record))
+    assert TextToImage(folder).sampling.text_states == "full"
+    record["sampling"]["text_states"] = "trimmed"
+    (folder / RECORD).write_text(json.dumps(record))
+    trimmed = TextToImage(folder, devices=jax.devices()[:2])
+    full, cut = (p.encode(CAPTIONS[:2], text_tokens=TOKENS) for p in (pipeline, trimmed))
+    zeroed = np.array(full.txt_BMT)
+    for row, length in zip(zeroed, pipeline.text.lengths(CAPTIONS[:2], TOKENS), strict=True):
+        row[length:] = 0
+    np.testing.assert_allclose(cut.txt_BMT, zeroed, atol=1e-6)
+    noise = pipeline.draw_noise(0, 0, 2, 16, 16)
+    sampled = trimmed.denoise(noise, cut, 16, 16, 2)
+    assert relative(sampled, pipeline.denoise(noise, full._replace(txt_BMT=zeroed), 16, 16, 2)) < 1e-5
+    assert relative(sampled, pipeline.denoise(noise, full, 16, 16, 2)) > 1e-3
+    load, length = load_text_encoder(folder, TOKENS, "trimmed")(CAPTIONS[0])[0], pipeline.text.lengths([CAPTIONS[0]])[0]
+    assert length < TOKENS and not np.any(load[length:]) and np.all(np.any(load[:length] != 0, axis=1))
+    assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/d", "--format=diffusers"]) == 0
+    assert "trimmed text states, but diffusers and ComfyUI" in capfd.readouterr().err
+    assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/o"]) == 0
+    assert "trimmed text states" not in capfd.readouterr().err
+    assert TextToImage(tmp_path / "o").sampling.text_states == "trimmed"
+
+
+def test_the_text_states_of_a_run_go_into_what_is_converted(tmp_path, monkeypatch):
+    data = {"text_encoder": "stored", "text_tokens": 40}
+    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": {"data": data}})
+    sampling = sources.sampling_of(tmp_path, [])
+    assert (sampling.text_tokens, sampling.text_states) == (40, "full")  # of a run from before there were two kinds
+    data["text_states"] = "trimmed"
+    assert sources.sampling_of(tmp_path, []).text_states == "trimmed"
+    data["text_encoder"] = "words"
+    assert sources.sampling_of(tmp_path, []) == Sampling(text_tokens=512)
+
+
+def _teacher(converted_folder, out, prompts, **changes):
+    options = {"from_teacher": converted_folder, "prompts": prompts, "out": out, "buckets": "16x16,16x24"}
+    options |= {"per_bucket": 3, "steps": 2, "text_tokens": TOKENS, "unit": 2, "validation": 0} | changes
+    return ["prepare", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_path, capfd):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\n\na photo of a small dog and the cat on the photo of a cat and the dog\n")
+    assert prepare.main(_teacher(converted_folder, tmp_path / "set", prompts)) == 0
+    err = capfd.readouterr().err
+    assert "T5 reads 12 tokens of 'a photo" in err and "guidance 3.5: through the guidance embedding; 2 steps" in err
+    info, records = PreparedSet(tmp_path / "set").info, _records(tmp_path / "set")
+    assert sorted(records) == [f"{i:08d}" for i in range(6)] and info.counts == {"train": (3, 3)}
+    assert set(info.encoders) == {"flux", "vae", "t5", "clip"}
+    captions = prompts.read_text().split("\n\n")
+    for i, record in enumerate(records[k] for k in sorted(records)):
+        height, width = info.buckets[i // 3]
+        caption = captions[i % 2].strip()
+        assert record["caption"].decode() == caption and not record["std"].any()
+        condition = pipeline.encode([caption], 3.5, TOKENS)
+        expected = pipeline.denoise(pipeline.draw_noise(0, i, 1, height, width), condition, height, width, 2)
+        latents = (record["mean"].astype(np.float32) - info.latents.shift) * info.latents.scale
+        assert relative(latents, expected[0]) < 2e-3
+        assert relative(unpatchify(patchify(latents[None]), height // 2, width // 2)[0], latents) == 0
+        assert relative(unpack_text(record, info.text).astype(np.float32), condition.txt_BMT[0]) < 4e-3
+    assert prepare.main(_teacher(converted_folder, tmp_path / "again", prompts, batch=2, buckets="16x16")) == 0
+    for key, record in _records(tmp_path / "again").items():  # whatever the batch
+        assert relative(record["mean"].astype(np.float32), records[key]["mean"].astype(np.float32)) < 1e-3
+
+
+def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("shortcut_jax.encoders.place_on", lambda *args: pytest.fail("weights were read"))
+    prompts, latin = tmp_path / "prompts.txt", tmp_path / "latin.txt"
+    prompts.write_text("\n \n")
+    latin.write_bytes(b"caf\xe9\n")
+    out = tmp_path / "set"
+
+    def fails(argv, text):
+        with pytest.raises(SystemExit) as stop:
+            command.run(prepare.main, argv)
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 1 and text in line, line
+
+    fails(_teacher(converted_folder, out, tmp_path / "no.txt"), "no.txt cannot be read")
+    fails(_teacher(converted_folder, out, prompts), "has no captions: write one a line")
+    fails(_teacher(converted_folder, out, latin), "latin.txt cannot be read: 'utf-8' codec")
+    prompts.write_text("a cat\n")
+    fails(_teacher(converted_folder, out, prompts, buckets="18x16"), "18 x 16, but both must be multiples of 4")
+    fails(_teacher(converted_folder, out, prompts, steps=0), "steps is 0")
+    fails(_teacher(converted_folder, out, prompts, per_bucket=0), "--per_bucket is 0")
+    fails(_teacher(tmp_path / "no", out, prompts), "no is not there")
+    fails([*_teacher(converted_folder, out, prompts), f"--source={source}"], "do not go with --from_teacher")
+    fails(["prepare", f"--source={source}", f"--out={out}", "--store=latents"], "--checkpoint is missing")
+    fails(_arguments(source, converted_folder, out, buckets="18x16"), "18x16 is not in multiples of 4; the nearest is")
+    fails(_arguments(source, source, out), "is no converted folder")
+    fails(_arguments(source, converted_folder, out, batch=0), "--batch is 0")
+    assert not out.exists()
+
+
+def test_latents_beyond_float16_are_an_error():
+    assert as_half(np.full(3, 65000.0, np.float32), "x").dtype == np.float16
+    with pytest.raises(DataError, match="latents of x are not finite in float16"):
+        as_half(np.array([1.0, 7e4], np.float32), "x")
+
+
+def test_inspecting_tells_what_is_there_and_shows_it(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(["prepare", f"--inspect={prepared}"]) == 0
+    out, info = capsys.readouterr().out, PreparedSet(prepared).info
+    for line in (
+        f"train: {info.num_records('train')} records",
+        "  32x32: 6 (50.0%)",
+        "  16x32: 6 (50.0%)",
+        "height of originals: 16 to 32",
+        "words of captions: 1 to 9",
+        f"text: {TOKENS} tokens of 32, full states in bfloat16, rounding error 0.1",
+        "latents: 16 channels, 2 pixels each",
+        "made with t5: t5 of ",
+        "GB a million records",
+    ):
+        assert line in out, line
+    with Image.open("set-inspect.png") as page:
+        assert page.width > 4 * 192 and np.asarray(page).std() > 20
+    with pytest.raises(command.UsageError, match=r"name a \.png in a folder"):
+        inspect_set.inspect(prepared, tmp_path / "no" / "x.png")
+    with pytest.raises(DataError, match="is no prepared set"):
+        inspect_set.inspect(tmp_path, tmp_path / "x.png")
+
+
+def test_statistics_count_splits_buckets_captions_and_what_was_left_out():
+    counts = {"train": (3, 5), "validation": (1, 1)}
+    info = SetInfo("pixels", ((64, 64), (48, 80)), counts, {}, skipped={"corrupt": 2}, enlarged=1)
+    sample = inspect_set.Sample([1, 2, 2, 40], [(10, 20), (30, 20), (50, 60), (70, 80)], [3, 3, 3, 17], of=8)
+    lines = inspect_set.statistics(info, sample, 5_000)
+    for line in ("train: 8 records", "validation: 2 records", "  64x64: 4 (40.0%)", "  48x80: 6 (60.0%)"):
+        assert line in lines
+    assert "of 4 records, drawn from 8 at random:" in lines and "skipped: 2 corrupt" in lines
+    assert "height of originals: 10 to 70, median 40" in lines
+    assert "disk: 0.0 MB, 500 bytes a record, 0.5 GB a million records" in lines
+    words = inspect_set.histogram("words", sample.words)
+    assert words[0] == "words: 1 to 40, median 2" and words[1].split()[:4] == ["1", "to", "5", "3"]
+    assert sum(int(line.split()[3]) for line in words[1:]) == 4
+
+
+def test_the_vae_folder_opens_as_any_checkpoint(prepared, converted_folder):
+    (own,) = open_models(prepared / VAE)
+    (source,) = (m for m in open_models(converted_folder) if m.kind == "vae")
+    assert own.config == source.config and set(own.params) == set(source.params)
+    for name in source.params:
+        np.testing.assert_array_equal(own.params[name], source.params[name])
+    assert place(own.params, {}) == {}
