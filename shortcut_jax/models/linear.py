@@ -79,7 +79,10 @@ def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array,
     dx = jax.lax.dot_general(dy, options.gathered(kernel), ((outs, tuple(range(n, kernel.ndim))), ((), ())))
     batch = tuple(range(rows))
     reduce_dtype = jnp.dtype(options.reduce_dtype)
-    dkernel = jax.lax.dot_general(x, dy, ((batch, batch), ((), ())), preferred_element_type=reduce_dtype)
+    product = lambda a, b: jax.lax.dot_general(a, b, ((batch, batch), ((), ())), preferred_element_type=reduce_dtype)
+    # XLA:CPU has no product of two bfloat16 arrays that is float32.
+    widened = lambda a, b: product(a.astype(reduce_dtype), b.astype(reduce_dtype))
+    dkernel = jax.lax.platform_dependent(x, dy, cpu=widened, default=product)
     dkernel = options.constrain(dkernel, options.names).astype(kernel.dtype)
     dbias = None if bias is None else jnp.sum(dy, axis=batch, dtype=reduce_dtype).astype(bias.dtype)
     return dx, dkernel, dbias

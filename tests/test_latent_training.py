@@ -1,0 +1,108 @@
+"""From captioned pictures to latents, to a trained model, to pictures of it: nothing between them is made up."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import Pipeline, command, prepare, train
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.data.format import VAE, PreparedSet
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.encoders import load_decoder
+from shortcut_jax.ends import sampling_ends, training_ends
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.presets import PRESETS
+from shortcut_jax.resolve import from_config
+from shortcut_jax.runtime.checkpoint import stored_config
+from shortcut_jax.runtime.metrics import read_metrics
+from shortcut_jax.settings import ConfigError
+from tests.data.pictures import encoded, picture, write_folder
+from tests.helpers import tiny_config
+
+CAPTIONS = ("a red cat", "a photo of the small dog", "seven", "green")
+TOKENS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one():
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: devices)
+        patch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
+        patch.setattr(jax, "device_count", lambda: 1)
+        patch.setitem(PRESETS, "tiny-flux", FluxConfig(1, 1, 32, 2, (4, 6, 6), 64, 32, 24))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("latent_training")
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, converted_folder):
+    sizes = ((32, 32), (16, 32))
+    pictures = {f"{i:02d}.png": (encoded(picture(i, *sizes[i % 2])), CAPTIONS[i % 4]) for i in range(24)}
+    source = write_folder(folder / "source", pictures)
+    options = dict(source=source, out=folder / "set", store="latents", checkpoint=converted_folder, validation=0.3)
+    options |= dict(buckets="32x32,16x32", text_tokens=TOKENS)
+    assert prepare.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    return folder / "set"
+
+
+def _settings(prepared, **changes):
+    data = dict(data__name=str(prepared), data__store="latents", data__stride=2, data__text_encoder="stored")
+    size = dict(data__height=32, data__width=32, data__text_tokens=TOKENS)
+    return from_config(tiny_config(**data, **size, **{"model__preset": "tiny-flux", "batch_size": 8, **changes}))
+
+
+@pytest.fixture(scope="module")
+def trained_on_latents(folder, prepared):
+    workdir = folder / "run"
+    assert train.train(Assembly(_settings(prepared, validation__every=4, log_every=1)), workdir) == 0
+    return workdir
+
+
+def test_the_run_learns_validates_and_draws_its_grid_with_the_sets_own_decoder(trained_on_latents):
+    metrics = read_metrics(trained_on_latents / "metrics.jsonl")
+    assert all(np.isfinite(metrics[step]["loss"]) for step in range(1, 5))
+    assert np.isfinite(metrics[4]["validation/mlperf/slow"])
+    with Image.open(trained_on_latents / "samples" / "step_00000004.png") as grid:
+        assert grid.size[0] > 4 * 32 and np.asarray(grid).std() > 0
+    assert stored_config(trained_on_latents / "checkpoints")["data"]["text_states"] == "full"
+
+
+def test_training_decodes_latents_with_the_autoencoder_of_the_set(prepared):
+    settings = _settings(prepared)
+    ends = training_ends(Assembly(settings), TrainingData(settings.data))
+    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
+    np.testing.assert_array_equal(ends.decode(latents), load_decoder(prepared / VAE)(latents))
+    with pytest.raises(ConfigError, match="no text states of 'a whale': choose among its"):
+        ends.encode("a whale")
+
+
+def test_a_run_is_sampled_with_its_sets_prompts_or_with_a_pipelines_encoders(trained_on_latents, converted_folder):
+    prompt = PreparedSet(trained_on_latents.parent / "set").info.eval_prompts[0]
+    stored = Pipeline(trained_on_latents)(prompt, steps=2, num=2)
+    assert stored.shape == (2, 32, 32, 3) and stored.dtype == np.uint8
+    encoded_now = Pipeline(trained_on_latents, encoders=converted_folder)
+    assert np.abs(encoded_now(prompt, steps=2, num=2).astype(int) - stored).max() <= 2
+    assert encoded_now("a whale with green", steps=2, num=2).shape == stored.shape
+
+
+def test_encoders_give_the_states_that_the_set_has_stored(prepared, converted_folder):
+    settings = _settings(prepared)
+    assembly, data = Assembly(settings), TrainingData(settings.data)
+    stored, now = training_ends(assembly, data), sampling_ends(assembly, converted_folder)
+    prompt, other = data.info.eval_prompts[0], "a whale with green"
+    for a, b, c in zip(stored.encode(prompt), now.encode(prompt), now.encode(other), strict=True):
+        a, b, c = (np.asarray(x, np.float32) for x in (a, b, c))
+        np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(a).max())
+        assert np.abs(a - c).max() > 0.1 * np.abs(a).max()
+
+
+def test_sampling_without_the_set_asks_for_encoders(trained_on_latents, prepared, monkeypatch):
+    monkeypatch.setattr("shortcut_jax.ends.is_prepared", lambda folder: False)
+    with pytest.raises(command.EXPECTED_ERRORS, match="is not here: name the pipeline that made them with --encoders"):
+        Pipeline(trained_on_latents)
