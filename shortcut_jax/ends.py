@@ -1,6 +1,7 @@
 """The ends of a network while it trains: captions that are known beforehand, and latents as pictures."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
         ends = Ends(text_encoder(assembly.settings, assembly.model), load_decoder(folder))
         if data.text_encoder == "words":
             return ends
-        return ends._replace(encode=load_text_encoder(folder, data.text_tokens, data.text_states))
+        # A grid asks for the same captions at every step count.
+        encode = functools.lru_cache(maxsize=256)(load_text_encoder(folder, data.text_tokens, data.text_states))
+        return ends._replace(encode=encode)
     if not is_prepared(data_folder(data)):
         raise ConfigError(
             f"the run was trained on prepared text states, and its set {data_folder(data)} is not here: name the "

@@ -2,7 +2,7 @@
 
 Records have the shape of MLPerf Training's Flux.1 benchmark: latents of 32 x 32 x 16 (mean and standard deviation), 256
 T5 states of 4,096, one CLIP vector of 768. The pipeline, and array_record alone, read the same files from the page
-cache, in turn. A second table has pictures of 64 x 64 pixels: decoded, mirrored and folded.
+cache, in turn. Then pictures of 64 x 64 pixels: decoded, mirrored and folded; and what the digits training step eats.
 """
 
 import argparse
@@ -96,6 +96,18 @@ def raw_rate(folder: Path, batch: int, num: int) -> float:
     return num / (time.perf_counter() - begin)
 
 
+def digits_rate(steps: int = 8) -> float:
+    """Images a second of the training step of configs/digits.py."""
+    from configs import digits
+    from shortcut_jax.bench import Contender
+    from shortcut_jax.resolve import from_config
+
+    contender = Contender("digits", from_config(digits.get_config()))
+    contender.run(1, count=False)
+    contender.run(steps)
+    return contender.assembly.batch_size / contender.seconds[0]
+
+
 def main() -> None:
     """Writes, measures in turn, prints, removes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,6 +130,7 @@ def main() -> None:
             _measure(folder / name.replace(" ", "_"), name, text, options)
     finally:
         shutil.rmtree(folder)
+    print(f"the digits training step takes {digits_rate():,.0f} images/s on the same cores")
 
 
 def _measure(folder: Path, name: str, text: TextInfo | None, options: argparse.Namespace) -> None:
