@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,9 +87,8 @@ def test_all_micro_batches_of_a_step_are_of_one_bucket(folder):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path):
     assembly, workdir = run
-    again = Assembly(assembly.settings, jax.devices()[:1])
-    assert train.train(again, tmp_path / "run", stop_at=7) == 0
-    assert train.train(again, tmp_path / "run") == 0
+    assert train.train(assembly, tmp_path / "run", stop_at=7) == 0
+    assert train.train(assembly, tmp_path / "run") == 0
     read = lambda folder: {k: row["loss"] for k, row in read_metrics(folder / "metrics.jsonl").items()}
     losses = read(workdir), read(tmp_path / "run")
     assert len(losses[0]) == 24 and losses[0] == losses[1]
@@ -107,15 +108,20 @@ def _direct_loss(assembly, params, rule):
     data = TrainingData(dataclasses.replace(s.data, split="validation"))
     key, errors = jax.random.key(s.validation.seed), []
     encode = train.text_encoder(s, assembly.model)
+
+    @partial(jax.jit, static_argnums=0)
+    def error_of(size, params, x, noise, t, condition):
+        velocity = make_velocity(assembly.model, *size)(params, condition)
+        return jnp.mean(jnp.square(velocity(interpolate(x, noise, t), t, None) - velocity_target(x, noise)))
+
     for index in range(data.num_records):
         record = data.sets[0].records[index]
         x0 = patchify(fold(to_latents(record["image"]), 1)[None])
         noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape[1:])[None]
         t = np.array([rule(index)], np.float32)
         txt, vec = encode(record["caption"].decode())
-        velocity = make_velocity(assembly.model, *record["image"].shape[:2])(params, Condition(txt[None], vec[None]))
-        error = velocity(interpolate(x0, noise, t), t, None) - velocity_target(x0, noise)
-        errors.append(float(np.mean(np.square(error))))
+        condition = Condition(txt[None], vec[None])
+        errors.append(float(error_of(record["image"].shape[:2], params, x0, noise, t, condition)))
     return np.mean(errors)
 
 
