@@ -11,17 +11,18 @@ from shortcut_jax.models.presets import PRESETS
 from shortcut_jax.settings import ConfigError, Settings
 
 
-def check_data(s: Settings, cfg: FluxConfig, data: TrainingData, any_size: bool = False) -> None:
-    """Raises ConfigError where sets are not what a run's settings and its network take.
-
-    One of the first set's sizes has to be `data.height` x `data.width`, unless `any_size`.
-    """
-    for number, one in enumerate(data.sets):
-        fixed = not any_size and number == 0
+def check_data(s: Settings, cfg: FluxConfig, data: TrainingData) -> None:
+    """Raises ConfigError where sets are not what a run's settings and its network take."""
+    for one in data.sets:
         if one.prepared is None:
             _check_images(s, cfg, one)
         else:
-            _check_prepared(s, cfg, one, fixed)
+            _check_prepared(s, cfg, one)
+
+
+def check_grid(s: Settings, data: TrainingData) -> None:
+    """Raises ConfigError where sample grids cannot be drawn: of a size or captions that the first set has not."""
+    _check_size(s, data.sets[0].name, data.sets[0].sizes)
     if s.eval.captions and s.data.text_encoder == "stored":
         unknown = [c for c in s.eval.captions if c not in data.prompts]
         if unknown:
@@ -39,12 +40,10 @@ def _check_images(s: Settings, cfg: FluxConfig, one: OpenSet) -> None:
         _check_channels(s, cfg, one.name, depth * stride_of(s.data) ** 2)
 
 
-def _check_prepared(s: Settings, cfg: FluxConfig, one: OpenSet, fixed: bool) -> None:
-    info = one.prepared.info if one.prepared else None
+def _check_prepared(s: Settings, cfg: FluxConfig, one: OpenSet) -> None:
+    info = one.info
     if info is None:
         return
-    if fixed:
-        _check_size(s, one.name, one.sizes)
     stride = stride_of(s.data)
     if info.latents and info.latents.stride != stride:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
+import contextlib
 import dataclasses
 import json
 import runpy
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from shortcut_jax import command
 from shortcut_jax.announce import announce, announce_data
 from shortcut_jax.assemble import Assembly, mean_flops, text_encoder
-from shortcut_jax.check_data import check_data
+from shortcut_jax.check_data import check_data, check_grid
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.pipeline import BatchReader, ahead, batches
 from shortcut_jax.data.records import check_available
@@ -139,6 +140,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         check_workdir(workdir, record_of(assembly))
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
+        check_grid(settings, data)
         validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,8 @@ def loop(
     meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops)
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    with tqdm(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0, **shown) as bar:
+    total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
+    with contextlib.closing(read), tqdm(**total, **shown) as bar:
         for step in range(start + 1, stop + 1):
             state, metrics = assembly.train_step(state, next(placed))
             if pending:  # Read one step late, so that the device never waits for the host.
@@ -209,7 +212,7 @@ def loop(
                 pending = None
                 save(step, assembly, outputs, state, metrics)
             if outputs.validation and signal is None and (_due(step, s.validation.every) or step == s.steps):
-                validate(step, s, outputs, state)
+                validate(step, s, outputs.validation, outputs.log, state)
             if _due(step, s.sample_every) and not last:
                 show(step, s, outputs, state)
             if signal:
@@ -250,16 +253,14 @@ def save(step: int, assembly: Assembly, outputs: Outputs, state: TrainState, met
         outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base))
 
 
-def validate(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
+def validate(step: int, s: Settings, validation: Validation, log: MetricLog, state: TrainState) -> None:
     """Logs and tells the loss on held-out pictures, by the rule that its name tells."""
-    if outputs.validation is None:
-        return
     for view in s.validation.views:
         name = f"validation/{s.validation.rule}/{view}"
-        values = outputs.validation(choose_view(state, view), name)
-        outputs.log.scalars(step, values)
+        values = validation(choose_view(state, view), name)
+        log.scalars(step, values)
         if jax.process_index() == 0:
-            tqdm.write(f"step {step}: {name} {values[name]:.4f} ({outputs.validation.num_images:,} pictures)")
+            tqdm.write(f"step {step}: {name} {values[name]:.4f} ({validation.num_images:,} pictures)")
 
 
 def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:

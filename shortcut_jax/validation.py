@@ -1,5 +1,6 @@
 """The validation loss of a run: held-out pictures, each with its own time and noise, in batches of one bucket each."""
 
+import contextlib
 import dataclasses
 import sys
 from typing import Any
@@ -67,7 +68,7 @@ class Validation:
             s.data, name=v.name or s.data.name, mix=(), weights=(), split=v.split, limit=v.images
         )
         data = TrainingData(held_out)
-        check_data(s, assembly.model, data, any_size=True)
+        check_data(s, assembly.model, data)
         self.num_images = data.num_records
         self._assembly = assembly
         self._sharding = batch_sharding(assembly.mesh)
@@ -82,12 +83,13 @@ class Validation:
         s, threads = self._assembly.settings, self._assembly.settings.data.threads
         total = None
         shown = {"disable": jax.process_index() > 0 or not sys.stderr.isatty(), "leave": False}
-        steps = batches(self._batches, 0, len(self._batches), threads)
-        for batch, index_B in tqdm(steps, total=len(self._batches), desc="validating", unit="batch", **shown):
-            whole = to_global((batch, index_B), self._rows, self._sharding, self._assembly.batch_size)
-            with jax.set_mesh(self._assembly.mesh):
-                sums = self._validate(params, *whole)
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        num = len(self._batches)
+        with contextlib.closing(batches(self._batches, 0, num, threads)) as steps:
+            for batch, index_B in tqdm(steps, total=num, desc="validating", unit="batch", **shown):
+                whole = to_global((batch, index_B), self._rows, self._sharding, self._assembly.batch_size)
+                with jax.set_mesh(self._assembly.mesh):
+                    sums = self._validate(params, *whole)
+                total = sums if total is None else jax.tree.map(np.add, total, sums)
         loss_T, count_T = jax.device_get(total)
         values = {name: float(loss_T.sum() / count_T.sum())}
         for t, loss, count in zip(RULES[s.validation.rule], loss_T, count_T, strict=True):

@@ -11,7 +11,7 @@ import pytest
 
 from shortcut_jax import command, train
 from shortcut_jax.assemble import Assembly
-from shortcut_jax.check_data import check_data
+from shortcut_jax.check_data import check_data, check_grid
 from shortcut_jax.core.flow import interpolate, velocity_target
 from shortcut_jax.core.latents import patchify
 from shortcut_jax.core.types import Condition
@@ -170,6 +170,16 @@ def test_guidance_in_training_uses_the_stored_empty_caption(folder):
     txt, vec = TrainingData(settings.data).prompts[""]
     np.testing.assert_array_equal(frozen.unconditional.txt_BMT[0], txt)
     np.testing.assert_array_equal(frozen.unconditional.vec_BV[0], vec)
+
+
+def test_prompts_of_the_grid_need_not_be_among_those_of_the_validation_set(folder, tmp_path):
+    write_small_set(tmp_path / "held_out", "latents", (8,), splits=("validation",))
+    stored = json.loads((tmp_path / "held_out" / "set.json").read_text())
+    (tmp_path / "held_out" / "set.json").write_text(json.dumps({**stored, "eval_prompts": ["a bird", "a fish"]}))
+    own = dict(eval__captions=("a dog",), validation__every=1, validation__name=str(tmp_path / "held_out"))
+    settings = _settings(folder, "latents", **own)
+    check_grid(settings, TrainingData(settings.data))
+    assert Validation(Assembly(settings, jax.devices()[:1])).num_images == 8
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ workers nor on where a run was interrupted.
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,9 +72,9 @@ class _DrawAll(grain.transforms.RandomMap):
         return Draw(*place, drop, flip, int(rng.integers(2**63)))
 
 
-def make_streams(data: TrainingData, seed: int) -> list[grain.MapDataset]:
+def make_streams(data: TrainingData, seed: int) -> list[grain.MapDataset | None]:
     """The endless stream of `Draw`s of each bucket: every set shuffled anew each time through, mixed by weight."""
-    settings, streams = data.settings, []
+    settings, streams = data.settings, list[Any]()
     for bucket, row in enumerate(data.places):
         own = seed + bucket * _SEED_STRIDE
         parts, weights = [], []
@@ -83,9 +83,12 @@ def make_streams(data: TrainingData, seed: int) -> list[grain.MapDataset]:
                 shuffled = grain.MapDataset.source(_Places(which, records)).shuffle(seed=(own + 2 * which) % 2**32)
                 parts.append(shuffled.repeat())
                 weights.append(float(data.shares[bucket, which]))
-        mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights) if parts else None
+        if not parts:
+            streams.append(None)  # which no batch asks for
+            continue
+        mixed = grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
         draws = _DrawAll(settings.caption_dropout, settings.flip)
-        streams.append(mixed and mixed.random_map(draws, seed=(own + 1) % 2**32))
+        streams.append(mixed.random_map(draws, seed=(own + 1) % 2**32))
     return streams
 
 
@@ -111,7 +114,7 @@ class BatchReader:
     def draws(self, step: int) -> list[Draw]:
         """The samples of a step, one a row."""
         entry = self.schedule.entry(step)
-        stream = self._streams[entry.bucket]
+        stream: Any = self._streams[entry.bucket]
         return [stream[entry.first + int(row)] for row in self._rows]
 
     def __call__(self, step: int) -> Batch:
@@ -144,9 +147,10 @@ class RowMaker:
         info = data.info
         self._block = stride_of(data.settings)
         self._latents = info.latents if info and info.store == "latents" else None
-        self._text = info.text if info and data.settings.text_encoder == "stored" else None
         self._encode_text = encode_text
-        self._empty = data.prompts[""] if self._text else None
+        self._stored = data.settings.text_encoder == "stored"
+        self._texts = [s.info.text if s.info else None for s in data.sets]  # mixed sets may differ in their dtype
+        self._empty = data.prompts[""] if self._stored else None
 
     def __call__(self, record: dict[str, Any], draw: Draw) -> Batch:
         """Latents [h, w, c] float32, txt [M, T], vec [V]."""
@@ -155,14 +159,15 @@ class RowMaker:
         else:
             image = record["image"][:, ::-1] if draw.flip else record["image"]
             latents = fold(to_latents(image), self._block)
-        return Batch(latents, *self._states(record, draw.drop))
+        return Batch(latents, *self._states(record, draw))
 
-    def _states(self, record: dict[str, Any], drop: bool) -> tuple[np.ndarray, np.ndarray]:
-        if self._text is None:
-            return self._encode_text("" if drop else record["caption"].decode("utf-8"))
-        if drop and self._empty is not None:
+    def _states(self, record: dict[str, Any], draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+        text = self._texts[draw.set]
+        if not self._stored or text is None:
+            return self._encode_text("" if draw.drop else record["caption"].decode("utf-8"))
+        if draw.drop and self._empty is not None:
             return self._empty
-        return unpack_text(record, self._text), record["vec"]
+        return unpack_text(record, text), record["vec"]
 
 
 def draw_latents(mean_hwc: np.ndarray, std_hwc: np.ndarray, seed: int, info: LatentInfo) -> np.ndarray:
@@ -176,8 +181,13 @@ def draw_latents(mean_hwc: np.ndarray, std_hwc: np.ndarray, seed: int, info: Lat
     return noise_hwc
 
 
-def batches(reader: Callable[[int], T], start: int, stop: int, threads: int = 1, workers: int = 0) -> Iterator[T]:
-    """What `reader` reads for the steps `start` ... `stop - 1`, in order, read ahead by threads or processes."""
+def batches(
+    reader: Callable[[int], T], start: int, stop: int, threads: int = 1, workers: int = 0
+) -> Generator[T, None, None]:
+    """What `reader` reads for the steps `start` ... `stop - 1`, in order, read ahead by threads or processes.
+
+    Close it where it is not read to its end: its processes and their shared memory end with it.
+    """
     read = _Steps(reader)
     steps = grain.MapDataset.range(start, stop).map(read)
     stream = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 4)))
@@ -187,7 +197,11 @@ def batches(reader: Callable[[int], T], start: int, stop: int, threads: int = 1,
         if not flags.FLAGS.is_parsed():  # grain's workers ask for flags of its own
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    return iter(stream)
+    iterator: Any = iter(stream)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class _Steps(grain.transforms.Map):

@@ -8,7 +8,6 @@ import numpy as np
 
 from shortcut_jax.data.format import DataError, PreparedSet, SetInfo, Size
 from shortcut_jax.data.records import (
-    EMBEDDED,
     DataSettings,
     check_available,
     data_folder,
@@ -48,8 +47,6 @@ def open_set(settings: DataSettings, name: str) -> OpenSet:
       DataError: it is absent or unreadable, or has no such split.
     """
     folder = data_folder(settings, name)
-    if name in EMBEDDED and not is_prepared(folder):
-        return _open_plain(settings, name)
     check_available(settings)
     if not is_prepared(folder):
         return _open_plain(settings, name)
@@ -99,8 +96,8 @@ class TrainingData:
 
     def _check_mix(self) -> None:
         first, *others = self.sets
-        facts = lambda s: s.info and (s.info.latents, s.info.text and _states(s.info.text), s.info.encoders_content)
-        for other in others:
+        facts = lambda s: (s.info.latents, s.info.text and _states(s.info.text), s.info.encoders_content)
+        for other in others if self.settings.store == "latents" else ():
             if facts(other) != facts(first):
                 raise DataError(
                     f"the sets {first.name!r} and {other.name!r} cannot be mixed: their latents or text states are not "

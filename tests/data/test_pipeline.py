@@ -1,4 +1,6 @@
 import dataclasses
+import multiprocessing
+import time
 from collections import Counter
 from functools import partial
 from itertools import count, islice
@@ -230,6 +232,29 @@ def test_without_weights_every_record_of_a_mixture_is_alike(folder):
     data = TrainingData(_settings(folder, "pixels", mix=("others",)))
     np.testing.assert_allclose(data.shares.sum(axis=0), [100 / 160, 60 / 160])
     assert data.epoch_sizes == (17, 70, 39, 34)
+
+
+def test_mixed_sets_are_each_read_in_the_dtype_that_they_are_stored_in(folder, tmp_path):
+    text = TextInfo("full", "float8", TEXT.tokens, TEXT.width, TEXT.pooled_width)
+    write_small_set(tmp_path / "small", "latents", (40,), text=text)
+    data = TrainingData(_settings(folder, caption_dropout=0.0, mix=(str(tmp_path / "small"),)))
+    reader, seen = _reader(data, global_batch=8), set()
+    for step in range(20):
+        for draw, txt in zip(reader.draws(step), reader(step).txt_BMT, strict=True):
+            record = data.sets[draw.set].records[draw.record]
+            np.testing.assert_array_equal(txt, unpack_text(record, (TEXT, text)[draw.set]))
+            seen.add(draw.set)
+    assert seen == {0, 1}
+
+
+def test_reading_that_is_given_up_leaves_no_process(folder):
+    stream = batches(_reader(TrainingData(_settings(folder))), 0, 50, workers=1)
+    next(stream)
+    stream.close()
+    until = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()
 
 
 def test_a_limit_trains_on_the_first_records_only_and_repeats_them(digits):
