@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.core.types import Array
-from shortcut_jax.data.records import to_pixels
+from shortcut_jax.data.records import to_latents, to_pixels
 from shortcut_jax.models.clip import ClipText
 from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder, Moments
@@ -149,9 +149,19 @@ class Halves:
         """Takes an opened autoencoder that is on the mesh (`on_mesh`)."""
         self.model, self._mesh, self._params = model, mesh, dict[str, Any]()
 
+    def weights(self, part: str) -> Any:
+        """The weights of `encoder` or `decoder`, on devices. Raises ConvertedError where they cannot be read."""
+        if part not in self._params:
+            self._params[part] = place_on(self._mesh, self.model, part)
+        return self._params[part]
+
     def encode(self, pixels_BhwC: np.ndarray) -> Moments:
         """Pictures, uint8 -> the Gaussian of their latents, one row a picture."""
         return self._run("encoder", pixels_BhwC)
+
+    def images(self, latents_BhwC: Any) -> Array:
+        """Latents as the network sees them -> images [B, H, W, 3], float32, about [-1, 1], whole on every device."""
+        return self._run("decoder", latents_BhwC)
 
     def decode(self, latents_BhwC: Any) -> np.ndarray:
         """Latents as the network sees them -> pictures [B, H, W, 3], uint8; any number, a few at once."""
@@ -161,14 +171,12 @@ class Halves:
         parts = []
         for first in range(0, num, size):
             rows = np.minimum(np.arange(first, first + size), num - 1)
-            parts.append(to_pixels(np.asarray(self._run("decoder", latents_BhwC[rows]))))
+            parts.append(to_pixels(np.asarray(self.images(latents_BhwC[rows]))))
         return np.concatenate(parts)[:num]
 
     def _run(self, part: str, x_BhwC: Any) -> Any:
-        if part not in self._params:
-            self._params[part] = place_on(self._mesh, self.model, part)
         with jax.set_mesh(self._mesh):
-            out = self._functions[part](self._params[part], split_rows(self._mesh, x_BhwC))
+            out = self._functions[part](self.weights(part), split_rows(self._mesh, x_BhwC))
         return jax.tree.map(lambda x_B: x_B[: len(x_BhwC)], out)
 
     @cached_property
@@ -176,7 +184,7 @@ class Halves:
         vae = Autoencoder(self.model.config)
 
         def encode(params: Any, pixels_BhwC: Array) -> Any:
-            return vae.apply({"params": params}, pixels_BhwC.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+            return vae.apply({"params": params}, to_latents(pixels_BhwC), method="encode")
 
         def decode(params: Any, latents_BhwC: Array) -> Any:
             return vae.apply({"params": params}, latents_BhwC, method="decode")

@@ -113,8 +113,7 @@ def _open_network(assembly: Assembly, name: str, path: Path) -> Model:
             f"{given} is another network than model.preset={s.model.preset}; checkpoint -> config: "
             f"{'; '.join(differences)}"
         )
-    known = sampling_of(path, [model]).text_states
-    if s.data.text_encoder == "stored" and known != s.data.text_states:
+    if s.data.text_encoder == "stored" and (known := sampling_of(path, [model]).text_states) != s.data.text_states:
         raise ConfigError(
             f"{given} was trained on {known} text states, but data.text_states={s.data.text_states}: prepare the set "
             f"with --text_states={known}{' (trimmed ones are for training from scratch)' if known == 'full' else ''}"

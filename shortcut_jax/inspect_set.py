@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from shortcut_jax.command import UsageError
-from shortcut_jax.data.format import VAE, PreparedSet, SetInfo
+from shortcut_jax.data.format import VAE, PreparedSet, SetInfo, num_bytes
 
 SAMPLE = {"pixels": 20_000, "latents": 1_000}
 """Records that histograms are made of: those of latents are about 2 MB each."""
@@ -48,8 +48,7 @@ def inspect(folder: Path, out: Path | None) -> list[str]:
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise UsageError(f"--out={out}: name a .png in a folder that is there")
     prepared = PreparedSet(folder)
-    num_bytes = sum(p.stat().st_size for p in prepared.folder.rglob("*") if p.is_file())
-    lines = statistics(prepared.info, draw_sample(prepared), num_bytes)
+    lines = statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
     sheet(prepared).save(out)
     return [*lines, f"pictures: {out}"]
 
@@ -72,14 +71,13 @@ def draw_sample(prepared: PreparedSet, most: int | None = None, seed: int = 0) -
     return Sample(words, sizes, tokens if trimmed else None, total)
 
 
-def statistics(info: SetInfo, sample: Sample, num_bytes: int) -> list[str]:
-    """What a set holds, in lines."""
-    total = sum(info.num_records(split) for split in info.counts)
+def statistics(info: SetInfo, sample: Sample, size: int) -> list[str]:
+    """What a set of `size` bytes holds, in lines."""
     lines = [f"store: {info.store}"]
     lines += [f"{split}: {info.num_records(split):,} records" for split in info.counts]
     for i, (h, w) in enumerate(info.buckets):
         count = sum(numbers[i] for numbers in info.counts.values())
-        lines.append(f"  {h}x{w}: {count:,} ({count / total:.1%})")
+        lines.append(f"  {h}x{w}: {count:,} ({count / info.total:.1%})")
     drawn = len(sample.words)
     if drawn < sample.of:
         lines.append(f"of {drawn:,} records, drawn from {sample.of:,} at random:")
@@ -98,8 +96,8 @@ def statistics(info: SetInfo, sample: Sample, num_bytes: int) -> list[str]:
         z = info.latents
         lines.append(f"latents: {z.channels} channels, {z.stride} pixels each, scale {z.scale:g}, shift {z.shift:g}")
     lines += [f"made with {kind}: {told['origin']}, content {told['content']}" for kind, told in info.encoders.items()]
-    each = num_bytes / total
-    lines.append(f"disk: {num_bytes / 1e6:,.1f} MB, {each:,.0f} bytes a record, {each / 1e3:,.1f} GB a million records")
+    each = size / info.total
+    lines.append(f"disk: {size / 1e6:,.1f} MB, {each:,.0f} bytes a record, {each / 1e3:,.1f} GB a million records")
     return lines
 
 

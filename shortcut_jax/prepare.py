@@ -5,7 +5,6 @@ set that training streams. Interrupted, by whatever, the same command goes on wh
 """
 
 import contextlib
-import hashlib
 import os
 import signal
 import sys
@@ -25,7 +24,8 @@ from shortcut_jax.data.format import TEXT_DTYPES, Size
 from shortcut_jax.data.inputs import Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.writing import Job, Record, Skip, Unit, already_written, units_done, write_units
+from shortcut_jax.data.units import Record, Skip, Unit
+from shortcut_jax.data.writing import Job, already_written, captions_hash, units_done, write_units
 from shortcut_jax.runtime import distributed
 
 STORES = ("pixels", "latents")
@@ -112,7 +112,7 @@ def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
         least = min(encode.bytes_per_record(size) for size in buckets)
         job = Job(
             out=Path(options.out).expanduser().absolute(),
-            request=request_of(options, source, buckets) | fields.pop("request", {}),
+            request=request_of(options, source, buckets, prompts) | fields.pop("request", {}),
             store=options.store,
             buckets=buckets,
             units=source.units,
@@ -143,7 +143,6 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
     for line in (*cuts[:3], *([f"{len(cuts):,} prompts are cut in all"] if len(cuts) > 3 else ())):
         distributed.say(line)
     distributed.say(f"{teacher.pipeline.guidance(options.guidance)}; {options.steps} steps")
-    eval_prompts = read_text_hash(options.eval_prompts)
     job = Job(
         out=Path(options.out).expanduser().absolute(),
         store="latents",
@@ -155,7 +154,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
         max_skipped=options.max_skipped,
         eval_prompts=captions,
         **teacher.job_fields(
-            **teacher.request(), store="latents", validation=options.validation, eval_prompts=eval_prompts
+            **teacher.request(), store="latents", validation=options.validation, eval_prompts=captions_hash(captions)
         ),
     )
     return write(job, teacher, processes)
@@ -226,10 +225,9 @@ def make_store(
     options: types.SimpleNamespace, pool: ThreadPoolExecutor
 ) -> tuple[tuple[Size, ...], Encode, dict[str, Any]]:
     """The buckets, what makes records of pictures, and fields of `Job` that depend on it (with `request`)."""
-    if options.store == "latents":
-        buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
-        return buckets, *make_encoder(options, buckets)
     buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
+    if options.store == "latents":
+        return buckets, *make_encoder(options, buckets)
     return buckets, PixelEncoder(buckets, pool), {}
 
 
@@ -254,7 +252,9 @@ def multiple_of(options: types.SimpleNamespace) -> int:
     return PIXEL_MULTIPLE if "x" in options.buckets else 16
 
 
-def request_of(options: types.SimpleNamespace, source: Source, buckets: Sequence[Size]) -> dict[str, Any]:
+def request_of(
+    options: types.SimpleNamespace, source: Source, buckets: Sequence[Size], prompts: Sequence[str] | None
+) -> dict[str, Any]:
     """What determines the content of a set."""
     path = Path(options.source).expanduser()
     return {
@@ -264,17 +264,12 @@ def request_of(options: types.SimpleNamespace, source: Source, buckets: Sequence
         "buckets": [f"{h}x{w}" for h, w in buckets],
         "enlarge": options.enlarge,
         "validation": options.validation,
-        "eval_prompts": read_text_hash(options.eval_prompts),
+        "eval_prompts": captions_hash(prompts),
         "where": list(options.where or ()),
         "caption_field": options.caption_field,
         "template": options.template,
         "unit": options.unit or DEFAULT_UNIT,
     }
-
-
-def read_text_hash(path: str | None) -> str:
-    """What a file of captions holds, as a hash."""
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else "of the set"
 
 
 def read_prompts(name: str, path: str | None) -> tuple[str, ...] | None:

@@ -1,7 +1,5 @@
 """A set that a checkpoint makes itself: prompts are sampled, and the latents that come out are stored."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +12,8 @@ import numpy as np
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.data.format import Size
-from shortcut_jax.data.writing import Record, Unit
+from shortcut_jax.data.units import Record, Unit
+from shortcut_jax.data.writing import captions_hash
 from shortcut_jax.latent_encoder import SetMaker, as_half, padded
 from shortcut_jax.text_to_image import TextToImage
 
@@ -93,9 +92,8 @@ class TeacherData(SetMaker):
     def request(self) -> dict[str, Any]:
         """What determines the content of the set, but for the encoders."""
         s = self._settings
-        lines = hashlib.sha256(json.dumps(s.prompts).encode()).hexdigest()
         told = {name: getattr(s, name) for name in ("per_bucket", "steps", "guidance", "seed", "unit")}
-        return {"teacher_prompts": lines, "buckets": [f"{h}x{w}" for h, w in s.buckets], **told}
+        return {"teacher_prompts": captions_hash(s.prompts), "buckets": [f"{h}x{w}" for h, w in s.buckets], **told}
 
     def __call__(self, unit: Unit) -> Iterator[Record]:
         """The records of a unit. Raises DataError where something is not finite as it is stored."""

@@ -11,12 +11,11 @@ import numpy as np
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
-from shortcut_jax.encoders import TextEncoders, on_mesh, place_on, split_rows
+from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.models.attention import choose_backend
-from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
-from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard, replicated
+from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
 from shortcut_jax.sources import open_lora
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
 from shortcut_jax.weights.lora import Merged
@@ -90,6 +89,7 @@ class TextToImage:
         for kind, model in self.models.items():
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
+        self._halves = Halves(self.models["vae"], self.mesh)
         for path, strength in loras:
             self._add_lora(Path(path).expanduser(), strength)
 
@@ -112,8 +112,8 @@ class TextToImage:
         Raises:
           ConvertedError: files are damaged, or parameters are missing.
         """
-        whole, half = place_on(self.mesh, self.models["flux"]), place_on(self.mesh, self.models["vae"], "decoder")
-        return {"flux": whole, "vae": half, **self.text.params}
+        flux = place_on(self.mesh, self.models["flux"])
+        return {"flux": flux, "vae": self._halves.weights("decoder"), **self.text.params}
 
     def __call__(
         self,
@@ -245,7 +245,7 @@ class TextToImage:
         num, tokens = noise_BNC.shape[:2]
         if shift is None:
             shift = self.sampling.shift.at(tokens)
-        rows = jax.tree.map(self._rows, (noise_BNC, condition, negative))
+        rows = jax.tree.map(partial(split_rows, self.mesh), (noise_BNC, condition, negative))
         with jax.set_mesh(self.mesh):
             bound = max(64, 1 << (steps - 1).bit_length())
             args = (self.params["flux"], *rows, steps, shift, scale)
@@ -254,17 +254,7 @@ class TextToImage:
 
     def decode(self, latents_BhwC: Array) -> Array:
         """Images [B, height, width, 3] of latents, float32, about [-1, 1], whole on every device."""
-        with jax.set_mesh(self.mesh):
-            return self._decode(self.params["vae"], self._rows(latents_BhwC))[: len(latents_BhwC)]
-
-    def _rows(self, x_B: Any) -> Array:
-        return split_rows(self.mesh, x_B)
-
-    @cached_property
-    def _decode(self) -> Callable[..., Array]:
-        vae = Autoencoder(self.models["vae"].config)
-        decode: Any = lambda params, latents_BhwC: vae.apply({"params": params}, latents_BhwC, method="decode")
-        return jax.jit(decode, out_shardings=replicated(self.mesh))
+        return self._halves.images(latents_BhwC)
 
     @cached_property
     def _sample(self) -> Callable[..., Array]:

@@ -11,12 +11,12 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from shortcut_jax.data.format import (
     LatentInfo,
@@ -28,11 +28,13 @@ from shortcut_jax.data.format import (
     shard_name,
     write_set,
 )
+from shortcut_jax.data.images import encode_png
 from shortcut_jax.data.pipeline import BatchReader, batches
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.data.units import serializer
 from shortcut_jax.data.words import encode_words
-from tests.data.prepared import png
+from tests.data.prepared import write_shard
 
 SAMPLES_PER_GPU = 24
 """Rows a second that one H100 trains of the 12 B model at 256 pixels, at half of its peak."""
@@ -41,28 +43,14 @@ SAMPLES_PER_GPU = 24
 def write(folder: Path, store: str, num: int, text: TextInfo | None, size: int, shards: int = 4) -> float:
     """Writes a set of random records; returns the bytes of a record."""
     latents = LatentInfo(16, 8, 0.3611, 0.1159) if text else None
-    features, rng, total = set_features(store, text, latents), np.random.default_rng(0), 0
+    serialize, rng, total = serializer(set_features(store, text, latents)), np.random.default_rng(0), 0
     folder.mkdir(parents=True)
     parts = []
     for n in range(shards):
         path = folder / shard_name("set", "train", n, shards)
-        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        for i in range(num // shards):
-            fields = {"key": f"{n}/{i}", "caption": "an emoji of a thing: red, round", "height": size, "width": size}
-            if text:
-                side = size // 8
-                moments = rng.standard_normal((2, side, side, 16)).astype(np.float16)
-                states = rng.standard_normal((text.tokens, text.width), np.float32)
-                extra = {"mean": moments[0], "std": np.abs(moments[1]), **pack_text(states, text, 40)[0]}
-                extra["vec"] = rng.standard_normal(text.pooled_width, np.float32)
-            else:
-                smooth = rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8)
-                extra = {"image": png(smooth.repeat(8, 0).repeat(8, 1))}
-            raw = features.serialize_example({**fields, **extra})
-            writer.write(raw)
-            total += len(raw)
-        writer.close()
-        parts.append(Shard(path, np.zeros(num // shards, int), total))
+        written = write_shard(path, _records(n, num // shards, text, size, rng), serialize)
+        parts.append(Shard(path, np.zeros(num // shards, int), written))
+        total += written
     info = SetInfo(store, ((size, size),), {"train": (num,)}, {}, text=text, latents=latents)
     prompts = None
     if text:
@@ -70,6 +58,21 @@ def write(folder: Path, store: str, num: int, text: TextInfo | None, size: int, 
         prompts = {"txt": zeros, "vec": np.zeros((1, text.pooled_width), np.float32)}
     write_set(folder, "set", info, {"train": parts}, prompts)
     return total / num
+
+
+def _records(shard: int, num: int, text: TextInfo | None, size: int, rng: np.random.Generator) -> Iterator[dict]:
+    for i in range(num):
+        fields = {"key": f"{shard}/{i}", "caption": "an emoji of a thing: red, round", "height": size, "width": size}
+        if text:
+            side = size // 8
+            moments = rng.standard_normal((2, side, side, 16)).astype(np.float16)
+            states = rng.standard_normal((text.tokens, text.width), np.float32)
+            extra = {"mean": moments[0], "std": np.abs(moments[1]), **pack_text(states, text, 40)[0]}
+            extra["vec"] = rng.standard_normal(text.pooled_width, np.float32)
+        else:
+            smooth = rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8)
+            extra = {"image": encode_png(smooth.repeat(8, 0).repeat(8, 1))}
+        yield {**fields, **extra}
 
 
 def pipeline_rate(data: TrainingData, batch: int, num: int, threads: int, workers: int) -> float:

@@ -114,6 +114,11 @@ class SetInfo:
         """Records of a split in all buckets."""
         return sum(self.counts.get(split, ()))
 
+    @property
+    def total(self) -> int:
+        """Records of all splits."""
+        return sum(map(self.num_records, self.counts))
+
 
 class Shard(NamedTuple):
     """One ArrayRecord file of a split.
@@ -198,6 +203,11 @@ def _float8_pairs(exponent: int) -> np.ndarray:
     """
     pairs = np.arange(65536, dtype=np.uint16).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     return (pairs * np.float32(2.0**exponent)).astype(ml_dtypes.bfloat16).view(np.uint32)
+
+
+def num_bytes(folder: Path) -> int:
+    """What a set takes on the disk, all of its files together."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def dataset_name(folder: Path) -> str:

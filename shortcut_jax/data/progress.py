@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shortcut_jax.data.format import SKIPPED, SetInfo
+from shortcut_jax.data.format import SKIPPED, SetInfo, num_bytes
 from shortcut_jax.data.units import Done, done_units, read_done
 
 
@@ -99,13 +99,11 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
     for split, numbers in info.counts.items():
         sizes = [f"{n:,} of {h}x{w}" for n, (h, w) in zip(numbers, info.buckets, strict=True) if n]
         lines.append(f"{split}: {sum(numbers):,} records ({', '.join(sizes)})")
-    total = sum(info.num_records(split) for split in info.counts)
     if info.skipped:
         lines.append(
             f"left out: {sum(info.skipped.values()):,} ({skipped_text(info.skipped)}), listed in {folder / SKIPPED}"
         )
     if info.enlarged:
-        lines.append(f"{info.enlarged:,} of {total:,} pictures were smaller than their bucket and were enlarged")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    lines.append(f"{folder}: {size / 1e6:,.1f} MB, {seconds:.0f} s")
+        lines.append(f"{info.enlarged:,} of {info.total:,} pictures were smaller than their bucket and were enlarged")
+    lines.append(f"{folder}: {num_bytes(folder) / 1e6:,.1f} MB, {seconds:.0f} s")
     return lines

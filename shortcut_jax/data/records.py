@@ -134,8 +134,8 @@ def in_memory(records: Sequence[dict[str, Any]], num_bytes: int) -> Sequence[dic
     return [records[i] for i in range(len(records))] if len(records) * num_bytes < 2**28 else records
 
 
-def to_latents(image: np.ndarray) -> np.ndarray:
-    """8-bit pixels as latents in [-1, 1], float32."""
+def to_latents(image: Any) -> Any:
+    """8-bit pixels as latents in [-1, 1], float32: an array of numpy, or of JAX inside a step."""
     return image.astype(np.float32) / 127.5 - 1.0
 
 

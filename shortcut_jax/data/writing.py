@@ -7,6 +7,7 @@ with the same bytes. Several processes share the units and a file system; proces
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import shutil
 import time
@@ -33,7 +34,7 @@ from shortcut_jax.data.format import (
     shard_name,
     write_set,
 )
-from shortcut_jax.data.progress import Tally, progress_bar, skipped_text, summary
+from shortcut_jax.data.progress import Tally, progress_bar, skipped_text
 from shortcut_jax.data.units import (
     Record,
     Skip,
@@ -48,8 +49,6 @@ from shortcut_jax.data.units import (
     write_text,
     write_unit,
 )
-
-__all__ = ["Job", "Record", "Skip", "Unit", "summary", "write_units"]
 
 WORK = "work"
 REQUEST = "request.json"
@@ -146,28 +145,29 @@ def write_units(
     """
     if already_written(job):
         return read_info(job.out)
+    started = time.time()
     with _failures_told(job, process_index):
         if not (job.partial / INFO).is_file() or job.work.is_dir():
             _check_space(job)
             job.work.mkdir(parents=True, exist_ok=True)
             write_json(job.work / REQUEST, job.request)
             with _locked(job, process_index):
-                tally = _write_all(job, produce, process_index, process_count, poll_seconds)
+                tally = _write_all(job, produce, process_index, process_count, poll_seconds, started)
                 if process_index == 0:
                     _complete(job, tally)
         if process_index == 0:
             _rename(job)
     while process_index and not (job.out / INFO).is_file():
+        _check_others(job, process_index, started)
         time.sleep(poll_seconds)
     return read_info(job.out)
 
 
 def _write_all(
-    job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], index: int, count: int, poll: float
+    job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], index: int, count: int, poll: float, started: float
 ) -> Tally:
     serialize = serializer(set_features(job.store, job.text, job.latents))
     tally = Tally(job.work, len(job.units), job.num_items)
-    started = time.time()
     for left in (*job.work.glob(".*.tmp"),) if count == 1 else ():
         left.unlink(missing_ok=True)
     (job.work / f"stopped-{index}").unlink(missing_ok=True)
@@ -331,6 +331,13 @@ def _locked(job: Job, index: int) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def captions_hash(captions: Sequence[str] | None) -> str:
+    """What a file of captions holds, for a request; a set that has none chooses its own."""
+    if captions is None:
+        return "of the set"
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
 def units_done(job: Job) -> int:

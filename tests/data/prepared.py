@@ -1,11 +1,10 @@
 """Small prepared sets, written directly in the format."""
 
-import io
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 
 from shortcut_jax.data.format import (
     LatentInfo,
@@ -18,22 +17,29 @@ from shortcut_jax.data.format import (
     shard_name,
     write_set,
 )
+from shortcut_jax.data.images import encode_png
+from shortcut_jax.data.units import WRITER_OPTIONS, serializer
 
 TEXT = TextInfo("full", "bfloat16", tokens=6, width=16, pooled_width=12)
 LATENTS = LatentInfo(channels=4, stride=2, scale=0.5, shift=0.1)
 SIZES = ((16, 16), (8, 24), (24, 8), (16, 24))
 
 
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def write_shard(path, records, serialize):
+    """Records as one file; returns their bytes."""
+    writer, size = ArrayRecordWriter(str(path), WRITER_OPTIONS), 0
+    for record in records:
+        data = serialize(record)
+        writer.write(data)
+        size += len(data)
+    writer.close()
+    return size
 
 
 def pixel_record(i, size, rng):
     pixels = rng.integers(0, 256, (*size, 3), np.uint8)
     pixels[0, 0] = i % 256, i // 256, 7  # the record can be told by its picture
-    return {"image": png(pixels)}
+    return {"image": encode_png(pixels)}
 
 
 def latent_record(i, size, rng, text=TEXT):
@@ -49,25 +55,21 @@ def latent_record(i, size, rng, text=TEXT):
 def write_small_set(folder, store, counts, num_shards=3, seed=0, text=TEXT, splits=("train",)):
     """A set whose record i of bucket b has a caption of its own; `counts[b]` records a bucket, interleaved."""
     text, latents = (text, LATENTS) if store == "latents" else (None, None)
-    features, rng = set_features(store, text, latents), np.random.default_rng(seed)
+    serialize, rng = serializer(set_features(store, text, latents)), np.random.default_rng(seed)
+    make = partial(pixel_record, rng=rng) if store == "pixels" else partial(latent_record, rng=rng, text=text)
     name, shards = dataset_name(folder), {}
     folder.mkdir(parents=True)
     for split in splits:
         buckets = rng.permutation(np.repeat(np.arange(len(counts)), counts))
         shards[split] = []
         for n, part in enumerate(np.array_split(np.arange(len(buckets)), num_shards)):
-            path, size = folder / shard_name(name, split, n, num_shards), 0
-            writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            path, records = folder / shard_name(name, split, n, num_shards), []
             for i in part:
                 height, width = SIZES[buckets[i]]
                 caption = f"{split} picture {i} of bucket {buckets[i]}"
                 fields = {"key": f"{split}/{i}", "caption": caption, "height": height, "width": width}
-                make = pixel_record if store == "pixels" else latent_record
-                extra = make(i, SIZES[buckets[i]], rng, *(() if store == "pixels" else (text,)))
-                raw = features.serialize_example(fields | extra)
-                writer.write(raw)
-                size += len(raw)
-            writer.close()
+                records.append(fields | make(i, SIZES[buckets[i]]))
+            size = write_shard(path, records, serialize)
             shards[split].append(Shard(path, buckets[part], size))
     prompts, captions = None, ("a small cat", "a dog")
     if text:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax.data.format import DataError
-from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned
+from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
 from shortcut_jax.data.records import EMBEDDED
 from shortcut_jax.data.units import Skip, Unit
 
@@ -56,18 +56,14 @@ class CatalogueSource:
         stated = f"{builder.info.full_name} {split} {info.shard_lengths} {info.num_bytes}"
         self.fingerprint = hashlib.sha256(stated.encode()).hexdigest()
         self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
-        starts = range(0, self.num_items, options.unit)
-        ends = [min(s + options.unit, self.num_items) for s in starts]
-        self._starts = list(starts)
-        self.units = [
-            Unit(i, f"records {s} to {e - 1}", e - s) for i, (s, e) in enumerate(zip(starts, ends, strict=True))
-        ]
+        self._unit = options.unit
+        self.units = consecutive(self.num_items, options.unit, "records")
         if self.num_items:
             self._caption(self._records[0])  # a field that is not there is told now
 
     def items(self, unit: Unit) -> Iterator[Item | Skip]:
         """The records of a unit."""
-        start = self._starts[unit.index]
+        start = unit.index * self._unit
         for index in range(start, start + (unit.size or 0)):
             record = self._records[index]
             yield captioned(f"{self._split}/{index:08d}", bytes(record[self._image]), self._caption(record))

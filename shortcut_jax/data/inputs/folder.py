@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from shortcut_jax.data.format import DataError
-from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, caption_in, captioned, printable
+from shortcut_jax.data.inputs.items import (
+    CAPTION_FIELDS,
+    Item,
+    SourceOptions,
+    caption_in,
+    captioned,
+    consecutive,
+    printable,
+)
 from shortcut_jax.data.units import Skip, Unit
 
 METADATA = "metadata.jsonl"
@@ -41,10 +49,8 @@ class FolderSource:
         if not self.num_items:
             chosen = f" for which {', '.join(options.where)}" if options.where else ""
             raise DataError(f"{folder / METADATA} has no row{chosen}")
-        starts = range(0, self.num_items, options.unit)
         self._unit = options.unit
-        ends = [min(s + options.unit, self.num_items) for s in starts]
-        self.units = [Unit(i, f"rows {s} to {e - 1}", e - s) for i, (s, e) in enumerate(zip(starts, ends, strict=True))]
+        self.units = consecutive(self.num_items, options.unit, "rows")
 
     def _scan(self) -> str:
         digest, place, seen = hashlib.sha256(), 0, set()

@@ -67,6 +67,12 @@ class SourceOptions:
     tfds_dir: str = "~/tensorflow_datasets"
 
 
+def consecutive(num: int, size: int, what: str) -> list[Unit]:
+    """Units of `size` records in a row each; unit i begins with record i `size`."""
+    spans = ((first, min(first + size, num)) for first in range(0, num, size))
+    return [Unit(i, f"{what} {first} to {end - 1}", end - first) for i, (first, end) in enumerate(spans)]
+
+
 def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:
     """A picture with its caption (text, or its bytes), or what is wrong with the caption."""
     if isinstance(caption, bytes):
