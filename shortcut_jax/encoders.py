@@ -155,6 +155,11 @@ class Halves:
             self._params[part] = place_on(self._mesh, self.model, part)
         return self._params[part]
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """The weights of both halves, on devices; each is read once, whatever asks for it."""
+        return {**self.weights("decoder"), **self.weights("encoder")}
+
     def encode(self, pixels_BhwC: np.ndarray) -> Moments:
         """Pictures, uint8 -> the Gaussian of their latents, one row a picture."""
         return self._run("encoder", pixels_BhwC)

@@ -10,14 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shortcut_jax.core.fingerprint import fingerprint, fingerprint_of
+from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.data.format import TEXT_DTYPES, VAE, DataError, LatentInfo, Size, TextInfo, pack_text
 from shortcut_jax.data.pictures import Picture
 from shortcut_jax.encoders import Halves, TextEncoders, local_mesh, on_mesh
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.exported import write_component
-from shortcut_jax.sources import Model
 
 
 class SetMaker:
@@ -26,29 +26,28 @@ class SetMaker:
     Attributes:
       batch_size: rows at once; batches are padded to it.
       text: the text encoders.
-      vae: the autoencoder.
+      halves: of the autoencoder.
       text_info: how text states are stored.
       latents: the scale of the latents.
     """
 
-    def __init__(self, text: TextEncoders, vae: Model, text_tokens: int, text_dtype: str, batch_size: int):
+    def __init__(self, text: TextEncoders, halves: Halves, text_tokens: int, text_dtype: str, batch_size: int):
         """Takes models on devices, M, and a key of `TEXT_DTYPES`."""
-        self.text, self.vae, self.batch_size = text, vae, batch_size
+        self.text, self.halves, self.batch_size = text, halves, batch_size
         widths = text.models["t5"].config.width, text.models["clip"].config.width
         self.text_info = TextInfo(text.states, text_dtype, text_tokens, *widths)
-        c = vae.config
+        c = halves.model.config
         self.latents = LatentInfo(c.latent_channels, c.factor, c.scale, c.shift)
 
     @cached_property
     def encoders(self) -> dict[str, dict[str, str]]:
         """Origin and content of each model; its weights are read."""
-        vae = self.vae.params
-        content = {kind: fingerprint(params) for kind, params in self.text.params.items()}
-        content["vae"] = fingerprint_of((path, np.asarray(vae[path])) for path in vae)
+        params = {**self.text.params, "vae": self.halves.params}
+        content = {kind: fingerprint(held) for kind, held in params.items()}
         return {kind: {"origin": self._origin(kind), "content": content[kind]} for kind in sorted(content)}
 
     def _origin(self, kind: str) -> str:
-        return self.vae.origin if kind == "vae" else self.text.models[kind].origin
+        return (self.halves.model if kind == "vae" else self.text.models[kind]).origin
 
     def job_fields(self, **request: Any) -> dict[str, Any]:
         """Fields of `writing.Job`, its `request` among them."""
@@ -83,7 +82,8 @@ class SetMaker:
 
     def copy_vae(self, folder: Path) -> None:
         """Writes the autoencoder as diffusers does: `open_models` reads it, and its bytes are always the same."""
-        write_component(folder, "vae", self.vae.config, self.vae.params, lambda size: None)
+        params = {path: np.asarray(value) for path, value in flat_paths(self.halves.params).items()}
+        write_component(folder, "vae", self.halves.model.config, params, lambda size: None)
 
     def text_fields(
         self, captions: Sequence[str], txt_BMT: Any, vec_BV: Any
@@ -131,14 +131,13 @@ class LatentEncoder(SetMaker):
         mesh, dtype = local_mesh()
         parts = open_pipeline(Path(checkpoint).expanduser(), ("vae", "t5", "clip"), "latents need")
         parts = parts._replace(models={kind: on_mesh(model, mesh, dtype) for kind, model in parts.models.items()})
-        text, vae = TextEncoders(parts, mesh, states), parts.models["vae"]
-        super().__init__(text, vae, text_tokens, text_dtype, per_device * mesh.devices.size)
-        self._halves = Halves(vae, mesh)
+        text, halves = TextEncoders(parts, mesh, states), Halves(parts.models["vae"], mesh)
+        super().__init__(text, halves, text_tokens, text_dtype, per_device * mesh.devices.size)
 
     def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
         """See `Encode`. Raises DataError where latents or states are not finite as they are stored."""
         rows = padded(pictures, self.batch_size)
-        moments = self._halves.encode(np.stack([p.pixels for p in rows]))
+        moments = self.halves.encode(np.stack([p.pixels for p in rows]))
         encoded = self.text.encode([p.caption for p in rows], self.text_info.tokens)
         mean_BhwC, std_BhwC = np.asarray(moments.mean_BhwC), np.exp(0.5 * np.asarray(moments.logvar_BhwC))
         texts = self.text_fields([p.caption for p in pictures], *(x[: len(pictures)] for x in encoded))

@@ -73,8 +73,8 @@ class TeacherData(SetMaker):
                 self.pipeline.check(s.prompts, s.steps, s.guidance, height, width, text_tokens=s.text_tokens)
             except ValueError as error:
                 raise UsageError(str(error)) from error
-        vae = self.pipeline.models["vae"]
-        super().__init__(self.pipeline.text, vae, s.text_tokens, s.text_dtype, s.per_device * len(devices))
+        shared = self.pipeline.text, self.pipeline.halves
+        super().__init__(*shared, s.text_tokens, s.text_dtype, s.per_device * len(devices))
         self._spans = [
             (bucket, first, min(first + s.unit, (bucket + 1) * s.per_bucket))
             for bucket in range(len(s.buckets))

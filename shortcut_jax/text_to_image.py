@@ -53,6 +53,7 @@ class TextToImage:
       models: by kind, `flux`, `vae`, `t5` and `clip`; their configs are constrained to the mesh.
       sampling: the shift rule, text length and text states of the pipeline.
       text: its text encoders.
+      halves: of its autoencoder.
       mesh: all devices along `fsdp`.
       compute_dtype: of activations and matrix products.
     """
@@ -89,7 +90,7 @@ class TextToImage:
         for kind, model in self.models.items():
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
-        self._halves = Halves(self.models["vae"], self.mesh)
+        self.halves = Halves(self.models["vae"], self.mesh)
         for path, strength in loras:
             self._add_lora(Path(path).expanduser(), strength)
 
@@ -113,7 +114,7 @@ class TextToImage:
           ConvertedError: files are damaged, or parameters are missing.
         """
         flux = place_on(self.mesh, self.models["flux"])
-        return {"flux": flux, "vae": self._halves.weights("decoder"), **self.text.params}
+        return {"flux": flux, "vae": self.halves.weights("decoder"), **self.text.params}
 
     def __call__(
         self,
@@ -254,7 +255,7 @@ class TextToImage:
 
     def decode(self, latents_BhwC: Array) -> Array:
         """Images [B, height, width, 3] of latents, float32, about [-1, 1], whole on every device."""
-        return self._halves.images(latents_BhwC)
+        return self.halves.images(latents_BhwC)
 
     @cached_property
     def _sample(self) -> Callable[..., Array]:
