@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import train
+from shortcut_jax import loop, train
 from tests.helpers import tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -55,5 +55,5 @@ def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(train.command.TrainingError, match="step 3: the weights are not finite"):
-        train.save(3, tiny_assembly(), checkpoints, None, {"param_norm": np.float32(np.inf)})
+        loop.save(3, tiny_assembly(), checkpoints, None, {"param_norm": np.float32(np.inf)})
     assert checkpoints.steps() == []

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax import Pipeline, command, train
+from shortcut_jax import Pipeline, command, loop, train
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
@@ -100,7 +100,7 @@ def test_a_longer_schedule_goes_on_and_is_logged(trained, tmp_path, arguments, c
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_where_and_exits(number, code, tmp_path, arguments, capfd, monkeypatch):
-    real = train.to_global
+    real = loop.to_global
     calls = []
 
     def interrupted(*args):
@@ -109,7 +109,7 @@ def test_a_signal_saves_says_where_and_exits(number, code, tmp_path, arguments, 
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(train, "to_global", interrupted)
+    monkeypatch.setattr(loop, "to_global", interrupted)
     assert train.main(arguments(tmp_path / "run")) == code
     assert f"{number.name}: saved step 2 in {tmp_path / 'run' / 'checkpoints'}" in capfd.readouterr().err
     assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
@@ -157,7 +157,7 @@ def test_rows_a_device_become_the_global_batch_that_is_stored(tmp_path, argument
 
 
 def _with_nan_at(monkeypatch, steps):
-    real = train.to_global
+    real = loop.to_global
     calls = []
 
     def broken(tree, *args):
@@ -166,7 +166,7 @@ def _with_nan_at(monkeypatch, steps):
             tree = tree._replace(latents_BhwC=np.full_like(tree.latents_BhwC, np.nan))
         return real(tree, *args)
 
-    monkeypatch.setattr(train, "to_global", broken)
+    monkeypatch.setattr(loop, "to_global", broken)
 
 
 def test_a_non_finite_step_stops_the_run_and_names_itself(tmp_path, arguments, monkeypatch, capfd):

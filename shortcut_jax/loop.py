@@ -1,0 +1,152 @@
+"""The training loop: step after step, with metrics, checkpoints, validations and sample grids where they are due."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from shortcut_jax import command
+from shortcut_jax.assemble import Assembly, mean_flops, text_encoder
+from shortcut_jax.data.pipeline import BatchReader, ahead, batches
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.initial import BaseRecord
+from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.metrics import Meter, MetricLog
+from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
+from shortcut_jax.settings import Settings
+from shortcut_jax.steps.state import TrainState, choose_view, to_items
+from shortcut_jax.validation import Validation
+from shortcut_jax.workdir import meta_of
+
+
+class Outputs(NamedTuple):
+    """Where a run leaves what it makes.
+
+    Attributes:
+      workdir: the folder of all of it.
+      checkpoints: of the train state.
+      log: scalars and pictures.
+      draw_grid: weights -> the sample grid, with the same noise and captions every time.
+      base: what a checkpoint says of the frozen base, if there is one.
+      validation: weights -> the loss on held-out pictures, where it is asked for.
+    """
+
+    workdir: Path
+    checkpoints: Checkpoints
+    log: MetricLog
+    draw_grid: Callable[[Any], Image.Image]
+    base: BaseRecord | None = None
+    validation: Validation | None = None
+
+
+def loop(
+    assembly: Assembly,
+    data: TrainingData,
+    outputs: Outputs,
+    state: TrainState,
+    start: int,
+    stop: int,
+    interruptions: distributed.Interruptions,
+) -> TrainState:
+    """Runs steps `start` ... `stop - 1`. Raises Interrupted, the state saved, after a signal."""
+    s = assembly.settings
+    sharding = batch_sharding(assembly.mesh)
+    rows = process_rows(sharding, assembly.batch_size)
+    reader = BatchReader(data, text_encoder(s, assembly.model), rows, assembly.batch_size, s.seed)
+    read = batches(reader, start, stop, s.data.threads, s.data.workers)
+    placed = ahead(to_global(batch, rows, sharding, assembly.batch_size) for batch in read)
+    meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops)
+    shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
+    with contextlib.closing(read), tqdm(**total, **shown) as bar:
+        for step in range(start + 1, stop + 1):
+            state, metrics = assembly.train_step(state, next(placed))
+            if pending:  # Read one step late, so that the device never waits for the host.
+                record(*pending, s, outputs.log, meter, bar)
+            pending = (step, metrics)
+            bar.update()
+            signal = interruptions.agreed()
+            last = step == stop or signal is not None
+            if last or _due(step, s.checkpoint_every):
+                record(*pending, s, outputs.log, meter, bar)
+                pending = None
+                save(step, assembly, outputs, state, metrics)
+            if outputs.validation and signal is None and (_due(step, s.validation.every) or step == s.steps):
+                validate(step, s, outputs.validation, outputs.log, state)
+            if _due(step, s.sample_every) and not last:
+                show(step, s, outputs, state)
+            if signal:
+                raise distributed.Interrupted(signal)
+    outputs.checkpoints.wait()
+    say(f"saved step {stop} in {outputs.checkpoints.folder}")
+    return state
+
+
+def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog, meter: Meter, bar: tqdm) -> None:
+    """Checks, shows and writes the metrics of a step. Raises TrainingError after too many skipped steps."""
+    skipped = int(metrics["skipped"])
+    if skipped > s.max_skipped:
+        raise command.TrainingError(
+            f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
+            f"finite, {skipped} steps in a row (max_skipped {s.max_skipped}); nothing of them was kept"
+        )
+    if s.ema.restart_auto and int(metrics["ema_restarted"]) and jax.process_index() == 0:
+        tqdm.write(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
+    if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
+        bar.initial, bar.start_t = step, time.time()
+        bar.last_print_t = bar.start_t
+    if not _due(step, s.log_every):
+        return
+    values = {name: float(value) for name, value in metrics.items()} | meter.rates(step)
+    # A kind of row that this step happened to have none of has no loss.
+    values = {name: v for name, v in values.items() if not (name.startswith("loss/") and np.isnan(v))}
+    log.scalars(step, values)
+    rate = {"img_s": f"{values['images_per_second']:.0f}"} if "images_per_second" in values else {}
+    bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
+
+
+def save(step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+    """Starts a checkpoint of a state that is known to be finite."""
+    if not np.isfinite(float(metrics["param_norm"])):
+        raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
+    if step not in outputs.checkpoints.steps():
+        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base))
+
+
+def validate(step: int, s: Settings, validation: Validation, log: MetricLog, state: TrainState) -> None:
+    """Logs and tells the loss on held-out pictures, by the rule that its name tells."""
+    for view in s.validation.views:
+        name = f"validation/{s.validation.rule}/{view}"
+        values = validation(choose_view(state, view), name)
+        log.scalars(step, values)
+        if jax.process_index() == 0:
+            tqdm.write(f"step {step}: {name} {values[name]:.4f} ({validation.num_images:,} pictures)")
+
+
+def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
+    """Draws the sample grid into the log and the workdir."""
+    picture = outputs.draw_grid(choose_view(state, s.eval.view))
+    outputs.log.image(step, f"samples/{s.eval.view}", picture)
+    if jax.process_index() == 0:
+        path = outputs.workdir / grid_name(step)
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+
+
+def grid_name(step: int) -> str:
+    """The sample grid of a step, in the workdir."""
+    return f"samples/step_{step:08d}.png"
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
