@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,10 @@ from shortcut_jax.initial import BaseRecord
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.heartbeat import Progress
+from shortcut_jax.runtime.logs import LOGGER
 from shortcut_jax.runtime.metrics import Meter, MetricLog
+from shortcut_jax.runtime.profiling import Profiler, parse_steps
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
@@ -38,12 +41,14 @@ class Outputs(NamedTuple):
       draw_grid: weights -> the sample grid, with the same noise and captions every time.
       base: what a checkpoint says of the frozen base, if there is one.
       validation: weights -> the loss on held-out pictures, where it is asked for.
+      progress: the heartbeat, and where the time goes.
     """
 
     workdir: Path
     checkpoints: Checkpoints
     log: MetricLog
     draw_grid: Callable[[Any], Image.Image]
+    progress: Progress
     base: BaseRecord | None = None
     validation: Validation | None = None
 
@@ -64,44 +69,88 @@ def loop(
     reader = BatchReader(data, text_encoder(s, assembly.model), rows, assembly.batch_size, s.seed)
     read = batches(reader, start, stop, s.data.threads, s.data.workers)
     placed = ahead(to_global(batch, rows, sharding, assembly.batch_size) for batch in read)
-    meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops)
+    progress = outputs.progress
+    meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops, progress.watch)
+    profiler = Profiler(parse_steps(s.profile_steps), outputs.workdir / "profile", start)
+    compiled: set[tuple[int, ...]] = set()
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
     pending: tuple[int, dict[str, jax.Array]] | None = None
     total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
-    with contextlib.closing(read), tqdm(**total, **shown) as bar:
+    with contextlib.closing(read), progress.training(), profiler, tqdm(**total, **shown) as bar:
         for step in range(start + 1, stop + 1):
-            state, metrics = assembly.train_step(state, next(placed))
+            if profiler.starts(step):
+                await_step(pending, progress)
+                with progress.doing("profiling"):
+                    profiler.start()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = advance(assembly, state, placed, compiled, progress)
+            if profiler.stops(step):
+                await_step(metrics, progress)
+                with progress.doing("profiling"):
+                    profiler.stop()
             if pending:  # Read one step late, so that the device never waits for the host.
-                record(*pending, s, outputs.log, meter, bar)
+                record(*pending, s, outputs, meter, bar)
             pending = (step, metrics)
             bar.update()
             signal = interruptions.agreed()
             last = step == stop or signal is not None
-            if last or _due(step, s.checkpoint_every):
-                record(*pending, s, outputs.log, meter, bar)
+            saves = last or _due(step, s.checkpoint_every)
+            validates = signal is None and (_due(step, s.validation.every) or step == s.steps)
+            draws = _due(step, s.sample_every) and not last
+            if saves or validates or draws:
+                record(*pending, s, outputs, meter, bar)
                 pending = None
-                save(step, assembly, outputs, state, metrics)
-            if outputs.validation and signal is None and (_due(step, s.validation.every) or step == s.steps):
-                validate(step, s, outputs.validation, outputs.log, state)
-            if _due(step, s.sample_every) and not last:
-                show(step, s, outputs, state)
+            if saves:
+                with progress.doing("saving"):
+                    save(step, assembly, outputs, state, metrics)
+                progress.note()
+            if outputs.validation and validates:
+                with progress.doing("validating"):
+                    validate(step, s, outputs.validation, outputs.log, state)
+            if draws:
+                with progress.doing("sampling"):
+                    show(step, s, outputs, state)
             if signal:
                 raise distributed.Interrupted(signal)
-    outputs.checkpoints.wait()
+    with progress.doing("saving"):
+        outputs.checkpoints.wait()
     say(f"saved step {stop} in {outputs.checkpoints.folder}")
     return state
 
 
-def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog, meter: Meter, bar: tqdm) -> None:
+def advance(
+    assembly: Assembly, state: TrainState, placed: Iterator[Any], compiled: set[tuple[int, ...]], progress: Progress
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Dispatches the next step. The first one of each shape is compiled, and `compiled` notes that."""
+    with progress.watch("data"):
+        batch = next(placed)
+    shape = batch.latents_BhwC.shape
+    with contextlib.nullcontext() if shape in compiled else progress.doing("compiling"):
+        compiled.add(shape)
+        return assembly.train_step(state, batch)
+
+
+def await_step(metrics: Any, progress: Progress) -> None:
+    """Waits until a step is done, if there is one."""
+    with progress.watch("device"):
+        jax.block_until_ready(metrics)
+
+
+def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outputs, meter: Meter, bar: tqdm) -> None:
     """Checks, shows and writes the metrics of a step. Raises TrainingError after too many skipped steps."""
+    progress = outputs.progress
+    await_step(metrics, progress)
     skipped = int(metrics["skipped"])
+    progress.done(step, skipped > 0)
+    if progress.due:
+        progress.beat(float(metrics["loss"]))
     if skipped > s.max_skipped:
         raise command.TrainingError(
             f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
             f"finite, {skipped} steps in a row (max_skipped {s.max_skipped}); nothing of them was kept"
         )
-    if s.ema.restart_auto and int(metrics["ema_restarted"]) and jax.process_index() == 0:
-        tqdm.write(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
+    if s.ema.restart_auto and int(metrics["ema_restarted"]):
+        tell(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
     if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
         bar.initial, bar.start_t = step, time.time()
         bar.last_print_t = bar.start_t
@@ -110,7 +159,8 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
     values = {name: float(value) for name, value in metrics.items()} | meter.rates(step)
     # A kind of row that this step happened to have none of has no loss.
     values = {name: v for name, v in values.items() if not (name.startswith("loss/") and np.isnan(v))}
-    log.scalars(step, values)
+    outputs.log.scalars(step, values)
+    progress.rate = values.get("images_per_second")
     rate = {"img_s": f"{values['images_per_second']:.0f}"} if "images_per_second" in values else {}
     bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
 
@@ -129,8 +179,7 @@ def validate(step: int, s: Settings, validation: Validation, log: MetricLog, sta
         name = f"validation/{s.validation.rule}/{view}"
         values = validation(choose_view(state, view), name)
         log.scalars(step, values)
-        if jax.process_index() == 0:
-            tqdm.write(f"step {step}: {name} {values[name]:.4f} ({validation.num_images:,} pictures)")
+        tell(f"step {step}: {name} {values[name]:.4f} ({validation.num_images:,} pictures)")
 
 
 def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
@@ -141,6 +190,13 @@ def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
         path = outputs.workdir / grid_name(step)
         path.parent.mkdir(exist_ok=True)
         picture.save(path)
+
+
+def tell(line: str) -> None:
+    """Prints a line above the progress bar, from process 0 only; every process has it in its log."""
+    LOGGER.info(line)
+    if jax.process_index() == 0:
+        tqdm.write(line)
 
 
 def grid_name(step: int) -> str:

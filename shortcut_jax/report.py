@@ -156,9 +156,9 @@ def judge(
 
 
 def write_report(
-    path: Path, title: str, scores: Sequence[Score], facts: dict[str, Any], pictures: Sequence[str]
+    path: Path, title: str, scores: Sequence[Score], facts: dict[str, Any], times: str, pictures: Sequence[str]
 ) -> str:
-    """Writes `report.md`: the table, how it was measured, and the pictures beside it. Returns the table."""
+    """Writes `report.md`: the table, how it was measured, where the time went, the pictures. Returns the table."""
     body = table(scores)
     seeds = len(scores[0].distances)
     lines = [
@@ -172,6 +172,12 @@ def write_report(
         "biased upwards: compare rows of equal counts.",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
+        "",
+        "Where the time went:",
+        "",
+        "```",
+        times,
+        "```",
         "",
         *(f"![{name}]({name})\n" for name in pictures),
     ]

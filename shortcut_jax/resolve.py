@@ -5,6 +5,7 @@ import math
 import re
 import typing
 
+from shortcut_jax.check_profile import check_profile
 from shortcut_jax.core.schedules import StudentSteps
 from shortcut_jax.data.records import latent_size, stride_of
 from shortcut_jax.models.attention import BACKENDS, choose_backend
@@ -81,7 +82,7 @@ def _check(s: Settings) -> None:
         _require(values[name] >= 1, f"{name} is {values[name]}, but must be at least 1")
     for name in _NOT_NEGATIVE:
         _require(values[name] >= 0, f"{name} is {values[name]}, but must not be negative")
-    for name in _POSITIVE:
+    for name in (*_POSITIVE, "heartbeat_every"):
         _require(values[name] > 0, f"{name} is {values[name]}, but must be positive")
     for name in _DECAYS:
         _require(0.0 <= values[name] < 1.0, f"{name} is {values[name]}, but must be in [0, 1)")
@@ -90,6 +91,7 @@ def _check(s: Settings) -> None:
     _check_student(s)
     _check_evaluation(s)
     _check_data(s)
+    check_profile(s)
     for name in _PATHS:
         try:
             re.compile(values[name])
@@ -187,10 +189,7 @@ def _check_guidance(s: Settings, model: FluxConfig) -> None:
         )
         return
     _require(bool(s.guidance), f"guide={s.guide} needs a range of scales: set guidance=(low, high)")
-    _require(
-        s.objective == "scfm",
-        f"guide={s.guide} needs objective=scfm, not {s.objective}",
-    )
+    _require(s.objective == "scfm", f"guide={s.guide} needs objective=scfm, not {s.objective}")
     _require(
         model.guidance == (s.guide != "both"),
         f"guide={s.guide} {'needs a' if s.guide != 'both' else 'goes with a model without'} guidance embedding: set "
@@ -211,10 +210,7 @@ def _check_student(s: Settings) -> None:
         f"student_weights has {len(weights)} entries for {len(counts)} step counts: give one each, or none",
     )
     _require(all(w >= 0 for w in weights) and (not weights or sum(weights) > 0), f"student_weights is {weights}")
-    _require(
-        s.jumps >= 2 and s.jumps % 2 == 0,
-        f"jumps is {s.jumps}, but must be an even number of at least 2",
-    )
+    _require(s.jumps >= 2 and s.jumps % 2 == 0, f"jumps is {s.jumps}, but must be an even number of at least 2")
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
     _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
 

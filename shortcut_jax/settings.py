@@ -177,6 +177,9 @@ class Settings:
       sample_every: steps between sample grids; 0 means at the end only.
       checkpoint_every: steps between checkpoints; 0 means at the end only.
       keep: newest checkpoints kept.
+      heartbeat_every: seconds between heartbeats; see `runtime/heartbeat.py`.
+      profile_steps: steps that are profiled, as FIRST:END without END: 10:13 is 10, 11 and 12. Empty means none. The
+        profile is written to `profile` in the workdir.
     """
 
     objective: str = "scfm"
@@ -207,6 +210,8 @@ class Settings:
     sample_every: int = 0
     checkpoint_every: int = 0
     keep: int = 3
+    heartbeat_every: float = 5.0
+    profile_steps: str = ""
     model: ModelSettings = field(default_factory=ModelSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -225,7 +230,7 @@ MARKS = (
     (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
     (
         r"mesh\..*|eval\..*|validation\..*|data\.(dir|threads|workers)|base|teacher_lora|(log|sample|checkpoint)_every|"
-        r"keep|accumulate|batch_per_device",
+        r"keep|accumulate|batch_per_device|heartbeat_every|profile_steps",
         "free",
     ),
     (r"model\.(remat|attention|scan_unroll)", "free"),

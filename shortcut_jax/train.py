@@ -26,7 +26,11 @@ from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
+from shortcut_jax.runtime.heartbeat import Progress
+from shortcut_jax.runtime.logs import mark_stderr, process_log
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
+from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.settings import Settings, compare, complete
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
@@ -109,8 +113,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
       ConfigError: the workdir belongs to another run, or the data are not of the size that the config says.
       TrainingError: the loss stayed non-finite; what was saved before is intact.
     """
-    settings = assembly.settings
-    with distributed.Interruptions() as interruptions:
+    settings, watch = assembly.settings, Stopwatch("starting")
+    mark_stderr()
+    with distributed.Interruptions() as interruptions, process_log() as log_in:
         check_workdir(workdir, record_of(assembly))
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
@@ -118,30 +123,47 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
+        log_in(workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
         log = MetricLog(workdir)
         start = max(checkpoints.steps(), default=0)
+        progress = Progress(workdir, start, settings.steps, watch, settings.heartbeat_every)
+        ending = "failed"
         try:
-            state, start, base = restore_or_init(assembly, checkpoints, initial)
+            with progress.doing("restoring" if start else "starting"):
+                state, start, base = restore_or_init(assembly, checkpoints, initial)
+            progress.begin(start)
             write_record(workdir, assembly)
             announce(assembly, workdir, start)
             announce_data(assembly, data)
             stop = min(stop_at or settings.steps, settings.steps)
-            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, data), base, validation)
+            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, data), progress, base, validation)
             interruptions.check()
             if start < stop:
                 state = loop(assembly, data, outputs, state, start, stop, interruptions)
             if stop == settings.steps:
                 finish(assembly, data, outputs, state, interruptions)
+            tell_time(goodput_table, progress)
+            ending = "finished" if stop == settings.steps else "stopped"
         except distributed.Interrupted as interrupted:
             (signal,) = interrupted.args
-            checkpoints.wait()
+            with progress.doing("saving"):
+                checkpoints.wait()
+            ending = "interrupted"
             say(f"\n{signal.name}: {_what_is_saved(checkpoints, start)}; the same command goes on from there")
+            tell_time(goodput_line, progress)
             return distributed.EXIT_CODES[signal]
         finally:
             log.close()
+            progress.end(ending)
             checkpoints.close()
     return 0
+
+
+def tell_time(text: Callable[[Account], str], progress: Progress) -> None:
+    """Says where the time of the run went."""
+    if jax.process_index() == 0:
+        say(text(progress.account()))
 
 
 def _what_is_saved(checkpoints: Checkpoints, start: int) -> str:
@@ -159,11 +181,24 @@ def finish(
     state: TrainState,
     interruptions: distributed.Interruptions,
 ) -> None:
-    """The end of a run: the last sample grid, the loss curve, the judged table, the report."""
+    """The end of a run: the last sample grid, and the report."""
+    s = assembly.settings
+    with outputs.progress.doing("sampling"):
+        show(s.steps, s, outputs, state)
+    if s.eval.views:
+        with outputs.progress.doing("reporting"):
+            report(assembly, data, outputs, state, interruptions)
+
+
+def report(
+    assembly: Assembly,
+    data: TrainingData,
+    outputs: Outputs,
+    state: TrainState,
+    interruptions: distributed.Interruptions,
+) -> None:
+    """Judges the views; writes the loss curve, the table, and where the time went."""
     s, e = assembly.settings, assembly.settings.eval
-    show(s.steps, s, outputs, state)
-    if not e.views:
-        return
     source = data.sets[0].records
     if "label" not in source[0]:
         say("no table: the data set has no labels to judge captions by")
@@ -196,7 +231,8 @@ def finish(
     }
     path = workdir / "report.md"
     title = f"{s.objective} on {s.data.name}, {s.steps} steps"
-    printed = write_report(path, title, scores, facts, [grid_name(s.steps), "loss.png"])
+    where = goodput_table(outputs.progress.account())
+    printed = write_report(path, title, scores, facts, where, [grid_name(s.steps), "loss.png"])
     print(f"\n{title}: Frechet distance / caption accuracy\n\n{printed}\n")
     print(f"report   {path}\npicture  {workdir / grid_name(s.steps)}", flush=True)
 

@@ -292,6 +292,12 @@ def test_two_processes_equal_one(tmp_path, arguments, monkeypatch):
     for process in pair:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
+    beats = [
+        json.loads((tmp_path / "two" / f).read_text()) for f in ("heartbeat.json", "heartbeats/process_00001.json")
+    ]
+    assert [(b["process"], b["step"], b["state"]) for b in beats] == [(0, 4, "finished"), (1, 4, "finished")]
+    logs = [(tmp_path / "two" / "logs" / f"process_0000{n}.log").read_text() for n in range(2)]
+    assert all(f"process {n} INFO saved step 4" in log for n, log in enumerate(logs))
     one, two = _restored(tmp_path / "one", 4)[0], _restored(tmp_path / "two", 4)[0]
     for path, value in one.items():
         np.testing.assert_allclose(two[path], value, rtol=1e-4, atol=1e-6, err_msg=path)

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from shortcut_jax.runtime.logs import LOGGER
+
 
 def initialize() -> None:
     """Joins the other processes where `JAX_COORDINATOR_ADDRESS` (host:port) is set; does nothing otherwise.
@@ -48,7 +50,9 @@ def agree(value: bool) -> bool:
 
 
 def say(message: str) -> None:
-    """Prints a line to standard error, from process 0 only."""
+    """Prints a line to standard error, from process 0 only; every process has it in its log."""
+    for line in message.strip().splitlines():
+        LOGGER.info(line)
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
 

@@ -1,7 +1,5 @@
 """Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
 
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from shortcut_jax.runtime.json_lines import append_line, read_lines
+from shortcut_jax.runtime.timing import Stopwatch
 
 PEAK_FLOPS = (
     ("NVIDIA H100", 989e12),
@@ -31,31 +32,41 @@ def peak_flops(device: Any) -> float | None:
 
 
 class Meter:
-    """Images and FLOPs a second, the compilation of the first step left out."""
+    """Time of training steps, and images and FLOPs a second in it; the first step of a process is left out."""
 
-    def __init__(self, rows: int, flops: int, peak: float | None):
-        """Takes the rows and model FLOPs of a step, and the peak FLOP/s of all devices together where it is known."""
-        self._rows, self._flops, self._peak = rows, flops, peak
+    def __init__(self, rows: int, flops: int, peak: float | None, watch: Stopwatch):
+        """Takes rows and FLOPs of a step, FLOP/s of all devices where they are known, and the stopwatch of the loop."""
+        self._rows, self._flops, self._peak, self._watch = rows, flops, peak, watch
         self._step: int | None = None
-        self._time = 0.0
+        self._seconds: dict[str, float] = {}
 
     def seen(self, step: int) -> bool:
         """Starts the clock when the first step is known to be done; tells whether this was it."""
         first = self._step is None
         if first:
-            self._step, self._time = step, time.perf_counter()
+            self._step, self._seconds = step, self._step_seconds()
         return first
 
     def rates(self, step: int) -> dict[str, float]:
-        """Rates since the last call: images a second, model FLOP/s, and MFU where the peak is known."""
+        """Means since the last call: images a second, model FLOP/s, MFU where the peak is known, seconds of a step.
+
+        `time/data`, `time/host` (saving included) and `time/device` add up to the wall time of a step, see
+        `timing.STEP_KINDS`. Compiling, validating, sampling and profiling are no part of it, nor of the rates.
+        """
         if self._step is None or step == self._step:
             return {}
-        now = time.perf_counter()
-        seconds = (now - self._time) / (step - self._step)
-        self._step, self._time = step, now
+        now = self._step_seconds()
+        parts = {kind: (now[kind] - self._seconds[kind]) / (step - self._step) for kind in now}
+        self._step, self._seconds = step, now
+        seconds = sum(parts.values())
         flops = self._flops / seconds
         rates = {"images_per_second": self._rows / seconds, "model_flops_per_second": flops}
-        return rates | ({"mfu": flops / self._peak} if self._peak else {})
+        rates |= {"mfu": flops / self._peak} if self._peak else {}
+        return rates | {f"time/{kind}": value for kind, value in parts.items()}
+
+    def _step_seconds(self) -> dict[str, float]:
+        steps = self._watch.step_seconds()
+        return {**steps, "host": steps["host"] + self._watch.seconds().get("saving", 0.0)}
 
 
 class MetricLog:
@@ -75,8 +86,7 @@ class MetricLog:
             return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(self._path, {"step": step, **values})
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Records a picture."""
@@ -93,8 +103,7 @@ class MetricLog:
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The values of each step in a `metrics.jsonl`; of what a resumed run has written twice, the last."""
     rows: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in read_lines(path):
         rows.setdefault(row["step"], {}).update(row)
     return dict(sorted(rows.items()))
 

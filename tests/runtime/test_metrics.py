@@ -2,34 +2,73 @@ from types import SimpleNamespace
 
 import pytest
 
-from shortcut_jax.runtime import metrics
-from shortcut_jax.runtime.metrics import Meter, peak_flops
+from shortcut_jax.runtime import timing
+from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics
+from shortcut_jax.runtime.timing import Stopwatch
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = SimpleNamespace(time=100.0)
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now.time)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now.time)
     return now
 
 
+def _rates(meter, step):
+    """The rates alone, without the seconds of a step."""
+    return {name: value for name, value in meter.rates(step).items() if not name.startswith("time/")}
+
+
 def test_rates_are_those_since_the_last_call_and_leave_the_first_step_out(clock):
-    meter = Meter(rows=64, flops=6_000, peak=120_000.0)
+    meter = Meter(rows=64, flops=6_000, peak=120_000.0, watch=Stopwatch("host"))
     assert meter.rates(1) == {}
     clock.time += 1000.0  # the compilation
     assert meter.seen(1) and not meter.seen(2)
     assert meter.rates(1) == {}
     clock.time += 2.0
-    assert meter.rates(5) == {"images_per_second": 128.0, "model_flops_per_second": 12_000.0, "mfu": 0.1}
+    assert _rates(meter, 5) == {"images_per_second": 128.0, "model_flops_per_second": 12_000.0, "mfu": 0.1}
     clock.time += 1.0
-    assert meter.rates(6)["images_per_second"] == 64.0
+    assert _rates(meter, 6)["images_per_second"] == 64.0
 
 
 def test_without_a_known_peak_there_is_no_utilisation(clock):
-    meter = Meter(rows=64, flops=6_000, peak=None)
+    meter = Meter(rows=64, flops=6_000, peak=None, watch=Stopwatch("host"))
     meter.seen(3)
     clock.time += 2.0
-    assert set(meter.rates(4)) == {"images_per_second", "model_flops_per_second"}
+    assert set(_rates(meter, 4)) == {"images_per_second", "model_flops_per_second"}
+
+
+def test_the_seconds_of_a_step_have_three_parts_and_leave_out_what_is_no_training(clock):
+    watch = Stopwatch("host")
+    meter = Meter(rows=64, flops=6_000, peak=None, watch=watch)
+    meter.seen(3)
+    for kind, seconds in {
+        "data": 2,
+        "device": 8,
+        "saving": 4,
+        "compiling": 50,
+        "sampling": 50,
+        "validating": 50,
+    }.items():
+        with watch(kind):
+            clock.time += seconds
+    clock.time += 2.0
+    rates = meter.rates(5)
+    assert {k: v for k, v in rates.items() if k.startswith("time/")} == {
+        "time/data": 1.0,
+        "time/host": 3.0,  # saving among it
+        "time/device": 4.0,
+    }
+    assert rates["images_per_second"] == 8.0
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricLog(tmp_path).scalars(1, {"loss": 3.0})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')  # the machine went down
+    MetricLog(tmp_path).scalars(2, {"loss": 2.0})
+    assert {step: row["loss"] for step, row in read_metrics(path).items()} == {1: 3.0, 2: 2.0}
 
 
 @pytest.mark.parametrize(
