@@ -7,6 +7,7 @@ above `--limit`.
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -14,20 +15,36 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
+
+from shortcut_jax.runtime.json_lines import read_lines
 
 
-def total_seconds(workdir: Path, steps: int, every: int, data_dir: str | None) -> float:
-    """Wall time of the process that trains for `steps` steps, from its start to its end."""
+class Spent(NamedTuple):
+    """What a process took: `wall` and processor (`cpu`) seconds in all, and `blocked` ones in saves by its own account.
+
+    Other work on the machine stretches the wall time of either run as it comes and goes; the others show it.
+    """
+
+    wall: float
+    cpu: float
+    blocked: float
+
+
+def spent(workdir: Path, steps: int, every: int, data_dir: str | None) -> Spent:
+    """Runs the process that trains for `steps` steps, from its start to its end."""
     options = {"steps": steps, "checkpoint_every": every, "keep": 3, "eval.views": "()", "eval.images": "()"}
     if data_dir is not None:
         options["data.dir"] = data_dir
     flags = [f"--config.{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "shortcut_jax.train", "--config=configs/digits.py", f"--workdir={workdir}", *flags]
-    begin = time.perf_counter()
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    begin, before = time.perf_counter(), used()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the run failed:\n{done.stderr}")
-    return time.perf_counter() - begin
+    wall = time.perf_counter() - begin
+    return Spent(wall, used() - before, read_lines(workdir / "goodput.jsonl")[-1]["seconds"]["saving"])
 
 
 def main() -> None:
@@ -44,12 +61,17 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.dir))
     ratios = []
     try:
-        total_seconds(folder / "first", 2, 0, options.data_dir)  # files in the page cache, the digits prepared
+        spent(folder / "first", 2, 0, options.data_dir)  # files in the page cache, the digits prepared
         for turn in range(options.turns):
-            without = total_seconds(folder / f"without-{turn}", options.steps, 0, options.data_dir)
-            saving = total_seconds(folder / f"saving-{turn}", options.steps, options.every, options.data_dir)
-            ratios.append(saving / without)
-            print(f"saving {saving:.1f} s, without {without:.1f} s: {ratios[-1]:.3f} x", flush=True)
+            without = spent(folder / f"without-{turn}", options.steps, 0, options.data_dir)
+            saving = spent(folder / f"saving-{turn}", options.steps, options.every, options.data_dir)
+            ratios.append(saving.wall / without.wall)
+            print(
+                f"saving {saving.wall:.1f} s, without {without.wall:.1f} s: {ratios[-1]:.3f} x; of the processors "
+                f"{saving.cpu:.1f} s and {without.cpu:.1f} s: {saving.cpu / without.cpu:.3f} x; blocked in saves "
+                f"{saving.blocked:.1f} s and {without.blocked:.1f} s",
+                flush=True,
+            )
     finally:
         shutil.rmtree(folder)
     ratio = statistics.median(ratios)
