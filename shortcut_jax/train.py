@@ -154,8 +154,8 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             tell_time(goodput_line, progress)
             return distributed.EXIT_CODES[signal]
         finally:
-            log.close()
             progress.end(ending)
+            log.close()
             checkpoints.close()
     return 0
 

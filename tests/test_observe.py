@@ -52,6 +52,7 @@ def test_a_finished_run_says_so_and_where_its_time_went(trained):
     assert whole.wall == pytest.approx(sum(beat["seconds"].values()), abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_its_wall_time_and_slow_data_are_seen(tmp_path, arguments, monkeypatch):
     to_global, record, read = loop.to_global, loop.record, {}
 
@@ -73,6 +74,7 @@ def test_the_parts_of_a_step_are_its_wall_time_and_slow_data_are_seen(tmp_path, 
     assert row["images_per_second"] == pytest.approx(32 / sum(parts))
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_and_was_resumed_tells_what_it_lost(tmp_path, arguments, monkeypatch, capfd):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -97,6 +99,7 @@ def test_a_run_that_was_stopped_is_not_finished(tmp_path, arguments, capfd):
     assert _beat(workdir)["state"] == "stopped" and "goodput" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_window_of_a_resumed_run_is_profiled_for_tensorboard_and_perfetto(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
