@@ -57,6 +57,7 @@ SMALL_RUN = {
     "optimizer.learning_rate": 0.02,
     "log_every": 1,
     "mesh.data": 1,
+    "mesh.min_shard": 0,
 }
 
 

@@ -19,7 +19,7 @@ def tiny_config(**changes):
     c.batch_size = 32
     c.steps = 4
     c.student_steps = (1, 2, 4)
-    c.mesh.data, c.mesh.fsdp = 1, 1
+    c.mesh.data, c.mesh.fsdp, c.mesh.min_shard = 1, 1, 0
     c.optimizer.learning_rate = 1e-2
     c.eval.views, c.eval.images = (), ()
     c.eval.steps = (1, 2)
