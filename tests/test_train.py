@@ -326,7 +326,7 @@ def test_two_processes_equal_one_which_goes_on_from_them(tmp_path, arguments, mo
     argv = _without_batch(arguments(tmp_path / "two", **common), per_device)
     pair = _start_two([*argv, "--stop_at=3"])
     monkeypatch.setattr(jax, "devices", lambda *args: ALL_DEVICES[:4])
-    assert train.main(arguments(tmp_path / "one", **common)) == 0
+    assert train.main(_without_batch(arguments(tmp_path / "one", **common), per_device)) == 0
     for process in pair:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
