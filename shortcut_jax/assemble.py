@@ -72,7 +72,7 @@ class Assembly:
         self.mesh = make_mesh(shape, devices)
         check_tensor(model, shape)
         self.model = dataclasses.replace(
-            model, constrain=make_constrain(self.mesh), per_shard=make_per_shard(self.mesh)
+            model, constrain=make_constrain(self.mesh, settings.mesh.min_shard), per_shard=make_per_shard(self.mesh)
         )
         if settings.train == "lora":
             _ = self.state_shapes  # paths that match no layer are told at once
@@ -146,7 +146,7 @@ class Assembly:
         return self.state_shapes.params
 
     def _placed(self, shapes: Any) -> Any:
-        shardings = tree_shardings(self.mesh, shapes)
+        shardings = tree_shardings(self.mesh, shapes, self.settings.mesh.min_shard)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _init(self, key: jax.Array) -> TrainState:

@@ -11,7 +11,7 @@ from shortcut_jax.data.records import latent_size, stride_of
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime.sharding import MeshShape
+from shortcut_jax.runtime.sharding import MESH_AXES, MeshShape
 from shortcut_jax.settings import ConfigError, Settings, build, flatten, to_dict
 from shortcut_jax.steps.evals import RULES
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
@@ -32,7 +32,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every"),
     *("rows.self_rows", "rows.flow_rows", "data.limit", "data.workers"),
-    *("validation.every", "validation.images", "validation.seed"),
+    *("validation.every", "validation.images", "validation.seed", "mesh.min_shard"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
 _POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio")
@@ -279,7 +279,7 @@ def mesh_shape(s: Settings, num_devices: int) -> MeshShape:
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    axes = dataclasses.asdict(s.mesh)
+    axes = {name: getattr(s.mesh, name) for name in MESH_AXES}
     text = " x ".join(f"{name} {size}" for name, size in axes.items())
     free = [name for name, size in axes.items() if size == -1]
     _require(len(free) <= 1, f"mesh {text}: only one axis may be -1")

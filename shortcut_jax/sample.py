@@ -86,7 +86,8 @@ class Pipeline:
         meta = stored_meta(folder)
         if meta is None:
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
-        config, mesh = complete(meta["config"]), {"data": -1, "fsdp": 1, "tensor": 1}
+        config = complete(meta["config"])
+        mesh = {**config["mesh"], "data": -1, "fsdp": 1, "tensor": 1}
         self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
         checkpoints = Checkpoints(folder, read_only=True)
         assembly = Assembly(self.settings, training=False)

@@ -83,11 +83,19 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each mesh axis; one of them may be -1, which means all devices that remain."""
+    """Devices along each mesh axis; one of them may be -1, which means all devices that remain.
+
+    Attributes:
+      data: copies of the weights, across nodes where there are several (hybrid sharding with fsdp inside each).
+      fsdp: shards of weights, moments and averages.
+      tensor: shards of heads and MLP width.
+      min_shard: layers with fewer values are not split over fsdp.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    min_shard: int = 2**16
 
 
 @dataclass(frozen=True)

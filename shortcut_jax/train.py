@@ -34,7 +34,7 @@ from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.settings import Settings, compare, complete
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
-from shortcut_jax.workdir import check_workdir, open_start, record_of, restore_or_init, write_record
+from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
 
 USAGE = "usage: python -m shortcut_jax.train --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]"
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     distributed.initialize()
     config_file = Path(config_flags.get_config_filename(values["config"]))
     workdir = Path(options.workdir or f"runs/{config_file.stem}-{settings.objective}")
-    assembly = Assembly(settings)
+    assembly = Assembly(keep_batch(settings, workdir, jax.device_count()))
     started = distributed.agree(stored_config(workdir / "checkpoints") is not None)
     code = 0 if started else train_teacher(config_file, settings)
     return code or train(assembly, workdir, options.stop_at)

@@ -1,5 +1,6 @@
 """What a run keeps of itself in its workdir: the resolved config beside every checkpoint, and how to go on from it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import jax
 
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.initial import BaseRecord, Initial, freeze, open_initial, start
+from shortcut_jax.resolve import mesh_shape, objective_settings
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config, stored_meta
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.sharding import describe_shardings, replicated
-from shortcut_jax.settings import ConfigError, compare, complete, to_dict
+from shortcut_jax.runtime.sharding import describe_shardings, replicated, summarise_shardings
+from shortcut_jax.settings import ConfigError, Settings, compare, complete, to_dict
+from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.state import TrainState, from_items, to_counters, to_items
 
 
@@ -39,6 +42,38 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         )
     for line in differences["schedule"]:
         say(f"changed since the last run: {line}")
+
+
+def keep_batch(settings: Settings, workdir: Path, num_devices: int) -> Settings:
+    """Settings with the global batch that a workdir was started with, where other devices would give another.
+
+    Raises:
+      ConfigError: that batch does not divide over these devices.
+    """
+    meta = stored_meta(workdir / "checkpoints")
+    if meta is None:
+        return settings
+    rows, then, now = meta["config"]["batch_size"], meta.get("batch_shards"), mesh_shape(settings, num_devices)
+    shards, asked = now.batch_shards, settings.batch_per_device
+    started_with = settings.batch_size if asked is None else asked * (then or shards)
+    if started_with != rows and (asked is None or then):
+        return settings  # not the batch that the run was started with: `check_workdir` tells
+    group = row_group(objective_settings(settings)).size
+    unit = settings.accumulate * group
+    if rows % (shards * unit):
+        fitting = ", ".join(str(n) for n in range(1, rows // unit + 1) if rows % (n * unit) == 0)
+        raise ConfigError(
+            f"the workdir {workdir} goes on with its global batch of {rows} rows, which does not divide over {shards} "
+            f"shards (data x fsdp) x {settings.accumulate} micro-batches x groups of {group} rows: "
+            + (f"set --config.mesh.data x .fsdp to one of {fitting}" if fitting else "set --config.accumulate=1")
+        )
+    if asked is None or rows == asked * shards:
+        return settings
+    say(
+        f"the global batch stays {rows} rows, as the run was started: {rows // shards} on each of {shards} shards "
+        f"(data x fsdp), not batch_per_device={asked}"
+    )
+    return dataclasses.replace(settings, batch_size=rows, batch_per_device=None)
 
 
 def open_start(assembly: Assembly, workdir: Path) -> Initial:
@@ -78,6 +113,7 @@ def meta_of(step: int, assembly: Assembly, state: TrainState, base: BaseRecord |
         "step": step,
         "seed": assembly.settings.seed,
         "config": record_of(assembly),
+        "batch_shards": assembly.mesh_shape.batch_shards,
         "counters": to_counters(state),
         "base": base and base._asdict(),
     }
@@ -90,5 +126,7 @@ def write_record(workdir: Path, assembly: Assembly) -> None:
         shapes: Any = assembly.state_shapes.params
         if assembly.settings.has_base:
             shapes = {"trained": shapes, "frozen": assembly.state_shapes.frozen}
-        table = describe_shardings(jax.tree.map(lambda x: x.sharding, shapes), shapes)
+        table = describe_shardings(shapes, assembly.settings.mesh.min_shard)
         (workdir / "shardings.txt").write_text(table + "\n")
+        if assembly.mesh_shape.devices > 1:
+            say(f"shardings: {summarise_shardings(shapes)}; {workdir / 'shardings.txt'} has all and the reasons")

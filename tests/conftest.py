@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,13 +34,28 @@ def highest_precision():
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A folder with the digits, generated once."""
+def made_once(tmp_path_factory):
+    """(name, make) -> a folder that `make` fills, once for all workers: the others wait for the first that asks."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make):
+        folder = shared / f"shared-{name}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                make(folder)  # where it fails, the tests of all workers that need it do
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def data_dir(made_once):
+    """A folder with the digits."""
     from shortcut_jax.data.records import DataSettings, open_source
 
-    folder = str(tmp_path_factory.mktemp("tfds"))
-    open_source(DataSettings(dir=folder))
-    return folder
+    return str(made_once("tfds", lambda folder: open_source(DataSettings(dir=str(folder)))))
 
 
 SMALL_RUN = {
@@ -57,6 +73,7 @@ SMALL_RUN = {
     "optimizer.learning_rate": 0.02,
     "log_every": 1,
     "mesh.data": 1,
+    "mesh.min_shard": 0,
 }
 
 
@@ -78,7 +95,7 @@ def arguments(data_dir):
     return make
 
 
-def _train_on_one_device(argv):
+def train_on_one_device(argv):
     from shortcut_jax import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -88,11 +105,9 @@ def _train_on_one_device(argv):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, arguments):
-    """A workdir of four uninterrupted steps with its report, and what was printed."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    _train_on_one_device(arguments(workdir))
-    return workdir
+def trained(made_once, arguments):
+    """A workdir of four uninterrupted steps with its report."""
+    return made_once("trained", lambda folder: train_on_one_device(arguments(folder / "run"))) / "run"
 
 
 LORA = {
@@ -118,11 +133,9 @@ def post_arguments(arguments, trained):
 
 
 @pytest.fixture(scope="session")
-def distilled(tmp_path_factory, post_arguments):
+def distilled(made_once, post_arguments):
     """A workdir of four steps of post-training on the trained run."""
-    workdir = tmp_path_factory.mktemp("distilled") / "run"
-    _train_on_one_device(post_arguments(workdir))
-    return workdir
+    return made_once("distilled", lambda folder: train_on_one_device(post_arguments(folder / "run"))) / "run"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Small settings that several tests share."""
 
+import dataclasses
+import functools
 import weakref
 
 import jax
@@ -19,7 +21,7 @@ def tiny_config(**changes):
     c.batch_size = 32
     c.steps = 4
     c.student_steps = (1, 2, 4)
-    c.mesh.data, c.mesh.fsdp = 1, 1
+    c.mesh.data, c.mesh.fsdp, c.mesh.min_shard = 1, 1, 0
     c.optimizer.learning_rate = 1e-2
     c.eval.views, c.eval.images = (), ()
     c.eval.steps = (1, 2)
@@ -61,9 +63,17 @@ def random_batch(assembly, seed=0):
     return jax.tree.map(draw, assembly.batch_shapes)
 
 
+@functools.cache
+def _first_state(settings):
+    """The state before the first step, on one device: its programs are compiled once for all meshes."""
+    return jax.device_get(Assembly(settings, jax.devices()[:1]).init_state())
+
+
 def noisy_state(assembly, seed=0):
     """A state with no weight at zero, and averages that differ from the weights and from each other."""
-    state = jax.device_get(assembly.init_state())
+    one = dataclasses.replace(assembly.settings.mesh, data=1, fsdp=1, tensor=1)
+    # A copy, for the state is donated to steps and device arrays may be views of host arrays.
+    state = host_copy(_first_state(dataclasses.replace(assembly.settings, mesh=one)))
     rng = np.random.default_rng(seed)
     jitter = lambda tree: jax.tree.map(lambda x: (x + 0.05 * rng.standard_normal(x.shape)).astype(x.dtype), tree)
     params = jitter(state.params)

@@ -1,24 +1,27 @@
 """Post-training through the commands: train, resume, sample, convert."""
 
-import itertools
 import json
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import Pipeline, command, convert, sample, train
-from shortcut_jax.core.latents import image_ids, patchify, text_ids
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax import Pipeline, convert, train
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.settings import ConfigError
-from shortcut_jax.sources import open_lora, open_models
-from shortcut_jax.steps.sampling import draw_noise, make_sampler
-from shortcut_jax.weights.rules import nest
-from tests.helpers import relative
+from tests.conftest import train_on_one_device
+
+STILL = {"optimizer__learning_rate": 1e-30}
+"""One program for all runs whose weights are to stay; --stop_at keeps the steps that its schedule is compiled with."""
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, arguments):
+    """A run of the same kind as the base with other weights."""
+    workdir = tmp_path_factory.mktemp("other") / "run"
+    train_on_one_device(arguments(workdir, "--stop_at=1", seed=9))
+    return workdir
 
 
 def _items(workdir, step=4):
@@ -81,9 +84,7 @@ def test_a_base_that_moved_is_named_by_base_in_whatever_format(copied, post_argu
     assert stored_meta(workdir / "checkpoints")["base"]["path"] == str(tmp_path / "converted")
 
 
-def test_a_changed_base_is_refused_when_resumed_or_sampled(distilled, tmp_path, post_arguments, one_device, arguments):
-    other = tmp_path / "other"
-    assert train.main(arguments(other, steps=1, seed=9, eval__views="()", eval__images="()")) == 0
+def test_a_changed_base_is_refused_when_resumed_or_sampled(distilled, other, tmp_path, post_arguments, one_device):
     with pytest.raises(
         ConfigError, match=r"has content [0-9a-f]{16}, but this run was trained on [0-9a-f]{16} \(then at"
     ):
@@ -93,80 +94,15 @@ def test_a_changed_base_is_refused_when_resumed_or_sampled(distilled, tmp_path, 
         train.main(post_arguments(tmp_path / "run", f"--base={other}", steps=5))
 
 
-def test_sampling_adds_the_adapters_by_their_scale(distilled, trained, one_device):
-    captions = ["a handwritten digit seven"]
-    draw = lambda p: p(captions, steps=2, num=8)
-    base, teacher = Pipeline(distilled, lora_scale=0.0), Pipeline(trained)
-    # The base is bfloat16: equal but for its rounding.
-    assert np.abs(draw(base).astype(int) - draw(teacher)).max() <= 8
-    whole, strong = Pipeline(distilled), Pipeline(distilled, lora_scale=1.5)
-    assert np.abs(draw(whole).astype(int) - draw(base)).max() > 8
-    assert np.abs(draw(strong).astype(int) - draw(whole)).max() > 2
-    with pytest.raises(ValueError, match="base and lora_scale are for runs that trained adapters"):
-        Pipeline(trained, lora_scale=1.5)
-
-
-def test_the_sample_command_takes_scale_and_base(distilled, trained, tmp_path, one_device, capfd):
-    out = tmp_path / "x.png"
-    argv = [
-        "sample",
-        f"--workdir={distilled}",
-        "--prompt=a handwritten digit two",
-        "--steps=1",
-        "--num=2",
-        f"--out={out}",
-    ]
-    assert sample.main([*argv, "--lora_scale=1.25", f"--base={trained}"]) == 0
-    assert out.is_file()
-    for extra, message in (
-        (["--lora_scale=1", "--lora_scale=2"], "a workdir has one set of adapters"),
-        (["--lora=x.safetensors"], "--lora goes with --checkpoint"),
-    ):
-        with pytest.raises(command.UsageError, match=message):
-            sample.main([*argv, *extra])
-
-
-def _modules(path, view="slow"):
-    (network,) = (m.config for m in open_models(path, view))
-    return open_lora(path, network, view)[0]
-
-
-def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, trained, tmp_path, capfd):
-    modules = _modules(distilled)
-    network = open_models(distilled)[0].config
-    source = ["convert", f"--from={distilled}", "--view=slow"]
-    for name, form in (("peft", "diffusers"), ("comfy", "comfy")):
-        assert convert.main([*source, f"--to={tmp_path}/{name}.safetensors", f"--format={form}"]) == 0
-        back, _ = open_lora(tmp_path / f"{name}.safetensors", network)
-        assert back.keys() == modules.keys()
-        for module, f in modules.items():
-            g = back[module]
-            product = lambda x: x.scale * x.up.astype("f") @ x.down.astype("f")
-            np.testing.assert_allclose(product(g), product(f), rtol=1e-5, atol=1e-7, err_msg=module)
-    assert convert.main([*source, f"--to={tmp_path}/merged", "--merged"]) == 0
-    (merged,) = open_models(tmp_path / "merged")
-    (base,) = open_models(trained)
-    changed = [k for k in base.params if not np.array_equal(base.params[k], merged.params[k])]
-    assert set(changed) == {k for k in base.params if k.endswith("/kernel")}
-    other = ["convert", f"--from={trained}", f"--lora={distilled}", f"--to={tmp_path}/again"]
-    assert convert.main(other) == 0
-    (again,) = open_models(tmp_path / "again")
-    assert all(np.array_equal(again.params[k], merged.params[k]) for k in merged.params)
-    views = [_modules(distilled, v) for v in ("online", "fast")]
-    assert not np.array_equal(*(next(iter(m.values())).up for m in views))
-    with pytest.raises(command.UsageError, match="--merged goes with one --from, the workdir of a run that trained"):
-        convert.main(["convert", f"--from={trained}", f"--to={tmp_path}/x", "--merged"])
-
-
 def test_a_lora_is_where_training_goes_on_from(distilled, trained, tmp_path, post_arguments, one_device, capfd):
-    still = {"optimizer__learning_rate": 1e-30, "steps": 1}
     ours, peft = tmp_path / "ours", tmp_path / "peft"
-    assert train.main(post_arguments(ours, init_from=str(distilled), **still)) == 0
+    assert train.main(post_arguments(ours, "--stop_at=1", init_from=str(distilled), **STILL)) == 0
     assert f"adapters start from {distilled}" in capfd.readouterr().err
     assert stored_meta(ours / "checkpoints")["base"] == stored_meta(distilled / "checkpoints")["base"]
     file = tmp_path / "lora.safetensors"
     assert convert.main(["convert", f"--from={distilled}", f"--to={file}", "--format=diffusers"]) == 0
-    assert train.main(post_arguments(peft, init_from=str(file), base=str(trained), **still)) == 0
+    given = {"init_from": str(file), "base": str(trained)}
+    assert train.main(post_arguments(peft, "--stop_at=1", **given, **STILL)) == 0
     expected = {k: v for k, v in _stored(distilled).items() if k.startswith("slow/")}
     for workdir in (ours, peft):
         params = _stored(workdir, 1)
@@ -176,8 +112,7 @@ def test_a_lora_is_where_training_goes_on_from(distilled, trained, tmp_path, pos
 
 
 def test_a_lora_teacher_is_a_second_set_of_adapters(distilled, trained, tmp_path, post_arguments, one_device):
-    still = {"optimizer__learning_rate": 1e-30, "steps": 1}
-    assert train.main(post_arguments(tmp_path / "run", teacher_lora=str(distilled), **still)) == 0
+    assert train.main(post_arguments(tmp_path / "run", "--stop_at=1", teacher_lora=str(distilled), **STILL)) == 0
     params = _stored(tmp_path / "run", 1)
     for path, value in _stored(distilled).items():
         if path.startswith("slow/"):
@@ -237,7 +172,7 @@ def test_bad_input_is_one_clear_line_before_anything_is_compiled(
 
 
 def test_few_images_are_repeated_and_said(tmp_path, post_arguments, one_device, capfd):
-    assert train.main(post_arguments(tmp_path / "run", data__limit=10, steps=1)) == 0
+    assert train.main(post_arguments(tmp_path / "run", "--stop_at=1", data__limit=10)) == 0
     assert "10 images for 32 rows a step: each is repeated, with noise of its own" in capfd.readouterr().err
 
 
@@ -250,7 +185,7 @@ def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one
         "def get_teacher_config():\n"
         "    return tiny_config(objective='flow', steps=2, data__caption_dropout=0.3)\n"
     )
-    argv = ["train", f"--config={config}", f"--config.data.dir={data_dir}", f"--workdir={tmp_path}/run"]
+    argv = ["train", f"--config={config}", f"--config.data.dir={data_dir}", f"--workdir={tmp_path}/run", "--stop_at=1"]
     assert train.main(argv) == 0
     told = capfd.readouterr().err
     assert f"init_from={tmp_path}/teacher is not there, or not finished: training the teacher first" in told
@@ -269,43 +204,7 @@ def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one
     assert "or not finished: training the teacher first" in capfd.readouterr().err
 
 
-def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path, post_arguments, one_device, capfd):
-    changes = {"guide": "teacher", "guidance": "(1.0,4.0)", "model__guidance": True}
-    assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
-    told = capfd.readouterr().err
-    assert "guidance_in start from scratch: the checkpoint has no such embedding" in told
-    assert "a self row is evaluated 1 times with a gradient, and 2 + 1 times without" in told
-    draw = lambda pipeline, g: pipeline("a handwritten digit two", steps=2, num=4, guidance=g).astype(int)
-    base, student = (Pipeline(tmp_path / "run", lora_scale=s) for s in (0.0, 1.0))
-    assert np.array_equal(draw(base, 1.0), draw(base, 4.0))  # the embedding's output starts at zero
-    assert not np.array_equal(draw(student, 1.0), draw(student, 4.0))
-    # Merged weights hold the embedding, and are the same function.
-    assert convert.main(["convert", f"--from={tmp_path}/run", "--merged", f"--to={tmp_path}/merged"]) == 0
-    (merged,) = open_models(tmp_path / "merged")
-    assert merged.config.guidance and np.any(merged.params["guidance_in/out_layer/kernel"])
-    student = Pipeline(tmp_path / "run")
-    height, width = student._assembly.latent_size
-    noise = draw_noise(0, 0, 2, student._assembly.model, height, width)
-    sampler = jax.jit(make_sampler(student._assembly.model, height, width, 2))
-    condition = student.generate._condition(["a handwritten digit two"] * 2, 3.0)
-    whole = nest({k: jnp.asarray(merged.params[k]) for k in merged.params})
-    with jax.default_matmul_precision("highest"):
-        one, two = (sampler(weights, noise, condition, 2) for weights in (student.params, whole))
-    # The base is bfloat16 in training, and merged as it is stored.
-    assert relative(one, two) <= 0.02
-    # Adapters alone are of no use to a base without the embedding.
-    with pytest.raises(command.UsageError, match="guidance embedding that its base has not"):
-        convert.main(["convert", f"--from={tmp_path}/run", f"--to={tmp_path}/x.safetensors", "--format=diffusers"])
-    # Its merged weights have the embedding, which must not be guided once more.
-    with pytest.raises(ConfigError, match="has a guidance embedding already"):
-        train.main(post_arguments(tmp_path / "again", init_from=str(tmp_path / "merged"), **changes))
-
-
-def test_adapters_go_on_only_from_the_base_they_were_trained_on(
-    distilled, tmp_path, post_arguments, one_device, arguments
-):
-    other = tmp_path / "other"
-    assert train.main(arguments(other, steps=1, seed=9, eval__views="()", eval__images="()")) == 0
+def test_adapters_go_on_only_from_the_base_they_were_trained_on(distilled, other, tmp_path, post_arguments, one_device):
     for changes in (
         {"init_from": str(distilled), "base": str(other)},
         {"init_from": str(other), "teacher_lora": str(distilled)},
@@ -320,66 +219,21 @@ def test_the_teachers_adapters_may_move_but_not_change(distilled, tmp_path, post
     for file, view in ((first, "slow"), (changed, "online")):
         argv = ["convert", f"--from={distilled}", f"--view={view}", f"--to={file}", "--format=diffusers"]
         assert convert.main(argv) == 0
-    run = lambda file, *extra: train.main(post_arguments(tmp_path / "run", *extra, steps=2, teacher_lora=str(file)))
-    assert run(first, "--stop_at=1") == 0
+    run = lambda file, stop: train.main(
+        post_arguments(tmp_path / "run", f"--stop_at={stop}", teacher_lora=str(file), **STILL)
+    )
+    assert run(first, 1) == 0
     record = stored_meta(tmp_path / "run/checkpoints")["base"]
     assert record["teacher"] == str(first) and len(record["teacher_hash"]) == 16
     first.rename(moved)
     with pytest.raises(ConfigError, match="this run was trained with"):
-        run(changed)
-    assert run(moved) == 0
+        run(changed, 2)
+    assert run(moved, 2) == 0
     assert stored_meta(tmp_path / "run/checkpoints")["base"]["teacher"] == str(moved)
 
 
 def test_the_report_judges_the_teacher_beside_the_student(tmp_path, post_arguments, one_device):
-    changes = {"eval__views": "('teacher','slow')", "eval__images": "(20,20)", "steps": 1}
+    changes = {"eval__views": "('teacher','slow')", "eval__images": "(20,20)"}
     assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
     report = (tmp_path / "run/report.md").read_text()
     assert "| teacher (20)" in report and "| slow (20)" in report and "in adapters" in report
-
-
-@pytest.fixture
-def reference(distilled, trained, tmp_path):
-    """Diffusers' transformer: the exported teacher with the exported adapters."""
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    argv = ["convert", f"--from={trained}", f"--to={tmp_path}/teacher", "--format=diffusers", "--dtype=bfloat16"]
-    assert convert.main(argv) == 0
-    assert (
-        convert.main(["convert", f"--from={distilled}", f"--to={tmp_path}/lora.safetensors", "--format=diffusers"]) == 0
-    )
-    model = FluxTransformer2DModel.from_pretrained(tmp_path / "teacher", torch_dtype=torch.float32)
-    model.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors")
-    return model.eval()
-
-
-def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffusers(
-    distilled, reference, one_device, highest_precision
-):
-    import torch
-
-    pipeline = Pipeline(distilled, max_steps=4)
-    captions, steps = ["a handwritten digit seven", "a handwritten digit two"], 4
-    condition = pipeline.generate._condition(captions, 1.0)
-    height, width = pipeline._assembly.latent_size
-    noise = np.array(draw_noise(0, 0, len(captions), pipeline._assembly.model, height, width))
-    times = np.asarray(sampling_grid(steps, steps))
-    x = torch.from_numpy(noise)
-    with torch.no_grad():
-        for t, after in itertools.pairwise(times):
-            (v,) = reference(
-                hidden_states=x,
-                encoder_hidden_states=torch.from_numpy(np.array(condition.txt_BMT)),
-                pooled_projections=torch.from_numpy(np.array(condition.vec_BV)),
-                timestep=torch.full((len(captions),), float(t)),
-                img_ids=torch.from_numpy(np.array(image_ids(height, width))),
-                txt_ids=torch.from_numpy(np.array(text_ids(condition.txt_BMT.shape[1]))),
-                return_dict=False,
-            )
-            x = x - float(t - after) * v
-    sampler = jax.jit(make_sampler(pipeline._assembly.model, height, width, steps))
-    sampled = lambda weights: patchify(sampler(weights, jnp.asarray(noise), condition, steps))
-    ours = sampled(pipeline.params)
-    assert relative(ours, x.numpy()) <= 1e-4
-    assert relative(sampled(pipeline.params.base), x.numpy()) >= 20e-4

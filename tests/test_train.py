@@ -3,7 +3,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +13,13 @@ import pytest
 
 from shortcut_jax import Pipeline, command, loop, train
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.settings import ConfigError, to_dict
 from shortcut_jax.steps.state import to_items
-from tests.helpers import tiny_assembly
+from shortcut_jax.workdir import keep_batch
+from tests.helpers import relative, tiny_assembly, tiny_config
+from tests.processes import start_processes
 
 ALL_DEVICES = jax.devices()
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -136,24 +139,68 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_to_be_saved(
 
 def test_a_signal_while_judging_is_acted_on(tmp_path, arguments, capfd, monkeypatch):
     monkeypatch.setattr(train, "judge", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), args[-1]("one cell")))
-    assert train.main(arguments(tmp_path / "run", steps=1)) == 75
-    assert "SIGTERM: saved step 1" in capfd.readouterr().err
+    assert train.main(arguments(tmp_path / "run")) == 75
+    assert "SIGTERM: saved step 4" in capfd.readouterr().err
     assert not (tmp_path / "run" / "report.md").exists()
 
 
-def test_rows_a_device_become_the_global_batch_that_is_stored(tmp_path, arguments):
-    config = tmp_path / "per_device.py"
+def _per_device_config(folder, rows):
+    """The digits with the rows of a device in place of the global batch."""
+    config = folder / "per_device.py"
     config.write_text(
-        "from shortcut_jax.settings import default_config\n\n\n"
-        "def get_config():\n    c = default_config()\n    c.batch_per_device = 32\n    return c\n"
+        "import runpy\n\n\n"
+        "def get_config():\n    c = runpy.run_path('configs/digits.py')['get_config']()\n"
+        f"    with c.ignore_type():\n        c.batch_size, c.batch_per_device = None, {rows}\n    return c\n"
     )
-    flags = arguments(tmp_path / "run", eval__views="()", eval__images="()", mesh__fsdp=1)[2:]
-    argv = ["train", f"--config={config}", *(flag for flag in flags if "batch_size=32" not in flag)]
+    return config
+
+
+def _without_batch(argv, config):
+    return ["train", f"--config={config}", *(flag for flag in argv[2:] if "batch_size=32" not in flag)]
+
+
+def test_rows_a_device_become_the_global_batch_that_is_stored(tmp_path, arguments, capfd):
+    flags = arguments(tmp_path / "run", eval__views="()", eval__images="()", mesh__fsdp=1)
+    argv = _without_batch(flags, _per_device_config(tmp_path, 32))
     assert train.main([*argv, "--stop_at=1"]) == 0
     assert train.main([*argv, "--stop_at=2"]) == 0
     pipeline = Pipeline(tmp_path / "run")
     assert pipeline.step == 2
     assert (pipeline.settings.batch_size, pipeline.settings.batch_per_device) == (32, None)
+    # Other rows a device than the run was started with are another run, also where there are more devices.
+    error = _fails(capfd, [*_without_batch(flags, _per_device_config(tmp_path, 16)), "--stop_at=3"])
+    assert "batch_size: 32 -> 16" in error
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes", "error"),
+    [
+        (2, {}, None),
+        (3, {}, r"global batch of 32 rows, which does not divide over 3 shards .*data x \.fsdp to one of 1, 2, 4, 8"),
+        (16, {}, r"does not divide over 16 shards .* groups of 4 rows: set --config\.mesh\.data x \.fsdp to one of"),
+        (8, {"accumulate": 2}, r"8 shards \(data x fsdp\) x 2 micro-batches .* to one of 1, 2, 4$"),
+    ],
+)
+def test_the_global_batch_of_a_workdir_stays_on_other_devices(devices, changes, error, tmp_path, capfd):
+    """Started with 8 rows on each of 4 devices."""
+    stored = {**to_dict(tiny_assembly(1).settings), "batch_size": 32}
+    for batch in ({"batch_size": None, "batch_per_device": 8}, {"batch_size": 32}):
+        folder = tmp_path / "run" / "checkpoints" / "1" / "meta"
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {"format_version": 1, "config": stored, "batch_shards": 4}
+        (folder / "metadata").write_text(json.dumps(meta))
+        settings = from_config(tiny_config(mesh__fsdp=-1, **batch, **changes))
+        if error:
+            with pytest.raises(ConfigError, match=error):
+                keep_batch(settings, tmp_path / "run", devices)
+            continue
+        kept = keep_batch(settings, tmp_path / "run", devices)
+        assert (kept.batch_size, kept.batch_per_device) == (32, None)
+        assert ("stays 32 rows" in capfd.readouterr().err) == ("batch_per_device" in batch)
+        # What the run was not started with is left for `check_workdir` to refuse.
+        other = from_config(tiny_config(mesh__fsdp=-1, batch_size=None, batch_per_device=12))
+        assert keep_batch(other, tmp_path / "run", devices) == other
+        assert keep_batch(settings, tmp_path / "elsewhere", devices) == settings
 
 
 def _with_nan_at(monkeypatch, steps):
@@ -269,38 +316,44 @@ FOUR_DEVICES = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images
 
 def _start_two(argv):
     """Two processes of two devices each, joined over loopback."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-
-    def start(index):
-        variables = {**os.environ, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index), **address}
-        command_line = [sys.executable, "-m", "shortcut_jax.train", *argv[1:]]
-        return subprocess.Popen(command_line, env=variables, stderr=subprocess.PIPE, text=True)
-
-    return [start(index) for index in range(2)]
+    return start_processes(2, 2, ["-m", "shortcut_jax.train", *argv[1:]])
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, arguments, monkeypatch):
-    """Two processes of two devices each against one process of four devices."""
-    common = FOUR_DEVICES
-    pair = _start_two(arguments(tmp_path / "two", **common))
+def test_two_processes_equal_one_which_goes_on_from_them(tmp_path, arguments, monkeypatch, capfd):
+    """Two processes of two devices each against one process of four devices; then one of two devices, another mesh."""
+    common = {**FOUR_DEVICES, "checkpoint_every": 3}
+    per_device = _per_device_config(tmp_path, 8)
+    argv = _without_batch(arguments(tmp_path / "two", **common), per_device)
+    pair = _start_two([*argv, "--stop_at=3"])
     monkeypatch.setattr(jax, "devices", lambda *args: ALL_DEVICES[:4])
-    assert train.main(arguments(tmp_path / "one", **common)) == 0
+    assert train.main(_without_batch(arguments(tmp_path / "one", **common), per_device)) == 0
     for process in pair:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     beats = [
         json.loads((tmp_path / "two" / f).read_text()) for f in ("heartbeat.json", "heartbeats/process_00001.json")
     ]
-    assert [(b["process"], b["step"], b["state"]) for b in beats] == [(0, 4, "finished"), (1, 4, "finished")]
+    assert [(b["process"], b["step"], b["state"]) for b in beats] == [(0, 3, "stopped"), (1, 3, "stopped")]
     logs = [(tmp_path / "two" / "logs" / f"process_0000{n}.log").read_text() for n in range(2)]
-    assert all(f"process {n} INFO saved step 4" in log for n, log in enumerate(logs))
-    one, two = _restored(tmp_path / "one", 4)[0], _restored(tmp_path / "two", 4)[0]
-    for path, value in one.items():
-        np.testing.assert_allclose(two[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+    assert all(f"process {n} INFO saved step 3" in log for n, log in enumerate(logs))
+    capfd.readouterr()
+    monkeypatch.setattr(jax, "devices", lambda *args: ALL_DEVICES[:2])
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    argv = _without_batch(arguments(tmp_path / "two", **common | {"mesh.data": 1}), per_device)
+    assert train.main(argv) == 0
+    err = capfd.readouterr().err
+    assert "resuming at step 3" in err and "mesh data 1 x fsdp 2 x tensor 1" in err
+    assert "the global batch stays 32 rows, as the run was started: 16 on each of 2 shards" in err
+    assert "arrays are split" in err
+    one, two = ([_restored(tmp_path / name, step)[0] for step in (3, 4)] for name in ("one", "two"))
+    for path, value in one[0].items():
+        np.testing.assert_allclose(two[0][path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+    for item in ("params", "fast", "slow"):  # single weights with next to no gradient differ more on another mesh
+        pick = lambda step, item=item: [value for path, value in step.items() if path.startswith(f"{item}/")]
+        assert relative(pick(two[0]), pick(one[0])) <= 1e-5, item
+        assert relative(pick(two[1]), pick(one[1])) <= 1e-5, item
+    assert "whole by its rule" in (tmp_path / "two" / "shardings.txt").read_text()
 
 
 @pytest.mark.slow

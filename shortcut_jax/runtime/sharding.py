@@ -14,6 +14,7 @@ from shortcut_jax.core.tree import first_match, flat_paths, path_name
 from shortcut_jax.core.types import Array
 from shortcut_jax.models.attention import PerShard
 from shortcut_jax.models.linear import Constrain, Names
+from shortcut_jax.runtime.placement import place_devices
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -97,11 +98,12 @@ class MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the given devices (all, by default), with axes that the partitioner propagates through.
 
-    JAX would make `Explicit` axes by default, which refuse the sharding constraints used here.
+    `data` crosses nodes before `fsdp` does, and `fsdp` before `tensor`: see `place_devices`. JAX would make `Explicit`
+    axes by default, which refuse the sharding constraints used here.
     """
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
     sizes = (shape.data, shape.fsdp, shape.tensor)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    placed = place_devices(sizes, jax.devices() if devices is None else devices)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def fit_spec(mesh: Mesh, spec: Iterable[Any], shape: Sequence[int]) -> PartitionSpec:
@@ -115,14 +117,16 @@ def fit_spec(mesh: Mesh, spec: Iterable[Any], shape: Sequence[int]) -> Partition
     return P(*fitted)
 
 
-def make_constrain(mesh: Mesh) -> Constrain:
+def make_constrain(mesh: Mesh, min_shard: int = 0) -> Constrain:
     """The function by which models reach the activation table: constrain(x, logical names) -> x.
 
-    A name of None says that the axis is whole on every device.
+    A name of None says that the axis is whole on every device. A kernel that `leaf_spec` does not split over `fsdp`,
+    for it has fewer than `min_shard` values, is not split inside a step either.
     """
 
     def constrain(x: Array, names: Names) -> Array:
-        spec = [LOGICAL_AXES[name] if name else None for name in names]
+        whole = (None, "shard") if x.size < min_shard else (None,)
+        spec = [None if name in whole else LOGICAL_AXES[str(name)] for name in names]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit_spec(mesh, spec, x.shape)))
 
     return constrain
@@ -134,15 +138,40 @@ def make_per_shard(mesh: Mesh) -> PerShard:
     return lambda kernel: jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for each leaf of a parameter tree or train state, by `STATE_RULES`.
+def leaf_spec(mesh: Mesh, path: str, shape: Sequence[int], min_shard: int = 0) -> tuple[PartitionSpec, str]:
+    """The spec of one leaf, and why it is less split than the mesh and its rule allow (empty where it is not).
+
+    Raises KeyError for a leaf without a rule.
+
+    Args:
+      mesh: that the leaf is placed on.
+      path: of the leaf.
+      shape: of the leaf.
+      min_shard: fewer values than these in a layer (the slice of one block, where blocks are stacked) are not split
+        over `fsdp`: gathering them costs a message in each step and saves next to no memory.
+    """
+    rule: PartitionSpec = first_match(STATE_RULES, path)
+    count = math.prod(shape[1:] if "_blocks/" in path else shape)
+    small = count < min_shard and "fsdp" in rule and mesh.shape["fsdp"] > 1
+    spec = fit_spec(mesh, (None if small and entry == "fsdp" else entry for entry in rule), shape)
+    reasons = [f"not over fsdp: {count:,} values, fewer than mesh.min_shard {min_shard:,}"] if small else []
+    for size, wanted, got in zip(shape, rule, spec, strict=False):
+        if wanted and not got and mesh.shape[wanted] > 1 and not (small and wanted == "fsdp"):
+            reasons.append(f"not over {wanted}: {size} is not a multiple of {mesh.shape[wanted]}")
+    if not any(spec) and not reasons:
+        axes = ", ".join(axis for axis in rule if axis)
+        reasons = [f"whole: the mesh has one device along {axes}" if axes else "whole by its rule"]
+    return spec, "; ".join(reasons)
+
+
+def tree_shardings(mesh: Mesh, tree: Any, min_shard: int = 0) -> Any:
+    """A NamedSharding for each leaf of a parameter tree or train state, by `STATE_RULES` and `leaf_spec`.
 
     A dimension that its mesh axis does not divide stays whole. Raises KeyError for a leaf without a rule.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        spec: PartitionSpec = first_match(STATE_RULES, path_name(path))
-        return NamedSharding(mesh, fit_spec(mesh, spec, leaf.shape))
+        return NamedSharding(mesh, leaf_spec(mesh, path_name(path), leaf.shape, min_shard)[0])
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -157,10 +186,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def describe_shardings(shardings: Any, tree: Any) -> str:
-    """The resolved table, a line a parameter: path, shape, spec."""
-    flat, shapes = flat_paths(shardings), flat_paths(tree)
-    return "\n".join(f"{name}  {tuple(shapes[name].shape)}  {tuple(s.spec)}" for name, s in flat.items())
+def describe_shardings(tree: Any, min_shard: int = 0) -> str:
+    """The resolved table of abstract arrays, a line each: path, shape, spec, and why it is whole where it is."""
+    lines = []
+    for path, leaf in flat_paths(tree).items():
+        why = leaf_spec(leaf.sharding.mesh, path, leaf.shape, min_shard)[1]
+        lines.append(f"{path}  {tuple(leaf.shape)}  {tuple(leaf.sharding.spec)}{f'  {why}' if why else ''}")
+    return "\n".join(lines)
+
+
+def summarise_shardings(tree: Any) -> str:
+    """What of a tree of abstract arrays is split, and what share of its values every device holds whole."""
+    leaves = jax.tree.leaves(tree)
+    whole = [leaf for leaf in leaves if not any(leaf.sharding.spec)]
+    share = sum(leaf.size for leaf in whole) / sum(leaf.size for leaf in leaves)
+    return f"{len(leaves) - len(whole)} of {len(leaves)} arrays are split, {share:.2%} of the values are whole"
 
 
 def process_rows(sharding: NamedSharding, num_rows: int) -> np.ndarray:

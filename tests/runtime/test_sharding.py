@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,20 +17,27 @@ from shortcut_jax.runtime.hlo import collectives, count_kinds, partitioned_hlo
 from shortcut_jax.runtime.sharding import (
     MeshShape,
     batch_sharding,
+    describe_shardings,
     fit_spec,
+    leaf_spec,
     make_constrain,
     make_mesh,
     make_per_shard,
     process_rows,
+    summarise_shardings,
     to_global,
     tree_shardings,
 )
 from shortcut_jax.sources import KINDS, abstract_params
-from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
-from shortcut_jax.steps.views import make_velocity
-from tests.helpers import POST_TRAINING, noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import POST_TRAINING, host_copy, noisy_state, random_batch, relative, tiny_assembly
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+KINDS_OF_TRAINING = {
+    "from scratch": {},
+    "adapters": POST_TRAINING,
+    "all weights": POST_TRAINING | {"train": "all"},
+    "guided by a LoRA teacher": POST_TRAINING | {"teacher_lora": "given", "guide": "both", "guidance": (1.0, 4.0)},
+}
 
 
 def _on(mesh, **changes):
@@ -38,86 +46,81 @@ def _on(mesh, **changes):
     return tiny_assembly(count, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes)
 
 
-def _loss_and_gradients(assembly):
-    from shortcut_jax.resolve import step_settings
-
-    settings = step_settings(assembly.settings, assembly.model)
-    velocity_of = make_velocity(assembly.model, *assembly.latent_size)
-
-    @jax.jit
-    def evaluate(state, batch):
-        loss, _, grads = loss_and_gradients(settings, velocity_of, state, make_rows(settings, jax.random.key(3), batch))
-        return loss, grads
-
-    return evaluate(noisy_state(assembly), random_batch(assembly))
-
-
 def _three_steps(assembly):
-    state = noisy_state(assembly)
+    """What three steps make of a noisy state: its items and metrics, and those after the first step."""
+    state, first = noisy_state(assembly), None
     for seed in range(3):
         state, metrics = assembly.train_step(state, random_batch(assembly, seed))
-    return state, metrics
+        first = first or (host_copy(state.opt_state), float(metrics["loss"]))
+    return state, metrics, first
 
 
-@pytest.fixture(scope="module")
-def one_device():
+def _gradients(opt_state):
+    """The gradients of the first step, whose first moments are (1 - b1) times them."""
+    return {path: value for path, value in flat_paths(opt_state).items() if "/mu/" in path}
+
+
+@functools.cache
+def _on_one_device(kind):
     with jax.default_matmul_precision("highest"):
-        assembly = _on((1, 1, 1))
-        return _loss_and_gradients(assembly), _three_steps(assembly)
+        assembly = _on((1, 1, 1), **KINDS_OF_TRAINING[kind])
+        return host_copy(noisy_state(assembly).params), *host_copy(_three_steps(assembly))
+
+
+def _assert_equals_one_device(mesh, kind):
+    """Loss and gradients of the first step, then weights, averages and loss of the third; returns the sharded state."""
+    begin, state, metrics, (opt_state, loss) = _on_one_device(kind)
+    sharded, sharded_metrics, (sharded_opt_state, sharded_loss) = _three_steps(_on(mesh, **KINDS_OF_TRAINING[kind]))
+    assert abs(sharded_loss - loss) <= 1e-5 * abs(loss)
+    gradients, sharded_gradients = _gradients(opt_state), _gradients(sharded_opt_state)
+    assert len(gradients) == len(jax.tree.leaves(state.params))
+    assert relative(sharded_gradients, gradients) <= 1e-5
+    assert relative(sharded.params, state.params) <= 1e-5
+    assert relative(sharded.ema.fast, state.ema.fast) <= 1e-5
+    assert relative(sharded.ema.slow, state.ema.slow) <= 1e-5
+    for name in ("loss", "loss/teacher"):
+        if name in metrics:
+            assert abs(float(sharded_metrics[name]) - float(metrics[name])) <= 1e-4 * float(metrics["loss"])
+    # Not vacuous: the steps moved the weights far beyond the tolerance.
+    assert relative(state.params, begin) > 1e-2
+    return sharded
+
+
+def _shards(tree, path):
+    leaf = flat_paths(tree)[path]
+    return leaf.sharding.shard_shape(leaf.shape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_eight_devices_equal_one(mesh, one_device, highest_precision):
-    (loss, grads), (state, metrics) = one_device
-    assembly = _on(mesh)
-    sharded_loss, sharded_grads = _loss_and_gradients(assembly)
-    assert abs(float(sharded_loss) - float(loss)) <= 1e-5 * abs(float(loss))
-    assert relative(sharded_grads, grads) <= 1e-5
-    sharded_state, sharded_metrics = _three_steps(assembly)
-    assert relative(sharded_state.params, state.params) <= 1e-5
-    assert relative(sharded_state.ema.fast, state.ema.fast) <= 1e-5
-    assert relative(sharded_state.ema.slow, state.ema.slow) <= 1e-5
-    assert abs(float(sharded_metrics["loss"]) - float(metrics["loss"])) <= 1e-4 * float(metrics["loss"])
-    # Not vacuous: the steps moved the weights far beyond the tolerance, and the state really is split.
-    assert relative(state.params, noisy_state(tiny_assembly()).params) > 1e-2
-    kernel = sharded_state.params["single_blocks"]["mlp_in"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape)[1:] == (32 // mesh[1], 128 // mesh[2])
+def test_eight_devices_equal_one(mesh, highest_precision):
+    sharded = _assert_equals_one_device(mesh, "from scratch")
+    assert _shards(sharded.params, "single_blocks/mlp_in/kernel")[1:] == (32 // mesh[1], 128 // mesh[2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_eight_devices_equal_one_in_post_training(mesh, highest_precision):
-    one, eight = _on((1, 1, 1), **POST_TRAINING), _on(mesh, **POST_TRAINING)
-    (loss, grads), (sharded_loss, sharded_grads) = _loss_and_gradients(one), _loss_and_gradients(eight)
-    assert abs(float(sharded_loss) - float(loss)) <= 1e-5 * abs(float(loss))
-    assert relative(sharded_grads, grads) <= 1e-5
-    (state, metrics), (sharded, sharded_metrics) = _three_steps(one), _three_steps(eight)
-    for name in ("params", "ema"):
-        assert relative(getattr(sharded, name), getattr(state, name)) <= 1e-5
-    assert abs(float(sharded_metrics["loss/teacher"]) - float(metrics["loss/teacher"])) <= 1e-4
-    assert relative(state.params, noisy_state(one).params) > 1e-2
+    sharded = _assert_equals_one_device(mesh, "adapters")
     # Base and adapters are split: heads and MLP width over tensor, the other large axis over fsdp.
     _, fsdp, tensor = mesh
-    shards = lambda tree, path: flat_paths(tree)[path].sharding.shard_shape(flat_paths(tree)[path].shape)
-    assert shards(sharded.frozen.base, "single_blocks/mlp_in/kernel")[1:] == (32 // fsdp, 128 // tensor)
-    assert shards(sharded.params, "single_blocks/mlp_in/a")[1:] == (32 // fsdp, 3)
-    assert shards(sharded.params, "single_blocks/mlp_in/b")[1:] == (3, 128 // tensor)
-    assert shards(sharded.ema.slow, "double_blocks/img_attn/qkv/b")[1:] == (3, 3, 2 // tensor, 16)
+    assert _shards(sharded.frozen.base, "single_blocks/mlp_in/kernel")[1:] == (32 // fsdp, 128 // tensor)
+    assert _shards(sharded.params, "single_blocks/mlp_in/a")[1:] == (32 // fsdp, 3)
+    assert _shards(sharded.params, "single_blocks/mlp_in/b")[1:] == (3, 128 // tensor)
+    assert _shards(sharded.ema.slow, "double_blocks/img_attn/qkv/b")[1:] == (3, 3, 2 // tensor, 16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [{"train": "all"}, {"teacher_lora": "given", "guide": "both", "guidance": (1.0, 4.0)}], ids=str
-)
+@pytest.mark.parametrize("kind", ["all weights", "guided by a LoRA teacher"])
 def test_eight_devices_equal_one_for_other_teachers_and_guidance(kind, highest_precision):
-    changes = POST_TRAINING | kind
-    one, eight = _on((1, 1, 1), **changes), _on((2, 2, 2), **changes)
-    (state, metrics), (sharded, sharded_metrics) = _three_steps(one), _three_steps(eight)
-    for name in ("params", "ema"):
-        assert relative(getattr(sharded, name), getattr(state, name)) <= 1e-5
-    assert abs(float(sharded_metrics["loss"]) - float(metrics["loss"])) <= 1e-4 * float(metrics["loss"])
-    assert relative(state.params, noisy_state(one).params) > 1e-2
+    _assert_equals_one_device((2, 2, 2), kind)
+
+
+@pytest.mark.parametrize("changes", [{}, POST_TRAINING], ids=["from scratch", "adapters"])
+def test_a_run_starts_the_same_on_any_mesh(changes):
+    one, eight = (_on(mesh, **changes).init_state() for mesh in ((1, 1, 1), (2, 2, 2)))
+    for path, value in flat_paths(jax.device_get(one)).items():
+        np.testing.assert_allclose(flat_paths(eight)[path], value, rtol=1e-6, err_msg=path)
 
 
 def _partitioned(mesh, **changes):
@@ -249,6 +252,46 @@ def test_an_unknown_parameter_is_an_error():
     mesh = make_mesh(MeshShape(8, 1, 1))
     with pytest.raises(KeyError, match="mystery"):
         tree_shardings(mesh, {"mystery": jax.ShapeDtypeStruct((4,), jnp.float32)})
+
+
+def test_small_layers_are_whole_by_a_stated_rule():
+    mesh = make_mesh(MeshShape(1, 4, 2))
+    spec = lambda path, *shape, least=1000: leaf_spec(mesh, path, shape, least)
+    split = PartitionSpec(None, "fsdp", "tensor")
+    # It is the layer that counts, not the stack of them; tensor splits all the same.
+    assert spec("double_blocks/img_mlp_in/kernel", 9, 20, 50) == (split, "")
+    small, why = spec("double_blocks/img_mlp_in/kernel", 9, 20, 48)
+    assert (
+        small == PartitionSpec(None, None, "tensor")
+        and why == "not over fsdp: 960 values, fewer than mesh.min_shard 1,000"
+    )
+    assert spec("0/mu/img_in/kernel", 8, 100)[0] == PartitionSpec(None, None)
+    assert spec("img_in/kernel", 8, 100, least=0)[0] == PartitionSpec(None, "fsdp")
+    # Why others are whole, or less split than the mesh.
+    assert spec("img_in/kernel", 100, 50) == (PartitionSpec(None, None), "not over fsdp: 50 is not a multiple of 4")
+    assert spec("img_in/bias", 5000) == (PartitionSpec(None), "whole by its rule")
+    assert leaf_spec(make_mesh(MeshShape(8, 1, 1)), "img_in/kernel", (100, 50), 1000) == (
+        PartitionSpec(None, None),
+        "whole: the mesh has one device along fsdp",
+    )
+
+
+def test_the_table_and_its_summary_tell_what_is_whole():
+    shapes = _on((1, 4, 2), mesh__min_shard=2000).state_shapes.params
+    table = dict(line.split("  ", 1) for line in describe_shardings(shapes, 2000).splitlines())
+    assert table.keys() == flat_paths(shapes).keys()
+    assert table["double_blocks/img_mlp_in/kernel"] == "(2, 32, 128)  (None, 'fsdp', 'tensor')"
+    assert table["img_in/kernel"].endswith("not over fsdp: 128 values, fewer than mesh.min_shard 2,000")
+    whole = [path for path, leaf in flat_paths(shapes).items() if not any(leaf.sharding.spec)]
+    assert {"img_in/kernel", "img_in/bias"} <= set(whole)
+    assert summarise_shardings(shapes).startswith(f"{len(table) - len(whole)} of {len(table)} arrays are split, ")
+
+
+@pytest.mark.slow
+def test_a_small_layer_is_not_gathered_inside_a_step():
+    assembly, hlo = _partitioned((1, 8, 1), batch_size=96, mesh__min_shard=10**9)
+    assert set(count_kinds(hlo)) == {"all-reduce"}
+    assert not any(any(x.sharding.spec) for x in jax.tree.leaves(assembly.state_shapes.params))
 
 
 def test_specs_drop_axes_that_do_not_divide():
