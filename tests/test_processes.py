@@ -18,10 +18,10 @@ from tests.processes import run_jobs
 EIGHT_HEADS = {"model__width": 64, "model__heads": 8, "model__axes": (2, 2, 4)}
 """So that `tensor` can be split over all devices of two processes."""
 BLOCKS = {
-    2: {"model__double_blocks": 2, "model__single_blocks": 0},
+    2: {"model__double_blocks": 2, "model__single_blocks": 0, "objective": "flow"},
     4: {"model__double_blocks": 0, "model__single_blocks": 2, "objective": "flow"},
 }
-"""One kind of block each, and small programs for four: each process compiles its own for each mesh."""
+"""Small programs, for each process compiles its own for each mesh; the run of adapters has all kinds of targets."""
 
 STEPS = 3
 MESHES = {
