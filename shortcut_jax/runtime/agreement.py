@@ -81,10 +81,11 @@ def check_devices(timeout: float = key_value.SKEW) -> None:
 
     def too_late() -> None:
         missing = set(range(key_value.num_processes())) - key_value.texts(topic).keys()
-        failures.leave(
+        failures.fail(
+            f"after {timeout:g} s the devices of {names(missing)} were not up: all processes need the same kind of "
+            f"device (set JAX_PLATFORMS to it, so that one without it says why)",
             failures.LOST,
-            f"error: after {timeout:g} s the devices of {names(missing)} were not up: all processes need the same kind "
-            f"of device (set JAX_PLATFORMS to it, so that one without it says why)",
+            failures.LOST,
         )
 
     timer = threading.Timer(timeout, too_late)

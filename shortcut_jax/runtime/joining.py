@@ -72,6 +72,7 @@ def find_place(
         cluster = detected_cluster()
         if cluster is None:
             if address is None and num is None:
+                _check_alone()
                 return None
             parts = {"--coordinator": address, "--num_processes": num, "--process_id": index}
             missing = " and ".join(flag for flag, part in parts.items() if part is None)
@@ -98,13 +99,26 @@ def detected_cluster() -> Any:
     from jax._src.clusters import ClusterEnv
 
     alone = {
-        "slurm": int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1) == 1,
-        "k8s": "JOB_COMPLETION_INDEX" not in os.environ,
+        "SlurmCluster": int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1) == 1,
+        "K8sCluster": "JOB_COMPLETION_INDEX" not in os.environ,
     }
     for kind in ClusterEnv._cluster_types:
-        if not kind.opt_in_only_method and not alone.get(kind.name, False) and kind.is_env_present():
+        if not kind.opt_in_only_method and not alone.get(kind.__name__, False) and kind.is_env_present():
             return kind
     return None
+
+
+def _check_alone() -> None:
+    """Raises JoinError where a scheduler says that there are others, but JAX cannot find out who: each would run alone.
+
+    So it is in a pod of an indexed job without the package `kubernetes`, and with Open MPI 5.
+    """
+    for name, highest in (("JOB_COMPLETION_INDEX", 0), ("OMPI_COMM_WORLD_SIZE", 1)):
+        if (_number(name) or 0) > highest:
+            raise JoinError(
+                f"{name}={os.environ[name]} says that there are several processes, but not where process 0 is: give "
+                f"--coordinator, --num_processes and --process_id, or their variables"
+            )
 
 
 def _ask(
@@ -118,7 +132,7 @@ def _ask(
             address = cluster.get_coordinator_address(timeout_secs=int(timeout), override_coordinator_port=port)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise JoinError(f"the cluster ({cluster.name}) does not tell which processes there are: {why}") from error
+        raise JoinError(f"the cluster ({cluster.__name__}) does not tell which processes there are: {why}") from error
     return address or "", num, index, _share_of_gpus(cluster.get_local_process_id())
 
 

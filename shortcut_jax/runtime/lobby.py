@@ -50,6 +50,7 @@ def _receive(address: str, port: int, num: int, timeout: float, until: float) ->
     except OSError as error:
         raise JoinError(f"process 0 cannot listen at {address}: {error.strerror}; choose another port") from None
     callers: dict[int, socket.socket] = {}
+    told: list[socket.socket] = []
     problem = ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
@@ -70,8 +71,9 @@ def _receive(address: str, port: int, num: int, timeout: float, until: float) ->
                 index, total = said
                 problem = _misfit(index, total, num, callers, where)
                 callers.setdefault(index, caller)
+                told.append(caller)
         answer = json.dumps({"problem": problem}).encode() + b"\n"
-        for caller in callers.values():
+        for caller in told:
             with contextlib.suppress(OSError):  # it may have ended meanwhile
                 caller.sendall(answer)
     if problem:

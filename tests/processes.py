@@ -1,0 +1,47 @@
+"""Several processes on this machine, as tests start them."""
+
+import os
+import socket
+import subprocess
+import sys
+
+TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
+
+
+def free_address():
+    """A host:port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(num, argv, only=None, **of_each):
+    """Starts `num` joined processes with a device each (or `only` these), which `wait` collects.
+
+    `of_each` gives a variable for each process, or argv: extra arguments of each process.
+    """
+    address, extra = free_address(), of_each.pop("argv", [()] * num)
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+
+    def run(index):
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num), "JAX_PROCESS_ID": str(index)}
+        variables |= {"XLA_FLAGS": flags} | {name: values[index] for name, values in of_each.items()}
+        line = [sys.executable, *argv, *extra[index]]
+        return subprocess.Popen(
+            line, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return [run(index) for index in (range(num) if only is None else only)]
+
+
+def wait(processes, timeout=100):
+    """Exit code and standard error of each process."""
+    errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+def error_lines(errors):
+    """The one line of error in each of several standard errors."""
+    lines = [[line for line in text.splitlines() if line.startswith("error: ")] for text in errors]
+    assert all(len(found) == 1 for found in lines), errors
+    return [found[0] for found in lines]
