@@ -6,7 +6,7 @@
 set -um # with job control, so that Ctrl-C reaches the processes once, from here
 
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
-  sed -n 's/^# //; 2,6p' "$0" >&2
+  sed -n 's/^# //; 2,5p' "$0" >&2
   exit 1
 fi
 num=$1 restarts=${RESTARTS:-0} python=${PYTHON:-python} stopped=
@@ -19,7 +19,7 @@ fi
 processes=()
 stop() {
   stopped=$1
-  kill -s "$1" "${processes[@]}" 2>/dev/null
+  ((${#processes[@]})) && kill -s "$1" "${processes[@]}" 2>/dev/null
 }
 trap 'stop TERM' TERM
 trap 'stop INT' INT
@@ -38,12 +38,13 @@ run() { # starts all, waits for all; the exit code is in $result
       "$python" -m shortcut_jax.train "$@" &
     processes+=($!)
   done
+  [[ -z $stopped ]] || stop "$stopped" # it came before all were started
   for ((index = 0; index < num; index++)); do
-    while :; do
-      wait "${processes[index]}"
-      code=$?
-      kill -0 "${processes[index]}" 2>/dev/null || break # else a trap ended the wait, not the process
+    while kill -0 "${processes[index]}" 2>/dev/null; do
+      wait "${processes[index]}" # a trap ends this wait, not the process
     done
+    wait "${processes[index]}"
+    code=$?
     echo "process $index: exit code $code" >&2
     (($(rank "$code") > $(rank "$result"))) && result=$code
   done

@@ -40,8 +40,7 @@ case $action in
       echo \"exit code 75, attempt \$attempt\"
     done; exit \$code"
     ;;
-  # shellcheck disable=SC2016  # for the hosts to expand
-  stop) on_all 'cd shortcut_jax && touch stop && kill -TERM $(cat train.pid)' ;;
+  stop) on_all "cd shortcut_jax && touch stop && kill -TERM \$(cat train.pid)" ;;
   delete) gcloud compute tpus queued-resources delete "$name" --zone="$ZONE" --force ;;
   *)
     echo "unknown action $action: create, install, train, stop or delete" >&2

@@ -5,8 +5,6 @@ import socket
 import subprocess
 import sys
 
-TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
-
 
 def free_address():
     """A host:port that nobody listens at."""
@@ -15,17 +13,17 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start(num, argv, only=None, **of_each):
+def start(num, argv, only=None, extra=None, **variables_of_each):
     """Starts `num` joined processes with a device each (or `only` these), which `wait` collects.
 
-    `of_each` gives a variable for each process, or argv: extra arguments of each process.
+    `extra` gives more arguments for each process, and other names the values of a variable in each.
     """
-    address, extra = free_address(), of_each.pop("argv", [()] * num)
+    address, extra = free_address(), extra or [()] * num
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
 
     def run(index):
         variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num), "JAX_PROCESS_ID": str(index)}
-        variables |= {"XLA_FLAGS": flags} | {name: values[index] for name, values in of_each.items()}
+        variables |= {"XLA_FLAGS": flags} | {name: values[index] for name, values in variables_of_each.items()}
         line = [sys.executable, *argv, *extra[index]]
         return subprocess.Popen(
             line, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -252,5 +252,33 @@ def test_a_full_folder_is_told_and_nothing_stays(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FolderError, match="cannot write to .*file/run: Not a directory; choose another --workdir"):
+    with pytest.raises(FolderError, match=r"file/run: Not a directory; choose another --workdir"):
         check_folder(tmp_path / "file" / "run")
+
+
+def _train(num, arguments, workdir, *extra, **changes):
+    argv = ["-m", "shortcut_jax.train", *arguments(workdir, **changes)[1:]]
+    return wait(start(num, argv, extra=extra))
+
+
+def test_training_with_two_configs_is_told_in_both_before_anything_is_written(arguments, tmp_path):
+    extra = ["--config.seed=1", "--config.data.threads=1"], ["--config.seed=2", "--config.ema.slow=0.5"]
+    codes, errors = _train(2, arguments, tmp_path / "run", *extra)
+    assert codes == [1, 1]
+    for line in error_lines(errors):
+        assert "seed: 1 (process 0), 2 (process 1)" in line and "ema.slow: 0.999 (process 0), 0.5 (process 1)" in line
+        assert "threads" not in line  # a host's own affair
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_that_does_not_fit_is_told_in_every_process(arguments, tmp_path):
+    codes, errors = _train(2, arguments, tmp_path / "run", mesh__data=3, mesh__fsdp=1)
+    assert codes == [1, 1]
+    assert all("mesh data 3 x fsdp 1 x tensor 1 needs 3 devices" in line for line in error_lines(errors))
+
+
+def test_a_workdir_that_cannot_be_written_to_is_told_in_every_process(arguments, tmp_path):
+    (tmp_path / "file").touch()
+    codes, errors = _train(2, arguments, tmp_path / "file" / "run", mesh__data=2, mesh__fsdp=1)
+    assert codes == [1, 1]
+    assert all("cannot write to" in line and "Not a directory" in line for line in error_lines(errors))
