@@ -236,15 +236,15 @@ def test_two_local_processes_save_at_sigterm_and_go_on(tmp_path, arguments):
         return subprocess.Popen(line, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     first = start(1_000_000)
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not (workdir / "metrics.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=100)
+    _, err = first.communicate(timeout=200)
     assert first.returncode == 75 and err.count(": exit code 75") == 2, err
     (step,) = Checkpoints(workdir / "checkpoints", read_only=True).steps()
     second = start(step + 1)
-    _, err = second.communicate(timeout=200)
+    _, err = second.communicate(timeout=400)
     assert second.returncode == 0 and err.count(": exit code 0") == 2, err
     assert f"resuming at step {step}" in err
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps()[-1] == step + 1
