@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -282,3 +283,18 @@ def test_a_workdir_that_cannot_be_written_to_is_told_in_every_process(arguments,
     codes, errors = _train(2, arguments, tmp_path / "file" / "run", mesh__data=2, mesh__fsdp=1)
     assert codes == [1, 1]
     assert all("cannot write to" in line and "Not a directory" in line for line in error_lines(errors))
+
+
+def test_a_stranger_at_the_port_is_no_process():
+    address = free_address()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(lobby.meet, address, 2, 0, 60.0)
+        for _ in range(50):
+            try:
+                with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                break
+            except OSError:
+                time.sleep(0.1)
+        lobby.meet(address, 2, 1, 60.0)
+        first.result()
