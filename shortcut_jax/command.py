@@ -1,6 +1,8 @@
 """Command lines: absl flags and an ml_collections config, parsed without global state; errors as one line."""
 
 import sys
+import time
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +10,13 @@ from typing import Any
 from absl import flags, logging
 
 from shortcut_jax.data.format import DataError
+from shortcut_jax.runtime import failures
+from shortcut_jax.runtime.agreement import AgreementError
 from shortcut_jax.runtime.checkpoint import CheckpointError
 from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.lobby import JoinError
 from shortcut_jax.runtime.safetensors import SafetensorsError
+from shortcut_jax.runtime.shared_folder import FolderError
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.weights.rules import ConversionError
 
@@ -32,9 +38,12 @@ EXPECTED_ERRORS: tuple[type[Exception], ...] = (
     ConversionError,
     ConvertedError,
     SafetensorsError,
+    JoinError,
+    AgreementError,
+    FolderError,
     flags.Error,
 )
-"""Errors that are told as one line, without a traceback."""
+"""Errors that are told as one line, without a traceback; the exit code is 1, or what their `exit_code` says."""
 
 
 def new_flags() -> flags.FlagValues:
@@ -90,14 +99,24 @@ def _one_line(error: BaseException) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:
-    """Runs a main and exits: its code, or 1 with one line for an expected error, or 130 for Ctrl-C."""
+    """Runs a main and exits: its code, or 1 with one line for an expected error, or 130 for Ctrl-C.
+
+    Where it is one of several processes, an error ends the others too.
+    """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is meant
     try:
         code = main(sys.argv if argv is None else argv) or 0
     except EXPECTED_ERRORS as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-        code = 1
+        line, code = _one_line(error), getattr(error, "exit_code", 1)
+        failures.fail(line, code, code)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
         code = 130
+        failures.fail("interrupted", code, failures.LOST)
+        print("interrupted", file=sys.stderr, flush=True)
+    except Exception as error:
+        if failures.of_another(wait=failures.INTERVAL):  # this error is its consequence
+            time.sleep(failures.LINGER)  # the watching thread ends this process, with a line that says so
+        failures.fail(f"{type(error).__name__}: {_one_line(error)}", 1, failures.LOST, traceback.format_exc())
+        raise
     sys.exit(code)

@@ -23,15 +23,17 @@ from shortcut_jax.generate import Generator
 from shortcut_jax.loop import Outputs, grid_name, loop, show
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
 from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime import agreement, distributed
+from shortcut_jax.runtime.agreement import check_devices
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
 from shortcut_jax.runtime.heartbeat import Progress
 from shortcut_jax.runtime.logs import mark_stderr, process_log
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
+from shortcut_jax.runtime.shared_folder import check_folder
 from shortcut_jax.runtime.timing import Stopwatch
-from shortcut_jax.settings import Settings, compare, complete
+from shortcut_jax.settings import Settings, compare, complete, flatten, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -52,7 +54,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean("dry_run", False, "Only compile the step and print what it needs.", flag_values=values)
     flags.DEFINE_string("target", None, "Devices of a dry run: cpu:8, gpu:h100:1x8.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
+    flags.DEFINE_float("join_timeout", distributed.JOIN_TIMEOUT, "Seconds to wait for the others.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["config"])
+    if not options.dry_run:
+        distributed.initialize(options.coordinator, options.num_processes, options.process_id, options.join_timeout)
+        mark_stderr()
     if options.base is not None:
         options.config.base = options.base
     settings = from_config(options.config)
@@ -65,13 +74,24 @@ def main(argv: Sequence[str]) -> int:
     if options.stop_at is not None and options.stop_at < 1:
         raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)
-    distributed.initialize()
     config_file = Path(config_flags.get_config_filename(values["config"]))
     workdir = Path(options.workdir or f"runs/{config_file.stem}-{settings.objective}")
+    check_same(settings, workdir, options.stop_at)
+    check_devices()
     assembly = Assembly(keep_batch(settings, workdir, jax.device_count()))
     started = distributed.agree(stored_config(workdir / "checkpoints") is not None)
     code = 0 if started else train_teacher(config_file, settings)
     return code or train(assembly, workdir, options.stop_at)
+
+
+OF_A_HOST = ("data.dir", "data.threads", "data.workers", "base")
+"""Config keys that may differ between hosts: where it has its files, and how it reads them."""
+
+
+def check_same(settings: Settings, workdir: Path, stop_at: int | None) -> None:
+    """Raises AgreementError where the processes were started with different configs, code or flags of XLA."""
+    config = {key: value for key, value in flatten(to_dict(settings)).items() if key not in OF_A_HOST}
+    agreement.check_same({**config, "--workdir": workdir, "--stop_at": stop_at, **agreement.code_facts()})
 
 
 def train_teacher(config_file: Path, settings: Settings) -> int:
@@ -120,9 +140,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
         check_grid(settings, data)
+        check_folder(workdir)
         validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
         log_in(workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
         log = MetricLog(workdir)

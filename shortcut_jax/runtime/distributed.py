@@ -12,18 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
+from shortcut_jax.runtime.joining import JOIN_TIMEOUT, find_place, join
 from shortcut_jax.runtime.logs import LOGGER
 
 
-def initialize() -> None:
-    """Joins the other processes where `JAX_COORDINATOR_ADDRESS` (host:port) is set; does nothing otherwise.
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: float = JOIN_TIMEOUT,
+) -> None:
+    """Joins the other processes, where there are others; alone it does nothing. See `joining.find_place`.
 
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say how many processes there are and which one this is.
+    Raises:
+      JoinError: they do not come together within `timeout` seconds.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address:
-        num, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(address, int(num) if num else None, int(index) if index else None)
+    join(find_place(coordinator, num_processes, process_id, timeout), timeout)
 
 
 def simulate_devices(num: int) -> None:

@@ -1,0 +1,63 @@
+"""Whether a folder can be written to, and is the same one for all processes: asked before any long work starts."""
+
+import contextlib
+import os
+import secrets
+import time
+from pathlib import Path
+
+from shortcut_jax.runtime import key_value
+
+PROBE_BYTES = 1 << 20
+"""Written and flushed to disk by every process: a full disk takes an empty file."""
+
+PATIENCE = 60.0
+"""Seconds until a new file has to be seen by all hosts; NFS keeps what it knows of a folder for up to as long."""
+
+
+class FolderError(OSError):
+    """A folder that cannot be written to, or that is another one for other processes."""
+
+
+def check_folder(folder: Path, patience: float = PATIENCE) -> None:
+    """Makes a folder if need be, writes into it from every process, and looks whether all see the file of process 0.
+
+    Raises:
+      FolderError: it cannot be written to, or it is not shared. Other processes are told by the mains.
+    """
+    token = f".token-{secrets.token_hex(8)}"
+    _write(folder, f"{token}-{key_value.process_id()}", os.urandom(PROBE_BYTES))
+    if key_value.num_processes() == 1:
+        return
+    path = folder / token
+    try:
+        if key_value.process_id() == 0:
+            path.write_text(token)
+        token_of_0 = key_value.gather("write to the workdir", token)[0]
+        until = time.monotonic() + patience
+        while not (folder / token_of_0).exists():
+            if time.monotonic() > until:
+                raise FolderError(
+                    f"{folder} is not shared: after {patience:g} s process {key_value.process_id()} does not see a "
+                    f"file that process 0 wrote there; choose a folder on a file system that all hosts mount"
+                )
+            time.sleep(0.2)
+        key_value.gather("see the workdir", token)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,250 @@
+"""The scripts of launch/: what can be known of them without a cluster, and local.sh for real."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shortcut_jax.runtime.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"])
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """Writes small programs that stand in for others; returns the variables that let scripts find them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def make(**programs):
+        for name, text in programs.items():
+            (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+            (folder / name).chmod(0o755)
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "XLA_FLAGS"}
+        return {**variables, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+    return make
+
+
+def _run(argv, env, **more):
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, cwd=ROOT, **more)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_pass_shellcheck(script):
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run([checker, "-x", str(script)], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def _flags(**variables):
+    line = "source launch/gpu_env.sh && env"
+    base = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = _run(["bash", "-euc", line], {**base, **variables})
+    assert done.returncode == 0, done.stderr
+    return dict(text.split("=", 1) for text in done.stdout.splitlines() if "=" in text)
+
+
+def test_xla_knows_every_flag_for_gpus():
+    """XLA aborts where it does not; it reads the flags of all platforms on any of them."""
+    variables = _flags()
+    names = re.findall(r"--(\w+)=", variables["XLA_FLAGS"])
+    assert len(names) == len(set(names)) >= 8
+    program = [sys.executable, "-c", "import jax; jax.devices()"]
+    known = _run(program, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": variables["XLA_FLAGS"]})
+    assert known.returncode == 0, known.stderr
+    unknown = _run(program, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_no_such_flag=1"})
+    assert unknown.returncode != 0 and "Unknown flag" in unknown.stderr
+
+
+def test_collectives_are_joined_up_to_at_least_a_block():
+    thresholds = re.findall(r"combine_threshold_bytes=(\d+)", _flags()["XLA_FLAGS"])
+    double_block = 340e6  # parameters, of FLUX.1
+    assert len(thresholds) == 3 and all(int(n) >= 4 * double_block for n in thresholds)
+
+
+def test_what_is_set_already_stays():
+    variables = _flags(XLA_FLAGS="--xla_mine=1", NCCL_DEBUG="INFO", COMBINE_BYTES="5")
+    assert variables["XLA_FLAGS"].endswith(" --xla_mine=1") and variables["NCCL_DEBUG"] == "INFO"
+    assert "all_gather_combine_threshold_bytes=5" in variables["XLA_FLAGS"]
+
+
+def test_the_image_runs_its_command_with_the_flags_of_gpus_only_there():
+    text = (LAUNCH / "Dockerfile").read_text()
+    entry = yaml.safe_load(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[1])
+    show = ["bash", "-c", 'echo "${XLA_FLAGS:-none} $1"', "show", "a b"]
+    base = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    assert "latency_hiding" in (out := _run([*entry, *show], {**base, "EXTRA": "cuda"}).stdout) and "a b" in out
+    assert _run([*entry, *show], {**base, "EXTRA": "tpu"}).stdout == "none a b\n"
+    copied = re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)
+    assert copied and all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+# Fields of jobset.x-k8s.io/v1alpha2 and batch/v1, by path; a misspelt one would be refused by the cluster, or ignored.
+FIELDS = {
+    "": "apiVersion kind metadata spec",
+    "metadata": "name namespace labels annotations",
+    "spec": "coordinator failurePolicy managedBy network replicatedJobs startupPolicy successPolicy suspend "
+    "ttlSecondsAfterFinished volumeClaimPolicies",
+    "spec.failurePolicy": "maxRestarts restartStrategy rules",
+    "spec.network": "enableDNSHostnames publishNotReadyAddresses subdomain",
+    "spec.replicatedJobs": "name groupName replicas template dependsOn",
+    "spec.replicatedJobs.template": "metadata spec",
+    "spec.replicatedJobs.template.spec": "activeDeadlineSeconds backoffLimit backoffLimitPerIndex completionMode "
+    "completions managedBy manualSelector maxFailedIndexes parallelism podFailurePolicy podReplacementPolicy selector "
+    "successPolicy suspend template ttlSecondsAfterFinished",
+    "spec.replicatedJobs.template.spec.template": "metadata spec",
+    "spec.replicatedJobs.template.spec.template.spec": "affinity containers dnsPolicy hostNetwork imagePullSecrets "
+    "initContainers nodeSelector priorityClassName restartPolicy serviceAccountName terminationGracePeriodSeconds "
+    "tolerations volumes",
+    "spec.replicatedJobs.template.spec.template.spec.containers": "args command env envFrom image imagePullPolicy name "
+    "ports resources securityContext volumeMounts workingDir",
+}
+
+
+def _check_fields(node, path=""):
+    if isinstance(node, list):
+        for item in node:
+            _check_fields(item, path)
+    elif path in FIELDS:
+        assert set(node) <= set(FIELDS[path].split()), path
+        for key, value in node.items():
+            _check_fields(value, f"{path}.{key}".lstrip("."))
+
+
+@pytest.mark.parametrize("variant", ["gpu", "tpu"])
+def test_job_sets_are_what_kubernetes_reads(variant):
+    sets = list(yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text()))
+    (job_set,) = [s for s in sets if s["metadata"]["labels"]["variant"] == variant]
+    _check_fields(job_set)
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    spec = job_set["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] > 0 and spec["network"]["enableDNSHostnames"] is True
+    (replicated,) = spec["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["parallelism"] == job["completions"] and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
+    (container,) = pod["containers"]
+    assert container["args"][:3] == ["python", "-m", "shortcut_jax.train"]
+    assert (ROOT / container["args"][3].removeprefix("--config=")).is_file()
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    if variant == "gpu":
+        env = {e["name"]: e.get("value") for e in container["env"]}
+        host = f"{job_set['metadata']['name']}-{replicated['name']}-0-0.{job_set['metadata']['name']}"
+        assert env["JAX_COORDINATOR_ADDRESS"] == f"{host}:{container['ports'][0]['containerPort']}"
+        assert int(env["JAX_NUM_PROCESSES"]) == job["completions"] * replicated["replicas"]
+        assert "JAX_PROCESS_ID" in env
+
+
+SRUN = 'trap "exit 75" TERM; echo "srun $*"; sleep "${SLEEP:-0}" >/dev/null & wait; exit "${CODE:-0}"'
+SCONTROL = 'echo "scontrol $*"'
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, "", False),
+        (1, "", False),
+        (130, "", False),
+        (75, "", True),
+        (75, "3", True),
+        (75, "20", False),
+        (134, "", True),
+    ],
+)
+def test_slurm_queues_again_what_may_succeed_the_next_time(commands, code, restarts, requeued):
+    env = commands(srun=SRUN, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "CODE": str(code)}
+    env |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    done = _run(["bash", "launch/slurm.sbatch", "--config=configs/digits.py", "--workdir=a b"], env)
+    assert done.returncode == code, done.stderr
+    assert "-m shortcut_jax.train --config=configs/digits.py --workdir=a b" in done.stdout
+    assert ("scontrol requeue 77" in done.stdout) == requeued
+
+
+def test_slurm_hands_sigterm_on_and_waits_for_what_is_saved(commands):
+    env = commands(srun=SRUN, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "SLEEP": "60"}
+    job = subprocess.Popen(["bash", "launch/slurm.sbatch"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline().startswith("srun ")
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == 75 and "scontrol requeue 77" in out
+
+
+def test_slurm_runs_in_a_container_if_one_is_named(commands):
+    env = commands(srun=SRUN, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "CONTAINER": "image.sqsh"}
+    assert "--container-image=image.sqsh" in _run(["bash", "launch/slurm.sbatch"], env).stdout
+
+
+# Stands in for Python: a port, or training that ends with the next word of $CODES of its process.
+TRAINER = """
+if [[ $1 == -c ]]; then echo 12345; exit; fi
+echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"
+read -ra codes <<<"$(cut -d, -f$((JAX_PROCESS_ID + 1)) <<<"$CODES")"
+count=$(cat "$COUNTS/$JAX_PROCESS_ID" 2>/dev/null || echo 0)
+echo $((count + 1)) >"$COUNTS/$JAX_PROCESS_ID"
+code=${codes[count]}
+if ((code > 128)) && ((code != 130)); then kill -s $((code - 128)) $$; fi
+exit "$code"
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "code", "attempts"),
+    [
+        ("0,0", 0, 0, 1),
+        ("75,75", 0, 75, 1),
+        ("75 0,75 0", 3, 0, 2),
+        ("75 75 75,75 75 75", 2, 75, 3),
+        ("137 0,75 0", 1, 0, 2),  # one was killed, the other saw it
+        ("137,137", 1, 137, 1),
+        ("75,1", 5, 1, 1),
+        ("75,130", 5, 130, 1),
+    ],
+)
+def test_local_restarts_and_its_exit_code(commands, tmp_path, codes, restarts, code, attempts):
+    env = commands(trainer=TRAINER) | {"PYTHON": "trainer", "CODES": codes, "COUNTS": str(tmp_path)}
+    done = _run(["launch/local.sh", "2", f"--restarts={restarts}", "--config=a b"], env)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count("1 of 2 at 127.0.0.1:12345: -m shortcut_jax.train --config=a b\n") == attempts
+    assert "process 1: exit code" in done.stderr
+
+
+def test_local_needs_a_number(commands):
+    done = _run(["launch/local.sh", "--config=configs/digits.py"], commands())
+    assert done.returncode == 1 and done.stderr.startswith("Several processes on this machine")
+
+
+@pytest.mark.slow
+def test_two_local_processes_save_at_sigterm_and_go_on(tmp_path, arguments):
+    workdir = tmp_path / "run"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COORD")}
+    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=1"), "PYTHON": sys.executable}
+
+    def start(steps):
+        argv = arguments(workdir, mesh__data=2, mesh__fsdp=1, eval__views="()", eval__images="()", steps=steps)[1:]
+        line = [str(LAUNCH / "local.sh"), "2", *argv]
+        return subprocess.Popen(line, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    first = start(1_000_000)
+    until = time.monotonic() + 400
+    while not (workdir / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=200)
+    assert first.returncode == 75 and err.count(": exit code 75") == 2, err
+    (step,) = Checkpoints(workdir / "checkpoints", read_only=True).steps()
+    second = start(step + 1)
+    _, err = second.communicate(timeout=400)
+    assert second.returncode == 0 and err.count(": exit code 0") == 2, err
+    assert f"resuming at step {step}" in err
+    assert Checkpoints(workdir / "checkpoints", read_only=True).steps()[-1] == step + 1
