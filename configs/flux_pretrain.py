@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     c.model.preset = "flux-schnell"  # no guidance input from scratch
     c.model.compute_dtype = "bfloat16"
     c.model.remat = "full"
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 8, 1  # FSDP inside a node of eight, data parallel across nodes
     c.data.name = "cc12m_latents_256"
     c.data.store = "latents"
     c.data.text_encoder = "stored"

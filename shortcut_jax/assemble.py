@@ -21,6 +21,7 @@ from shortcut_jax.models.flux import Flux, FluxConfig
 from shortcut_jax.models.linear import no_constraint
 from shortcut_jax.models.lora import init_adapters
 from shortcut_jax.resolve import check_tensor, global_batch, mesh_shape, model_config, step_settings
+from shortcut_jax.runtime.compiler import compiler_options
 from shortcut_jax.runtime.distributed import platform_of
 from shortcut_jax.runtime.metrics import peak_flops
 from shortcut_jax.runtime.sharding import (
@@ -53,6 +54,7 @@ class Assembly:
 
     Attributes:
       settings: as given.
+      platform: of the devices; see `platform_of`.
       mesh: over all devices.
       model: the network, constrained to the mesh.
       batch_size: rows of the global batch.
@@ -67,7 +69,8 @@ class Assembly:
         self.settings = settings
         shape = mesh_shape(settings, len(devices))
         self.batch_size = global_batch(settings, shape) if training else 0
-        model = model_config(settings, platform_of(devices[0]))
+        self.platform = platform_of(devices[0])
+        model = model_config(settings, self.platform)
         self.mesh_shape = shape
         self.mesh = make_mesh(shape, devices)
         check_tensor(model, shape)
@@ -214,6 +217,7 @@ class Assembly:
             in_shardings=(state, batch),
             out_shardings=(state, replicated(self.mesh)),
             donate_argnums=0,
+            compiler_options=compiler_options(self.platform),
         )
 
 

@@ -17,6 +17,7 @@ from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.lobby import JoinError
 from shortcut_jax.runtime.safetensors import SafetensorsError
 from shortcut_jax.runtime.shared_folder import FolderError
+from shortcut_jax.runtime.targets import TargetError
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.weights.rules import ConversionError
 
@@ -36,6 +37,7 @@ EXPECTED_ERRORS: tuple[type[Exception], ...] = (
     DataError,
     CheckpointError,
     ConversionError,
+    TargetError,
     ConvertedError,
     SafetensorsError,
     JoinError,

@@ -1,41 +1,40 @@
 """`train --dry_run`: compiles the exact train step on abstract arrays, for devices that need not exist."""
 
 import math
-import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from shortcut_jax.assemble import Assembly
-from shortcut_jax.command import UsageError
-from shortcut_jax.core.tree import count_parameters
-from shortcut_jax.runtime import distributed
+from shortcut_jax.core.tree import count_parameters, flat_paths
+from shortcut_jax.explain import SMALL, Explanation, explain, tell
 from shortcut_jax.runtime.hlo import compile_and_partition, count_kinds
+from shortcut_jax.runtime.targets import target_devices
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState
 
 GB = 1e9
 
 
-def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
+def run(settings: Settings, target: str | None, limit_gb: float | None, explained: bool = False) -> int:
     """Prints what a run needs: parameters, FLOPs, bytes a device, collectives, compile time.
 
     Args:
       settings: of the run.
-      target: `cpu:N` for N simulated devices, `gpu:h100:NODESxGPUS` for GPUs that need not be there; None for the
-        devices that are there.
+      target: devices that need not be there (see `runtime.targets`); None for those that are there.
       limit_gb: memory of a device in 1e9 bytes, or None.
+      explained: whether every collective is told, with what it moves and what runs beside it.
 
     Returns:
       0, or 1 where a device would need more than the limit.
 
     Raises:
-      UsageError: a target that is not known.
+      TargetError: a target that is not known, or whose compiler is not installed.
       ConfigError: settings and devices do not go together.
     """
-    devices = None if target is None else _devices(target)
+    devices = None if target is None else target_devices(target)
     assembly = Assembly(settings, devices)
     shapes = assembly.state_shapes
     parameters = count_parameters(assembly.network_shapes)
@@ -66,13 +65,19 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     _print_row("arguments a device", f"{memory.argument_size_in_bytes / GB:.2f} GB")
-    platform = distributed.platform_of(assembly.mesh.devices.flat[0])
+    platform = assembly.platform
     upper = " (XLA:CPU widens bfloat16: an upper estimate for other platforms)" if platform == "cpu" else ""
     _print_row("temporaries a device", f"{memory.temp_size_in_bytes / GB:.2f} GB{upper}")
+    for name, size in expected_temporaries(assembly).items():
+        _print_row(f"  {name}", f"{size / GB:.2f} GB by arithmetic")
     kinds = count_kinds(partitioned or compiled.as_text())
     where = "right after partitioning" if partitioned else f"in the final program for {platform}"
     _print_row("collectives", (", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none") + f" ({where})")
+    explanation = explain(assembly, compiled.as_text())
+    _print_moved(explanation, platform)
     _print_row("time", f"lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s")
+    if explained:
+        tell(explanation)
     if limit_gb is None:
         return 0
     fits = total <= limit_gb * GB
@@ -80,19 +85,43 @@ def run(settings: Settings, target: str | None, limit_gb: float | None) -> int:
     return 0 if fits else 1
 
 
-def _devices(target: str) -> Sequence[Any]:
-    """The devices of a target. Raises UsageError for one that is not known, or cannot be compiled for here."""
-    gpus = re.fullmatch(rf"gpu:({'|'.join(distributed.GPUS)}):([1-9]\d*)x([1-9]\d*)", target)
-    if gpus:
-        try:
-            return distributed.described_gpus(gpus[1], int(gpus[2]), int(gpus[3]))
-        except ImportError as error:
-            raise UsageError(f"--target={target}: {error}; pip install '.[cuda]' (no GPU is needed)") from error
-    if not re.fullmatch(r"cpu:[1-9]\d*", target):
-        kinds = ", ".join(f"gpu:{name}:NODESxGPUS" for name in distributed.GPUS)
-        raise UsageError(f"--target={target}, but must be cpu:N with N at least 1, such as cpu:8, or {kinds}")
-    distributed.simulate_devices(int(target.removeprefix("cpu:")))
-    return jax.devices()
+def expected_temporaries(assembly: Assembly) -> dict[str, float]:
+    """Bytes of a device that a step needs beside its arguments, by arithmetic: what has to be there at least.
+
+    Residuals are those that the rematerialisation policy keeps for the backward pass (none are told for `none`, which
+    leaves the choice to the compiler).
+    """
+    cfg, s, mesh = assembly.model, assembly.settings, assembly.mesh_shape
+    item = jnp.dtype(cfg.compute_dtype).itemsize
+    flat = flat_paths(assembly.network_shapes)
+    slices = {p: math.prod(x.shape[1:]) for p, x in flat.items() if "_blocks/" in p}
+    block = max(sum(n for p, n in slices.items() if p.startswith(f"{stack}_blocks/")) for stack in ("double", "single"))
+    tokens = assembly.num_image_tokens + s.data.text_tokens
+    rows = assembly.batch_size / s.accumulate / mesh.batch_shards
+    inputs, attention, hidden = cfg.width, cfg.width / mesh.tensor, cfg.hidden / mesh.tensor
+    kept = {"full": inputs, "selective": inputs + attention + hidden, "dots": 3 * inputs + 3 * attention + hidden}
+    trained = assembly.state_shapes.params
+    sizes = {
+        "gradients": _local_bytes(trained) * (1 if s.accumulate == 1 else 2),
+        "a gathered block": block * item / mesh.tensor,
+    }
+    if cfg.remat in kept:
+        blocks = cfg.double_blocks + cfg.single_blocks
+        sizes["kept residuals"] = kept[cfg.remat] * blocks * tokens * rows * item
+    return sizes
+
+
+def _print_moved(explanation: Explanation, platform: str) -> None:
+    """The bytes of a step's collectives by kind, and what is not as it should be."""
+    for (kind, dtype, axes, hidden), size in sorted(explanation.moved().items(), key=lambda item: -item[1]):
+        if size >= SMALL and platform != "cpu":
+            beside = "beside other work" if hidden else "with nothing beside it"
+            _print_row(f"  {kind}", f"{size / GB:.2f} GB a step, {dtype}, over {axes}, {beside}")
+    if explanation.unexplained:
+        _print_row("  unexplained", f"{len(explanation.unexplained)} collectives (see --explain)")
+    if explanation.attention:
+        kernels = ", ".join(f"{n} calls of {name}" for name, n in sorted(explanation.attention.items()))
+        _print_row("attention", kernels)
 
 
 def _kinds(state: TrainState) -> dict[str, int]:

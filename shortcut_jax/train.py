@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("stop_at", None, "Stop after this step, as if interrupted.", flag_values=values)
     flags.DEFINE_string("base", None, "Frozen base of the run, where it has moved.", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "Only compile the step and print what it needs.", flag_values=values)
-    flags.DEFINE_string("target", None, "Devices of a dry run: cpu:8, gpu:h100:1x8.", flag_values=values)
+    flags.DEFINE_string("target", None, "Devices of a dry run: cpu:8, gpu:h100:8x8, tpu:v5p:4x4x4.", flag_values=values)
+    flags.DEFINE_boolean("explain", False, "Tell every collective of a dry run.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
@@ -68,9 +69,9 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         from shortcut_jax import dry_run
 
-        return dry_run.run(settings, options.target, options.device_memory_gb)
-    if options.target is not None or options.device_memory_gb is not None:
-        raise command.UsageError("--target and --device_memory_gb go with --dry_run")
+        return dry_run.run(settings, options.target, options.device_memory_gb, options.explain)
+    if options.target is not None or options.device_memory_gb is not None or options.explain:
+        raise command.UsageError("--target, --explain and --device_memory_gb go with --dry_run")
     if options.stop_at is not None and options.stop_at < 1:
         raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)

@@ -100,7 +100,8 @@ _ZEROS = nn.initializers.zeros
 def _linear(cfg: FluxConfig, name: str, out: tuple[int, ...], names: tuple[str | None, ...], **kwargs: Any) -> Linear:
     init: Initializer = kwargs.pop("kernel_init")
     dtypes = (cfg.compute_dtype, cfg.param_dtype, cfg.grad_reduce_dtype)
-    return Linear(out, names, init, *dtypes, constrain=cfg.constrain, name=name, **kwargs)
+    kwargs |= dict(constrain=cfg.constrain, regather=cfg.remat == "none", name=name)
+    return Linear(out, names, init, *dtypes, **kwargs)
 
 
 def layer_norm(x: Array) -> Array:
@@ -137,7 +138,7 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        cfg, names = self.cfg, (None, "shard")
+        cfg, names = self.cfg, (None, "shard_all")
         hidden_BD = nn.silu(_linear(cfg, "in_layer", (cfg.width,), names, kernel_init=_NORMAL)(x))
         return _linear(cfg, "out_layer", (cfg.width,), names, kernel_init=self.out_init)(hidden_BD)
 
@@ -151,7 +152,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, vec_BD: Array) -> list[Array]:
         cfg = self.cfg
-        layer = _linear(cfg, "linear", (self.parts, cfg.width), ("shard", None, None), kernel_init=_ZEROS)
+        layer = _linear(cfg, "linear", (self.parts, cfg.width), ("shard_all", None, None), kernel_init=_ZEROS)
         out_BPD = layer(nn.silu(vec_BD))
         return [out_BPD[:, i] for i in range(self.parts)]
 
@@ -300,7 +301,7 @@ class Flux(nn.Module):
         vec_BD = self._conditioning(t_B, vec_BV, guidance_B, step_B)
         stream = ("batch", None, None)
         embed = lambda name, fan: _linear(
-            cfg, name, (cfg.width,), (None, "shard"), kernel_init=xavier_uniform(fan, cfg.width)
+            cfg, name, (cfg.width,), (None, "shard_all"), kernel_init=xavier_uniform(fan, cfg.width)
         )
         img_BND = cfg.constrain(embed("img_in", cfg.channels)(x_BNC), stream)
         txt_BMD = cfg.constrain(embed("txt_in", cfg.text_width)(txt_BMT), stream)
@@ -311,7 +312,7 @@ class Flux(nn.Module):
         if cfg.single_blocks:
             x_BLD, _ = _scanned(SingleBlock, cfg, cfg.single_blocks, "single_blocks")(x_BLD, vec_BD, rope)
         shift, scale = Modulation(cfg, 2, name="final_modulation")(vec_BD)
-        final = _linear(cfg, "final_linear", (cfg.channels,), ("shard", None), kernel_init=_ZEROS)
+        final = _linear(cfg, "final_linear", (cfg.channels,), ("shard_all", None), kernel_init=_ZEROS)
         out_BNC = final(modulate(x_BLD[:, txt_BMT.shape[1] :], shift, scale))
         return cfg.constrain(out_BNC.astype(jnp.float32), stream)
 

@@ -17,6 +17,10 @@ Constrain = Callable[[Array, Names], Array]
 Initializer = Callable[..., Array]
 
 
+SHARDS = ("shard", "shard_all")
+"""Logical axes that a kernel is split over in storage and whole along when used: over FSDP, or over all its devices."""
+
+
 def no_constraint(x: Array, names: Names) -> Array:
     """The identity: what a model uses where no mesh is given."""
     del names
@@ -28,11 +32,12 @@ class LinearOptions:
     """Everything static about one linear map.
 
     Attributes:
-      names: logical axis of each kernel axis; `shard` marks the axis that FSDP splits in storage.
+      names: logical axis of each kernel axis; one of `SHARDS` marks the axis that is split in storage alone.
       in_dims: how many leading kernel axes are contracted with the trailing axes of the input.
       compute_dtype: dtype of the matrix product.
       reduce_dtype: dtype in which the kernel's gradient leaves its matrix product, and so in which devices add it up.
       constrain: applies a sharding by logical names.
+      regather: whether the backward pass gathers the kernel again, or uses the one of the forward pass.
     """
 
     names: Names
@@ -40,19 +45,21 @@ class LinearOptions:
     compute_dtype: str
     reduce_dtype: str
     constrain: Constrain
+    regather: bool = True
 
     def gathered(self, kernel: Array) -> Array:
         """The kernel cast first and gathered over the FSDP axis second, so that the gather moves the small dtype."""
         stored = self.constrain(kernel.astype(self.compute_dtype), self.names)
-        return self.constrain(stored, tuple(None if n == "shard" else n for n in self.names))
+        return self.constrain(stored, tuple(None if n in SHARDS else n for n in self.names))
 
 
 def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
     """X @ kernel + bias over the last `in_dims` axes of x, in the compute dtype.
 
-    The derivative is written out for two reasons: the backward pass gathers the kernel again instead of keeping it, and
-    the kernel's gradient is reduced between devices in `reduce_dtype` (a cast before the gather would otherwise make
-    that reduction bfloat16 too, silently).
+    The derivative is written out for two reasons: the backward pass gathers the kernel again instead of keeping it
+    (unless its block is computed again anyway, and with it the gathered kernel), and the kernel's gradient is reduced
+    between devices in `reduce_dtype` (a cast before the gather would otherwise make that reduction bfloat16 too,
+    silently).
     """
     # Cast out here, so that the derivative with respect to x comes back in x's dtype.
     return _linear(x.astype(options.compute_dtype), kernel, bias, options)
@@ -66,17 +73,20 @@ def _linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions)
 def _forward(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> tuple[Array, Any]:
     n = options.in_dims
     contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    y = jax.lax.dot_general(x, options.gathered(kernel), (contract, ((), ())))
+    gathered = options.gathered(kernel)
+    y = jax.lax.dot_general(x, gathered, (contract, ((), ())))
     if bias is not None:
         y = y + bias.astype(options.compute_dtype)
-    return y, (x, kernel, bias)
+    return y, (x, kernel, None if options.regather else gathered, bias)
 
 
 def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None]:
-    x, kernel, bias = residuals
+    x, kernel, gathered, bias = residuals
+    if gathered is None:
+        gathered = options.gathered(kernel)
     n, rows = options.in_dims, x.ndim - options.in_dims
     outs = tuple(range(rows, dy.ndim))
-    dx = jax.lax.dot_general(dy, options.gathered(kernel), ((outs, tuple(range(n, kernel.ndim))), ((), ())))
+    dx = jax.lax.dot_general(dy, gathered, ((outs, tuple(range(n, kernel.ndim))), ((), ())))
     batch = tuple(range(rows))
     reduce_dtype = jnp.dtype(options.reduce_dtype)
     product = lambda a, b: jax.lax.dot_general(a, b, ((batch, batch), ((), ())), preferred_element_type=reduce_dtype)
@@ -111,6 +121,7 @@ class Linear(nn.Module):
       in_dims: how many trailing axes of the input are contracted.
       kernel_init: initializer of the kernel; biases start at zero.
       use_bias: whether there is a bias.
+      regather: see `LinearOptions.regather`.
     """
 
     out: Sequence[int]
@@ -122,6 +133,7 @@ class Linear(nn.Module):
     constrain: Constrain = no_constraint
     in_dims: int = 1
     use_bias: bool = True
+    regather: bool = True
 
     @nn.compact
     def __call__(self, x: Array, low: Array | None = None) -> Array:
@@ -161,4 +173,4 @@ class Linear(nn.Module):
         return jnp.stack(parts, axis=row_dims)
 
     def _options(self, names: Names, in_dims: int) -> LinearOptions:
-        return LinearOptions(names, in_dims, self.compute_dtype, self.reduce_dtype, self.constrain)
+        return LinearOptions(names, in_dims, self.compute_dtype, self.reduce_dtype, self.constrain, self.regather)

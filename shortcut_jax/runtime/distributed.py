@@ -1,11 +1,9 @@
 """Processes and devices: joining the other hosts, simulated devices, and interruptions."""
 
-import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -122,24 +120,3 @@ class Interruptions:
         which = self.agreed()
         if which is not None:
             raise Interrupted(which)
-
-
-GPUS = tuple(sorted(path.stem for path in (Path(__file__).parent / "gpus").glob("*.txtpb")))
-"""GPUs that can be compiled for without one: their figures are in `gpus/`, as XLA's target descriptions."""
-
-
-def described_gpus(name: str, nodes: int, gpus: int) -> list[Any]:
-    """Abstract devices of `nodes` x `gpus` GPUs of a kind in `GPUS`, which XLA compiles for and nothing runs on.
-
-    Raises:
-      ImportError: JAX's CUDA plugin, or the cuDNN that attention is compiled with, is not installed.
-    """
-    from jax.experimental import topologies
-
-    if importlib.util.find_spec("jax_cuda12_plugin") is None or importlib.util.find_spec("nvidia.cudnn") is None:
-        raise ImportError("JAX's CUDA plugin and its cuDNN are not installed")
-    jax.config.update("jax_platforms", "cpu")  # constants are made on the host
-    config = (Path(__file__).parent / "gpus" / f"{name}.txtpb").read_text()
-    shape = f"1x{nodes}x{gpus}"
-    described = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=config, topology=shape)
-    return list(described.devices)

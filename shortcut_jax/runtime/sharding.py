@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from shortcut_jax.core.tree import first_match, flat_paths, path_name
 from shortcut_jax.core.types import Array
 from shortcut_jax.models.attention import PerShard
-from shortcut_jax.models.linear import Constrain, Names
+from shortcut_jax.models.linear import SHARDS, Constrain, Names
 from shortcut_jax.runtime.placement import place_devices
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -24,19 +24,23 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "shard": ("fsdp",),
+    "shard_all": ("fsdp", "tensor"),
 }
 """Logical axis -> mesh axes, for activations and for kernels inside a step."""
 
 P = PartitionSpec
+ALL = ("fsdp", "tensor")
+"""What splits a kernel without heads or MLP width: `tensor` too, though each device then uses it whole."""
+
 PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    # Blocks, with their leading depth axis: `tensor` splits heads and the MLP width only.
+    # Blocks, with their leading depth axis: `tensor` splits heads and the MLP width, and with `fsdp` what has neither.
     (r".*_blocks/.*qkv/kernel", P(None, "fsdp", None, "tensor", None)),
     (r".*_blocks/.*qkv/bias", P(None, None, "tensor", None)),
     (r".*_blocks/.*attn_out/kernel", P(None, "tensor", None, "fsdp")),
     (r".*_blocks/.*mlp_(in|gate)/kernel", P(None, "fsdp", "tensor")),
     (r".*_blocks/.*mlp_in/bias", P(None, "tensor")),
     (r".*_blocks/.*mlp_out/kernel", P(None, "tensor", "fsdp")),
-    (r".*_blocks/.*modulation/linear/kernel", P(None, "fsdp", None, None)),
+    (r".*_blocks/.*modulation/linear/kernel", P(None, ALL, None, None)),
     # Adapters: the axes that they share with their kernel are split like it, the rank never.
     (r".*_blocks/.*qkv/a", P(None, "fsdp", None, None)),
     (r".*_blocks/.*qkv/b", P(None, None, None, "tensor", None)),
@@ -44,17 +48,17 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*_blocks/.*(attn|mlp)_out/b", P(None, None, "fsdp")),
     (r".*_blocks/.*mlp_in/a", P(None, "fsdp", None)),
     (r".*_blocks/.*mlp_in/b", P(None, None, "tensor")),
-    (r".*_blocks/.*modulation/linear/a", P(None, "fsdp", None)),
+    (r".*_blocks/.*modulation/linear/a", P(None, ALL, None)),
     (r".*/a|.*/b", P()),
     # The autoencoder is small: its convolutions are whole.
     (r"(.*/)?(encoder|decoder)/.*kernel", P()),
     # Ends.
     (r"(.*/)?token_embedding", P(None, "fsdp")),
     (r"(.*/)?position_(bias|embedding)", P()),
-    (r".*final_modulation/linear/kernel", P("fsdp", None, None)),
-    (r".*final_linear/kernel", P("fsdp", None)),
-    (r".*_in/kernel", P(None, "fsdp")),
-    (r".*(time|guidance|pooled|step)_in/(in|out)_layer/kernel", P(None, "fsdp")),
+    (r".*final_modulation/linear/kernel", P(ALL, None, None)),
+    (r".*final_linear/kernel", P(ALL, None)),
+    (r".*_in/kernel", P(None, ALL)),
+    (r".*(time|guidance|pooled|step)_in/(in|out)_layer/kernel", P(None, ALL)),
     # Vectors are small and needed everywhere.
     (r".*/(bias|scale)", P()),
 )
@@ -107,14 +111,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def fit_spec(mesh: Mesh, spec: Iterable[Any], shape: Sequence[int]) -> PartitionSpec:
-    """A spec without the mesh axes that do not divide their dimension, and without axes of size 1."""
+    """A spec without axes of size 1, and of those of each dimension only as many as divide it, from the first on."""
     fitted = []
     for size, entry in zip_longest(shape, spec):
-        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        axes = tuple(a for a in axes if mesh.shape[a] > 1)
-        fits = axes and size % math.prod(mesh.shape[a] for a in axes) == 0
-        fitted.append((axes[0] if len(axes) == 1 else axes) if fits else None)
+        axes = tuple(a for a in _axes(entry) if mesh.shape[a] > 1)
+        while axes and size % math.prod(mesh.shape[a] for a in axes):
+            axes = axes[:-1]
+        fitted.append((axes[0] if len(axes) == 1 else axes) if axes else None)
     return P(*fitted)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def make_constrain(mesh: Mesh, min_shard: int = 0) -> Constrain:
@@ -125,7 +134,7 @@ def make_constrain(mesh: Mesh, min_shard: int = 0) -> Constrain:
     """
 
     def constrain(x: Array, names: Names) -> Array:
-        whole = (None, "shard") if x.size < min_shard else (None,)
+        whole = (None, *SHARDS) if x.size < min_shard else (None,)
         spec = [None if name in whole else LOGICAL_AXES[str(name)] for name in names]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit_spec(mesh, spec, x.shape)))
 
@@ -152,14 +161,15 @@ def leaf_spec(mesh: Mesh, path: str, shape: Sequence[int], min_shard: int = 0) -
     """
     rule: PartitionSpec = first_match(STATE_RULES, path)
     count = math.prod(shape[1:] if "_blocks/" in path else shape)
-    small = count < min_shard and "fsdp" in rule and mesh.shape["fsdp"] > 1
-    spec = fit_spec(mesh, (None if small and entry == "fsdp" else entry for entry in rule), shape)
+    small = count < min_shard and any("fsdp" in _axes(entry) and mesh.shape["fsdp"] > 1 for entry in rule)
+    spec = fit_spec(mesh, (None if small and "fsdp" in _axes(entry) else entry for entry in rule), shape)
     reasons = [f"not over fsdp: {count:,} values, fewer than mesh.min_shard {min_shard:,}"] if small else []
     for size, wanted, got in zip(shape, rule, spec, strict=False):
-        if wanted and not got and mesh.shape[wanted] > 1 and not (small and wanted == "fsdp"):
-            reasons.append(f"not over {wanted}: {size} is not a multiple of {mesh.shape[wanted]}")
+        for axis in _axes(wanted):
+            if axis not in _axes(got) and mesh.shape[axis] > 1 and not (small and "fsdp" in _axes(wanted)):
+                reasons.append(f"not over {axis}: {size} is not a multiple of {mesh.shape[axis]}")
     if not any(spec) and not reasons:
-        axes = ", ".join(axis for axis in rule if axis)
+        axes = ", ".join(axis for entry in rule for axis in _axes(entry))
         reasons = [f"whole: the mesh has one device along {axes}" if axes else "whole by its rule"]
     return spec, "; ".join(reasons)
 

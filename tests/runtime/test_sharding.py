@@ -178,10 +178,13 @@ def test_weights_are_gathered_in_the_compute_dtype_and_gradients_reduced_in_thei
 
 
 @pytest.mark.slow
-def test_tensor_parallel_blocks_only_reduce():
-    _, hlo = _partitioned((1, 1, 2))
+def test_tensor_parallel_blocks_only_reduce_but_for_the_stored_halves_of_a_modulation():
+    assembly, hlo = _partitioned((1, 1, 2))
     inside = [c for c in collectives(hlo) if "_blocks/" in c.line]
-    assert {c.kind for c in inside} == {"all-reduce"}
+    assert {c.kind for c in inside} == {"all-reduce", "all-gather"}
+    flat = flat_paths(assembly.state_shapes.params)
+    modulations = {v.shape[1:] for k, v in flat.items() if k.endswith("modulation/linear/kernel")}
+    assert {shape for c in inside if c.kind == "all-gather" for _, shape in c.arrays} <= modulations
     assert not {"all-to-all", "collective-permute"} & set(count_kinds(hlo))
 
 

@@ -1,0 +1,26 @@
+"""Options that a train step is compiled with, by platform: what XLA does not do by itself, and why we want it.
+
+Those of GPUs are flags of the process instead, in `launch/gpu_env.sh` with NCCL's settings: XLA:GPU overlaps
+collectives by default, and what is left concerns the launch (timeouts, sizes of joined collectives).
+"""
+
+OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "tpu": {
+        # XLA:TPU gathers weights between the matrix products by default. Fused with them, a gather runs while the
+        # product before it is computed; in several steps, where one product is too short to hide it.
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        # Collectives and matrix products on the tensor core at one time.
+        "xla_tpu_overlap_compute_collective_tc": True,
+        # Gathers that are fused into both cores of a chip cannot be overlapped.
+        "xla_tpu_megacore_fusion_allow_ags": False,
+    },
+}
+"""Platform -> options of `jax.jit(compiler_options=...)`."""
+
+
+def compiler_options(platform: str) -> dict[str, bool | int | str] | None:
+    """The options of a platform; None where there are none."""
+    return OPTIONS.get(platform)
