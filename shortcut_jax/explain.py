@@ -17,7 +17,7 @@ MOVED = {
     "all-gather": "weights",
     "reduce-scatter": "gradients",
     "all-reduce": "gradients",
-    "collective-permute": "ring",
+    "collective-permute": "ring of gradients",  # a reduce-scatter in steps, each beside a part of the matrix product
 }
 """What a collective moves where its array has the shape of a layer's kernel."""
 
