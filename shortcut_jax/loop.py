@@ -22,6 +22,7 @@ from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import Meter, MetricLog
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
+from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
 from shortcut_jax.validation import Validation
@@ -38,12 +39,14 @@ class Outputs(NamedTuple):
       draw_grid: weights -> the sample grid, with the same noise and captions every time.
       base: what a checkpoint says of the frozen base, if there is one.
       validation: weights -> the loss on held-out pictures, where it is asked for.
+      watchdog: is told what the run does.
     """
 
     workdir: Path
     checkpoints: Checkpoints
     log: MetricLog
     draw_grid: Callable[[Any], Image.Image]
+    watchdog: Watchdog
     base: BaseRecord | None = None
     validation: Validation | None = None
 
@@ -70,6 +73,7 @@ def loop(
     total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
     with contextlib.closing(read), tqdm(**total, **shown) as bar:
         for step in range(start + 1, stop + 1):
+            outputs.watchdog.beat(f"step {step}", slow=step == start + 1)
             state, metrics = assembly.train_step(state, next(placed))
             if pending:  # Read one step late, so that the device never waits for the host.
                 record(*pending, s, outputs.log, meter, bar)
@@ -80,14 +84,16 @@ def loop(
             if last or _due(step, s.checkpoint_every):
                 record(*pending, s, outputs.log, meter, bar)
                 pending = None
-                save(step, assembly, outputs, state, metrics)
+                with outputs.watchdog.slow(f"the checkpoint of step {step}"):
+                    save(step, assembly, outputs, state, metrics, last)
             if outputs.validation and signal is None and (_due(step, s.validation.every) or step == s.steps):
-                validate(step, s, outputs.validation, outputs.log, state)
+                with outputs.watchdog.slow(f"the validation of step {step}"):
+                    validate(step, s, outputs.validation, outputs.log, state)
             if _due(step, s.sample_every) and not last:
-                show(step, s, outputs, state)
+                with outputs.watchdog.slow(f"the sample grid of step {step}"):
+                    show(step, s, outputs, state)
             if signal:
                 raise distributed.Interrupted(signal)
-    outputs.checkpoints.wait()
     say(f"saved step {stop} in {outputs.checkpoints.folder}")
     return state
 
@@ -96,10 +102,15 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
     """Checks, shows and writes the metrics of a step. Raises TrainingError after too many skipped steps."""
     skipped = int(metrics["skipped"])
     if skipped > s.max_skipped:
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        why = f"a spike (spikes.factor {s.spikes.factor:g})" if np.isfinite(loss + norm) else "not finite"
         raise command.TrainingError(
-            f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
-            f"finite, {skipped} steps in a row (max_skipped {s.max_skipped}); nothing of them was kept"
+            f"step {step}: loss {loss} and gradient norm {norm} are {why}, {skipped} steps in a row "
+            f"(max_skipped {s.max_skipped}); nothing of them was kept"
         )
+    if skipped and jax.process_index() == 0:
+        spikes = f", {int(metrics['spikes'])} of them spikes" if "spikes" in metrics else ""
+        tqdm.write(f"step {step} was skipped: {int(metrics['skipped_total'])} in all{spikes}", file=sys.stderr)
     if s.ema.restart_auto and int(metrics["ema_restarted"]) and jax.process_index() == 0:
         tqdm.write(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
     if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
@@ -115,12 +126,14 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, log: MetricLog
     bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
 
 
-def save(step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-    """Starts a checkpoint of a state that is known to be finite."""
+def save(
+    step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array], last: bool
+) -> None:
+    """Starts a checkpoint of a state that is known to be finite; the last one of a run is waited for."""
     if not np.isfinite(float(metrics["param_norm"])):
         raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
     if step not in outputs.checkpoints.steps():
-        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base))
+        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base), surely=last)
 
 
 def validate(step: int, s: Settings, validation: Validation, log: MetricLog, state: TrainState) -> None:

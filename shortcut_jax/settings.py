@@ -16,9 +16,11 @@ from ml_collections import ConfigDict, config_dict
 from shortcut_jax.core.ema import EmaSettings
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps
+from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.core.tree import first_match
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime.watchdog import WatchdogSettings
 from shortcut_jax.steps.optim import OptimizerSettings
 
 
@@ -171,12 +173,14 @@ class Settings:
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
       guide: where it enters: told, both, teacher or targets (see `steps.views.GUIDES`).
-      max_skipped: skipped (non-finite) steps in a row that are borne; one more stops the run.
+      max_skipped: skipped steps (not finite, or spikes) in a row that are borne; one more stops the run.
       grad_reduce_dtype: dtype in which weight gradients are added up between devices.
       log_every: steps between lines of metrics.
       sample_every: steps between sample grids; 0 means at the end only.
       checkpoint_every: steps between checkpoints; 0 means at the end only.
       keep: newest checkpoints kept.
+      save_attempts: how often a checkpoint is tried, with growing pauses, where the storage fails.
+      peer_timeout: seconds without a sign of life after which a process is lost, and all others end.
     """
 
     objective: str = "scfm"
@@ -207,11 +211,15 @@ class Settings:
     sample_every: int = 0
     checkpoint_every: int = 0
     keep: int = 3
+    save_attempts: int = 3
+    peer_timeout: float = 60.0
     model: ModelSettings = field(default_factory=ModelSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
+    spikes: SpikeSettings = field(default_factory=SpikeSettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
@@ -222,10 +230,10 @@ class Settings:
 
 
 MARKS = (
-    (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
+    (r"steps|optimizer\.warmup_steps|max_skipped|spikes\..*", "schedule"),
     (
         r"mesh\..*|eval\..*|validation\..*|data\.(dir|threads|workers)|base|teacher_lora|(log|sample|checkpoint)_every|"
-        r"keep|accumulate|batch_per_device",
+        r"keep|save_attempts|peer_timeout|watchdog\..*|accumulate|batch_per_device",
         "free",
     ),
     (r"model\.(remat|attention|scan_unroll)", "free"),

@@ -27,6 +27,8 @@ from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
+from shortcut_jax.runtime.peers import Peers
+from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings, compare, complete
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
@@ -103,14 +105,20 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
     """Trains to the end (or to `stop_at`, or to a signal), resuming what the workdir holds; writes the report.
 
     Returns:
-      0 at the end or at `stop_at`, 75 after SIGTERM, 130 after Ctrl-C; in each case everything is saved.
+      0 at the end or at `stop_at`, 75 after SIGTERM, 130 after Ctrl-C; in each case everything is saved. Where another
+      process is lost, or work hangs, the process ends here with code 75.
 
     Raises:
       ConfigError: the workdir belongs to another run, or the data are not of the size that the config says.
       TrainingError: the loss stayed non-finite; what was saved before is intact.
+      CheckpointError: the last state could not be saved.
     """
     settings = assembly.settings
-    with distributed.Interruptions() as interruptions:
+    with (
+        distributed.Interruptions() as interruptions,
+        Peers(settings.peer_timeout) as peers,
+        Watchdog(settings.watchdog, workdir, peers.leave) as watchdog,
+    ):
         check_workdir(workdir, record_of(assembly))
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
@@ -118,7 +126,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
+        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep, attempts=settings.save_attempts)
         log = MetricLog(workdir)
         start = max(checkpoints.steps(), default=0)
         try:
@@ -127,7 +135,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             announce(assembly, workdir, start)
             announce_data(assembly, data)
             stop = min(stop_at or settings.steps, settings.steps)
-            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, data), base, validation)
+            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, data), watchdog, base, validation)
             interruptions.check()
             if start < stop:
                 state = loop(assembly, data, outputs, state, start, stop, interruptions)
@@ -138,6 +146,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             checkpoints.wait()
             say(f"\n{signal.name}: {_what_is_saved(checkpoints, start)}; the same command goes on from there")
             return distributed.EXIT_CODES[signal]
+        except Exception as error:
+            peers.failed(error)
+            raise
         finally:
             log.close()
             checkpoints.close()
@@ -161,6 +172,7 @@ def finish(
 ) -> None:
     """The end of a run: the last sample grid, the loss curve, the judged table, the report."""
     s, e = assembly.settings, assembly.settings.eval
+    outputs.watchdog.beat("the last sample grid", slow=True)
     show(s.steps, s, outputs, state)
     if not e.views:
         return
@@ -171,6 +183,7 @@ def finish(
 
     def tell(line: str) -> None:
         say(line)
+        outputs.watchdog.beat("the report", slow=True)
         interruptions.check()
 
     tell("judging the samples")
