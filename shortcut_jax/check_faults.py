@@ -11,9 +11,7 @@ def check_faults(s: Settings) -> None:
         if value < 0:
             raise ConfigError(f"{name} is {value}, but must not be negative")
     if 0 < s.spikes.factor <= 1:
-        raise ConfigError(
-            f"spikes.factor is {s.spikes.factor}, but half of all steps are above their mean: set 2 or more"
-        )
+        raise ConfigError(f"spikes.factor is {s.spikes.factor}, but many good steps are above the mean: set 2 or more")
     if s.spikes.factor and not s.max_skipped:
         raise ConfigError("max_skipped is 0, so that the first spike would stop the run: set max_skipped to 1 or more")
     if s.watchdog.seconds > s.watchdog.slow_seconds:
