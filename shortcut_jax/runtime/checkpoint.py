@@ -56,7 +56,7 @@ class Checkpoints:
         self.folder = folder.resolve()
         self._read_only, self._attempts = read_only, attempts
         self._writing: int | None = None
-        self._why = ""
+        self._why, self._stale = "", False
         with _quiet():  # Orbax warns that what is to be read only is read only.
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
@@ -64,7 +64,10 @@ class Checkpoints:
                 create=not read_only,
                 enable_async_checkpointing=not read_only,
                 cleanup_tmp_directories=not read_only,
-                async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT_SECONDS),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=TIMEOUT_SECONDS,
+                    create_directories_asynchronously=False,  # else threads wait for one that cannot be made
+                ),
             )
             self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, META), options=options)
 
@@ -104,8 +107,14 @@ class Checkpoints:
     def _start(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> bool:
         args = {name: ocp.args.StandardSave(items[name]) for name in ITEMS}
         meta = {**meta, "format_version": FORMAT_VERSION}
+        if self._stale and jax.process_index() == 0:
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
         if not self._went_well(step, lambda: _check_storage(self.folder, items)):
             return False
+        if self._stale:
+            self._reload()
+            self._stale = False
         self._writing = step
         composite = ocp.args.Composite(**args, **{META: ocp.args.JsonSave(meta)})
         return self._went_well(step, lambda: self._manager.save(step, args=composite))
@@ -116,7 +125,7 @@ class Checkpoints:
         return step is None or self._went_well(step, self._manager.wait_until_finished)
 
     def _went_well(self, step: int, act: Callable[[], Any]) -> bool:
-        """Whether a part of a save worked on every process; else it is told, and what it left behind is removed."""
+        """Whether a part of a save worked on every process; else it is told. The next save removes what it left."""
         why = ""
         try:
             act()
@@ -130,12 +139,14 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # what still runs may fail of the same
             self._manager.wait_until_finished()
         self._writing = None
-        if _all_agree(True) and jax.process_index() == 0:
-            for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
-        _all_agree(True)
-        self._manager.reload()
+        self._reload()
         return False
+
+    def _reload(self) -> None:
+        """Looks which steps are on disk: a save that fails has taken those that it would replace off Orbax's list."""
+        self._stale = True
+        if self.folder.is_dir():
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits, then releases the folder."""
