@@ -1,9 +1,10 @@
-"""`python -m tests.fault_child FAULT[:STEP] -- ARGUMENTS`: trains, with a fault of its own in this process.
+"""`python -m tests.fault_child FAULT[:STEP] ... -- ARGUMENTS`: trains, with faults of its own in this process.
 
-hang: the batch of a step never comes. spike: a batch of a step is 1,000 times too large. save-FOO: this process is
-killed while it writes the checkpoint of a step: when the folder was made (temp), when a part of the items is there
-(items), before it gets its name (commit), before older ones go (delete). full: the disk takes no file above 20 kB while
-a step is saved. away: the folder of checkpoints is not there when a step is saved. slow: 0.2 s a step. none: no fault.
+hang: the batch of a step never comes. fail: it cannot be read. spike: it is 1,000 times too large. save-FOO: this
+process is killed while it writes the checkpoint of a step: when the folder was made (temp), when a part of the items is
+there (items), before it gets its name (commit), before older ones go (delete). full: the disk takes no file above 60 kB
+while a step is saved. away: the folder of checkpoints is not there when a step is saved. patience: processes wait so
+many seconds for each other's part of a checkpoint. slow: 0.5 s a step. none: no fault.
 """
 
 import os
@@ -17,6 +18,7 @@ from orbax.checkpoint import checkpoint_manager
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from shortcut_jax import command, loop, train
+from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import Checkpoints
 
 
@@ -44,8 +46,12 @@ def spike(tree):
     return tree._replace(latents_BhwC=(tree.latents_BhwC * 1000).astype(np.float32))
 
 
+def fail(tree):
+    raise ValueError(f"no picture can be read in process {jax_index()}")
+
+
 def slow(tree):
-    time.sleep(0.2)
+    time.sleep(0.5)
     return tree
 
 
@@ -83,7 +89,7 @@ def fail_while_saving(kind: str, step: int) -> None:
         if at != step:
             return start(self, at, *args)
         if kind == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
             return start(self, at, *args)
         hidden = self.folder.with_name("hidden")
         if hidden.parent.exists() and self.folder.exists() and jax_index() == 0:
@@ -112,12 +118,14 @@ def jax_index() -> int:
 def inject(fault: str) -> None:
     kind, _, number = fault.partition(":")
     step = int(number or 0)
-    if kind in ("hang", "spike", "slow"):
-        at_batch(step, {"hang": hang, "spike": spike, "slow": slow}[kind])
+    if kind in ("hang", "fail", "spike", "slow"):
+        at_batch(step, {"hang": hang, "fail": fail, "spike": spike, "slow": slow}[kind])
     elif kind.startswith("save-"):
         kill_while_saving(kind.removeprefix("save-"), step)
     elif kind in ("full", "away"):
         fail_while_saving(kind, step)
+    elif kind == "patience":
+        checkpoint.TIMEOUT_SECONDS = step
     elif kind != "none":
         raise ValueError(f"no fault {kind!r}")
 

@@ -6,12 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 
-def start_two(argv, faults=("none", "none"), errors=None):
-    """Starts both; `faults` are those of `tests.fault_child`, standard error goes to `errors`/PROCESS.txt or a pipe."""
+def _copy(stream, path):
+    with path.open("w") as file:
+        for line in stream:
+            file.write(line)
+            file.flush()
+
+
+def start_two(argv, errors, faults=("none", "none")):
+    """Starts both; `faults` are those of `tests.fault_child`, standard error goes to `errors`/PROCESS.txt."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -20,8 +28,13 @@ def start_two(argv, faults=("none", "none"), errors=None):
 
     def start(index):
         line = [sys.executable, "-m", "tests.fault_child", *faults[index].split(), "--", *argv[1:]]
-        target = open(Path(errors) / f"{index}.txt", "w") if errors else subprocess.PIPE  # noqa: SIM115
-        return subprocess.Popen(line, env={**variables, "JAX_PROCESS_ID": str(index)}, stderr=target, text=True)
+        process = subprocess.Popen(
+            line, env={**variables, "JAX_PROCESS_ID": str(index)}, stderr=subprocess.PIPE, text=True
+        )
+        # Through a pipe: a process with a full disk can still say so.
+        process.copier = threading.Thread(target=_copy, args=(process.stderr, Path(errors) / f"{index}.txt"))
+        process.copier.start()
+        return process
 
     return [start(index) for index in range(2)]
 
@@ -50,4 +63,5 @@ def end(pair, seconds=200.0):
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
+            process.copier.join(10)
     return tuple(process.returncode for process in pair), min(ended.values(), default=seconds), max(ended.values())

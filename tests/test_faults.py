@@ -56,7 +56,7 @@ def _steps(workdir):
 )
 def test_a_signal_to_one_process_ends_both_in_time(signals, codes, limit, tmp_path, arguments):
     workdir = tmp_path / "run"
-    pair = start_two(arguments(workdir, **TWO), errors=tmp_path)
+    pair = start_two(arguments(workdir, **TWO), tmp_path)
     try:
         wait_for((workdir / "metrics.jsonl").exists)
         for process, number in zip(pair, signals, strict=True):

@@ -130,7 +130,7 @@ class Checkpoints:
         try:
             act()
         except Exception as failure:  # Orbax, TensorStore and the disk each raise their own kinds.
-            why = _first_line(failure)
+            why = _first_line(_root(failure))
             who = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
             print(f"writing the checkpoint of step {step} failed{who}: {why}", file=sys.stderr, flush=True)
         if _all_agree(not why):
@@ -153,7 +153,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as failure:
-            print(f"writing the last checkpoint failed: {_first_line(failure)}", file=sys.stderr, flush=True)
+            print(f"writing the last checkpoint failed: {_first_line(_root(failure))}", file=sys.stderr, flush=True)
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -226,8 +226,15 @@ def _all_agree(well: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: Orbax's processes wait for each other once more after one of them has failed."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _check_storage(folder: Path, items: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,8 +76,11 @@ class MetricLog:
             return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # a full disk takes no line, but stops no run
+            print(f"the metrics of step {step} are not written: {error}", file=sys.stderr, flush=True)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Records a picture."""
