@@ -139,14 +139,15 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # what still runs may fail of the same
             self._manager.wait_until_finished()
         self._writing = None
-        self._reload()
-        return False
+        return _all_agree(self._reload() and step in self.steps())  # complete after all, where only its news was lost
 
-    def _reload(self) -> None:
+    def _reload(self) -> bool:
         """Looks which steps are on disk: a save that fails has taken those that it would replace off Orbax's list."""
         self._stale = True
-        if self.folder.is_dir():
+        there = self.folder.is_dir()
+        if there:
             self._manager.reload()
+        return there
 
     def close(self) -> None:
         """Waits, then releases the folder."""

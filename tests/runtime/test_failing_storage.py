@@ -150,3 +150,22 @@ def test_what_was_cut_off_is_no_checkpoint_and_is_removed_when_training_goes_on(
     _save(again, 2, surely=True)
     again.close()
     assert _on_disk(folder) == ["1", "2"]
+
+
+def test_a_save_that_is_complete_though_an_error_was_raised_is_a_save(tmp_path, monkeypatch, capfd):
+    real = checkpoint_manager.CheckpointManager._finalize_checkpoint
+
+    def finalize(self, step):
+        real(self, step)
+        raise TimeoutError("another process was not heard of")
+
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, attempts=2)
+    _save(checkpoints, 1, surely=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_manager.CheckpointManager, "_finalize_checkpoint", finalize)
+        _save(checkpoints, 2, surely=True)
+    assert capfd.readouterr().err.count("writing the checkpoint of step 2 failed: another process") == 1
+    assert checkpoints.steps() == [1, 2]
+    _save(checkpoints, 3, surely=True)
+    checkpoints.close()
+    assert _on_disk(tmp_path / "c") == ["3"]
