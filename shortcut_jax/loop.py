@@ -25,6 +25,7 @@ from shortcut_jax.runtime.logs import LOGGER
 from shortcut_jax.runtime.metrics import Meter, MetricLog
 from shortcut_jax.runtime.profiling import Profiler, parse_steps
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
+from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
 from shortcut_jax.validation import Validation
@@ -42,6 +43,7 @@ class Outputs(NamedTuple):
       base: what a checkpoint says of the frozen base, if there is one.
       validation: weights -> the loss on held-out pictures, where it is asked for.
       progress: the heartbeat, and where the time goes.
+      watchdog: is told what the run does.
     """
 
     workdir: Path
@@ -49,6 +51,7 @@ class Outputs(NamedTuple):
     log: MetricLog
     draw_grid: Callable[[Any], Image.Image]
     progress: Progress
+    watchdog: Watchdog
     base: BaseRecord | None = None
     validation: Validation | None = None
 
@@ -78,6 +81,7 @@ def loop(
     total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
     with contextlib.closing(read), progress.training(), profiler, tqdm(**total, **shown) as bar:
         for step in range(start + 1, stop + 1):
+            outputs.watchdog.beat(f"step {step}", slow=step == start + 1)
             if profiler.starts(step):
                 await_step(pending, progress)
                 with progress.doing("profiling"):
@@ -101,21 +105,26 @@ def loop(
                 record(*pending, s, outputs, meter, bar)
                 pending = None
             if saves:
-                with progress.doing("saving"):
-                    save(step, assembly, outputs, state, metrics)
+                with busy(outputs, "saving", step):
+                    save(step, assembly, outputs, state, metrics, last)
                 progress.note()
             if outputs.validation and validates:
-                with progress.doing("validating"):
+                with busy(outputs, "validating", step):
                     validate(step, s, outputs.validation, outputs.log, state)
             if draws:
-                with progress.doing("sampling"):
+                with busy(outputs, "sampling", step):
                     show(step, s, outputs, state)
             if signal:
                 raise distributed.Interrupted(signal)
-    with progress.doing("saving"):
-        outputs.checkpoints.wait()
     say(f"saved step {stop} in {outputs.checkpoints.folder}")
     return state
+
+
+@contextlib.contextmanager
+def busy(outputs: Outputs, state: str, step: int) -> Iterator[None]:
+    """Work beside the steps, as heartbeat, goodput and watchdog are to know it."""
+    with outputs.progress.doing(state), outputs.watchdog.slow(f"{state} at step {step}"):
+        yield
 
 
 def advance(
@@ -145,10 +154,15 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
     if progress.due:
         progress.beat(float(metrics["loss"]))
     if skipped > s.max_skipped:
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        why = f"a spike (spikes.factor {s.spikes.factor:g})" if np.isfinite(loss + norm) else "not finite"
         raise command.TrainingError(
-            f"step {step}: loss {float(metrics['loss'])} and gradient norm {float(metrics['grad_norm'])} are not "
-            f"finite, {skipped} steps in a row (max_skipped {s.max_skipped}); nothing of them was kept"
+            f"step {step}: loss {loss} and gradient norm {norm} are {why}, {skipped} steps in a row "
+            f"(max_skipped {s.max_skipped}); nothing of them was kept"
         )
+    if skipped:
+        spikes = f", {int(metrics['spikes'])} of them spikes" if "spikes" in metrics else ""
+        tell(f"step {step} was skipped: {int(metrics['skipped_total'])} in all{spikes}")
     if s.ema.restart_auto and int(metrics["ema_restarted"]):
         tell(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
     if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
@@ -165,12 +179,14 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
     bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)
 
 
-def save(step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-    """Starts a checkpoint of a state that is known to be finite."""
+def save(
+    step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array], last: bool
+) -> None:
+    """Starts a checkpoint of a state that is known to be finite; the last one of a run is waited for."""
     if not np.isfinite(float(metrics["param_norm"])):
         raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
     if step not in outputs.checkpoints.steps():
-        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base))
+        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base), surely=last)
 
 
 def validate(step: int, s: Settings, validation: Validation, log: MetricLog, state: TrainState) -> None:

@@ -5,14 +5,16 @@ import math
 import re
 import typing
 
+from shortcut_jax.check_faults import check_faults
 from shortcut_jax.check_profile import check_profile
 from shortcut_jax.core.schedules import StudentSteps
 from shortcut_jax.data.records import latent_size, stride_of
+from shortcut_jax.differences import flatten
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.sharding import MESH_AXES, MeshShape
-from shortcut_jax.settings import ConfigError, Settings, build, flatten, to_dict
+from shortcut_jax.settings import ConfigError, Settings, build, to_dict
 from shortcut_jax.steps.evals import RULES
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
 from shortcut_jax.steps.optim import SCHEDULES
@@ -25,7 +27,7 @@ EMBEDDED_GUIDANCE = (0.0, 7.5)
 DTYPES = ("float32", "bfloat16", "float16")
 
 _AT_LEAST_ONE = (
-    *("steps", "accumulate", "log_every", "keep", "data.text_tokens"),
+    *("steps", "accumulate", "log_every", "keep", "save_attempts", "data.text_tokens"),
     *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank"),
     "data.threads",
 )
@@ -36,7 +38,7 @@ _NOT_NEGATIVE = (
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
 )
 _POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio")
-_DECAYS = ("ema.fast", "ema.slow", "optimizer.b1", "optimizer.b2")
+_DECAYS = ("ema.fast", "ema.slow", "spikes.decay", "optimizer.b1", "optimizer.b2")
 _PROBABILITIES = ("data.caption_dropout", "data.flip", "shift.dynamic", "teacher_share")
 _PATHS = ("optimizer.decay_paths", "lora.paths")
 
@@ -89,6 +91,7 @@ def _check(s: Settings) -> None:
     for name in _PROBABILITIES:
         _require(0.0 <= values[name] <= 1.0, f"{name} is {values[name]}, but must be in [0, 1]")
     _check_student(s)
+    check_faults(s)
     _check_evaluation(s)
     _check_data(s)
     check_profile(s)
@@ -341,4 +344,4 @@ def objective_settings(s: Settings) -> ObjectiveSettings:
 
 def step_settings(s: Settings, model: FluxConfig) -> StepSettings:
     """The train step's part of the settings, with the network already resolved."""
-    return StepSettings(model, objective_settings(s), s.optimizer, s.ema, s.steps, s.seed, s.accumulate)
+    return StepSettings(model, objective_settings(s), s.optimizer, s.ema, s.steps, s.seed, s.accumulate, s.spikes)

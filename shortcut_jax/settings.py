@@ -16,9 +16,10 @@ from ml_collections import ConfigDict, config_dict
 from shortcut_jax.core.ema import EmaSettings
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps
-from shortcut_jax.core.tree import first_match
+from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.models.presets import preset
+from shortcut_jax.runtime.watchdog import WatchdogSettings
 from shortcut_jax.steps.optim import OptimizerSettings
 
 
@@ -179,7 +180,7 @@ class Settings:
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
       guide: where it enters: told, both, teacher or targets (see `steps.views.GUIDES`).
-      max_skipped: skipped (non-finite) steps in a row that are borne; one more stops the run.
+      max_skipped: skipped steps (not finite, or spikes) in a row that are borne; one more stops the run.
       grad_reduce_dtype: dtype in which weight gradients are added up between devices.
       log_every: steps between lines of metrics.
       sample_every: steps between sample grids; 0 means at the end only.
@@ -188,6 +189,8 @@ class Settings:
       heartbeat_every: seconds between heartbeats; see `runtime/heartbeat.py`.
       profile_steps: steps that are profiled, as FIRST:END without END: 10:13 is 10, 11 and 12. Empty means none. The
         profile is written to `profile` in the workdir.
+      save_attempts: how often a checkpoint is tried, with growing pauses, where the storage fails.
+      peer_timeout: seconds without a sign of life after which a process is lost, and all others end.
     """
 
     objective: str = "scfm"
@@ -220,11 +223,15 @@ class Settings:
     keep: int = 3
     heartbeat_every: float = 5.0
     profile_steps: str = ""
+    save_attempts: int = 3
+    peer_timeout: float = 60.0
     model: ModelSettings = field(default_factory=ModelSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
+    spikes: SpikeSettings = field(default_factory=SpikeSettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
@@ -232,19 +239,6 @@ class Settings:
     def has_base(self) -> bool:
         """Whether a run has frozen weights: a base, a teacher, or both in one."""
         return self.train == "lora" or self.teacher_share > 0
-
-
-MARKS = (
-    (r"steps|optimizer\.warmup_steps|max_skipped", "schedule"),
-    (
-        r"mesh\..*|eval\..*|validation\..*|data\.(dir|threads|workers)|base|teacher_lora|(log|sample|checkpoint)_every|"
-        r"keep|accumulate|batch_per_device|heartbeat_every|profile_steps",
-        "free",
-    ),
-    (r"model\.(remat|attention|scan_unroll)", "free"),
-    (r".*", "identity"),
-)
-"""What may change when a workdir is resumed: `identity` never, `schedule` with a log line, `free` silently."""
 
 
 def default_config() -> ConfigDict:
@@ -325,24 +319,3 @@ def _complete(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
         for key, value in defaults.items()
     }
     return {**stored, **added}
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys; lists become tuples, so that JSON compares equal."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
-    return flat
-
-
-def compare(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, list[str]]:
-    """Differences of two `to_dict` results by mark, each as `key: stored -> current`."""
-    old, new = flatten(stored), flatten(current)
-    differences: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            differences[first_match(MARKS, key)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
-    return differences

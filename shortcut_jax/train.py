@@ -18,9 +18,10 @@ from shortcut_jax.check_data import check_data, check_grid
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.records import check_available
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.differences import compare, flatten
 from shortcut_jax.ends import training_ends
 from shortcut_jax.generate import Generator
-from shortcut_jax.loop import Outputs, grid_name, loop, show
+from shortcut_jax.loop import Outputs, busy, grid_name, loop, show
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import agreement, distributed
@@ -31,9 +32,11 @@ from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
 from shortcut_jax.runtime.heartbeat import Progress
 from shortcut_jax.runtime.logs import mark_stderr, process_log
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
+from shortcut_jax.runtime.peers import Peers
 from shortcut_jax.runtime.shared_folder import check_folder
 from shortcut_jax.runtime.timing import Stopwatch
-from shortcut_jax.settings import Settings, compare, complete, flatten, to_dict
+from shortcut_jax.runtime.watchdog import Watchdog
+from shortcut_jax.settings import Settings, complete, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -128,15 +131,22 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
     """Trains to the end (or to `stop_at`, or to a signal), resuming what the workdir holds; writes the report.
 
     Returns:
-      0 at the end or at `stop_at`, 75 after SIGTERM, 130 after Ctrl-C; in each case everything is saved.
+      0 at the end or at `stop_at`, 75 after SIGTERM, 130 after Ctrl-C; in each case everything is saved. Where another
+      process is lost, or work hangs, the process ends here with code 75.
 
     Raises:
       ConfigError: the workdir belongs to another run, or the data are not of the size that the config says.
       TrainingError: the loss stayed non-finite; what was saved before is intact.
+      CheckpointError: the last state could not be saved.
     """
     settings, watch = assembly.settings, Stopwatch("starting")
     mark_stderr()
-    with distributed.Interruptions() as interruptions, process_log() as log_in:
+    with (
+        distributed.Interruptions() as interruptions,
+        process_log() as log_in,
+        Peers(settings.peer_timeout) as peers,
+        Watchdog(settings.watchdog, workdir, peers.leave) as watchdog,
+    ):
         check_workdir(workdir, record_of(assembly))
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
@@ -145,7 +155,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
         log_in(workdir)
-        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
+        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep, attempts=settings.save_attempts)
         log = MetricLog(workdir)
         start = max(checkpoints.steps(), default=0)
         progress = Progress(workdir, start, settings.steps, watch, settings.heartbeat_every)
@@ -158,7 +168,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             announce(assembly, workdir, start)
             announce_data(assembly, data)
             stop = min(stop_at or settings.steps, settings.steps)
-            outputs = Outputs(workdir, checkpoints, log, grid_painter(assembly, data), progress, base, validation)
+            outputs = Outputs(
+                workdir, checkpoints, log, grid_painter(assembly, data), progress, watchdog, base, validation
+            )
             interruptions.check()
             if start < stop:
                 state = loop(assembly, data, outputs, state, start, stop, interruptions)
@@ -174,6 +186,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             say(f"\n{signal.name}: {_what_is_saved(checkpoints, start)}; the same command goes on from there")
             tell_time(goodput_line, progress)
             return distributed.EXIT_CODES[signal]
+        except Exception as error:
+            peers.failed(error)
+            raise
         finally:
             progress.end(ending)
             log.close()
@@ -204,10 +219,10 @@ def finish(
 ) -> None:
     """The end of a run: the last sample grid, and the report."""
     s = assembly.settings
-    with outputs.progress.doing("sampling"):
+    with busy(outputs, "sampling", s.steps):
         show(s.steps, s, outputs, state)
     if s.eval.views:
-        with outputs.progress.doing("reporting"):
+        with busy(outputs, "reporting", s.steps):
             report(assembly, data, outputs, state, interruptions)
 
 
@@ -227,6 +242,7 @@ def report(
 
     def tell(line: str) -> None:
         say(line)
+        outputs.watchdog.beat("the report", slow=True)
         interruptions.check()
 
     tell("judging the samples")

@@ -6,8 +6,9 @@ import pytest
 
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.rows import RowGroup
+from shortcut_jax.differences import compare, flatten
 from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
-from shortcut_jax.settings import ConfigError, Settings, compare, complete, default_config, flatten, to_dict
+from shortcut_jax.settings import ConfigError, Settings, complete, default_config, to_dict
 from tests.helpers import tiny_assembly, tiny_config
 
 
@@ -161,3 +162,29 @@ def test_a_stored_config_older_than_a_field_has_its_default():
     assert complete({**before_teachers, "model": {**config["model"], "preset": "flux-dev"}})["guidance"] == [0.0, 7.5]
     with pytest.raises(ConfigError, match="unknown config key 'gone'"):
         from_config(complete({**older, "gone": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spikes__factor": 3.0}, "max_skipped is 0, so that the first spike would stop the run"),
+        ({"spikes__factor": 0.5, "max_skipped": 1}, r"spikes\.factor is 0\.5, .* set 2 or more"),
+        ({"spikes__after": -1}, r"spikes\.after is -1, but must not be negative"),
+        ({"spikes__decay": 1.0}, r"spikes\.decay is 1\.0, but must be in \[0, 1\)"),
+        ({"watchdog__grace_seconds": -1.0}, r"watchdog\.grace_seconds is -1\.0, but must not be negative"),
+        ({"watchdog__seconds": 9000.0}, r"watchdog\.seconds is 9000, more than watchdog\.slow_seconds=7200"),
+        ({"peer_timeout": 100.0}, r"peer_timeout is 100, but must be in \[2, 90\]"),
+        ({"save_attempts": 0}, "save_attempts is 0, but must be at least 1"),
+    ],
+)
+def test_settings_of_faults_are_checked(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config(tiny_config(**changes))
+
+
+def test_what_a_run_survives_may_change_when_it_is_resumed():
+    old = to_dict(from_config(tiny_config()))
+    new = tiny_config(watchdog__seconds=60.0, save_attempts=5, peer_timeout=20.0, spikes__factor=3.0, max_skipped=1)
+    differences = compare(old, to_dict(from_config(new)))
+    assert differences["identity"] == []
+    assert len(differences["free"]) == 3 and len(differences["schedule"]) == 2

@@ -1,12 +1,18 @@
 """Checkpoints: one Orbax composite a step, of separate items, so that a reader restores only what it needs.
 
 Items are pytrees (`params`, `fast`, `slow`, `optimizer`) and `meta`, a JSON dict. Writing is asynchronous and atomic:
-a step's folder appears under its name only when it is complete.
+a step's folder appears under its name only when it is complete, and older steps go only after that. Storage that fails
+is told, tried again and lived with; only `save_surely` gives up.
 """
 
 import contextlib
+import errno
 import itertools
 import json
+import os
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +28,11 @@ from shortcut_jax.runtime.distributed import say
 ITEMS = ("params", "fast", "slow", "optimizer")
 META = "meta"
 FORMAT_VERSION = 1
+PAUSE_SECONDS = 2.0
+"""Before the second attempt at a save; four times as long before each further one."""
+
+TIMEOUT_SECONDS = 600
+"""How long processes wait for each other's part of a checkpoint in the background."""
 
 Result = TypeVar("Result")
 
@@ -37,16 +48,26 @@ class Checkpoints:
       folder: holds one folder a step.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None, read_only: bool = False):
-        """Opens the folder, and makes it unless `read_only`; `keep` newest steps survive a save (all, if None)."""
+    def __init__(self, folder: Path, keep: int | None = None, read_only: bool = False, attempts: int = 1):
+        """Opens the folder, and makes it unless `read_only`, which also removes what was cut off while being written.
+
+        `keep` newest steps survive a save (all, if None), which is tried `attempts` times.
+        """
         self.folder = folder.resolve()
-        self._read_only = read_only
+        self._read_only, self._attempts = read_only, attempts
+        self._writing: int | None = None
+        self._why, self._stale = "", False
         with _quiet():  # Orbax warns that what is to be read only is read only.
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
                 read_only=read_only,
                 create=not read_only,
                 enable_async_checkpointing=not read_only,
+                cleanup_tmp_directories=not read_only,
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=TIMEOUT_SECONDS,
+                    create_directories_asynchronously=False,  # else threads wait for one that cannot be made
+                ),
             )
             self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, META), options=options)
 
@@ -54,19 +75,86 @@ class Checkpoints:
         """The steps that have a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Starts writing a step in the background. The arrays may be donated as soon as this returns."""
+    def save(self, step: int, items: dict[str, Any], meta: dict[str, Any], surely: bool = False) -> None:
+        """Starts writing a step in the background. The arrays may be donated as soon as this returns.
+
+        Where the storage fails, older checkpoints stay, it is told in a line, and the next save is the next chance.
+
+        Args:
+          step: its number.
+          items: see `ITEMS`.
+          meta: for JSON.
+          surely: waits until all of it is on disk.
+
+        Raises:
+          CheckpointError: `surely`, and all attempts failed.
+        """
+        self.wait()
+        for attempt in range(self._attempts):
+            if attempt:
+                time.sleep(PAUSE_SECONDS * 4 ** (attempt - 1))
+            if self._start(step, items, meta) and (not surely or self.wait()):
+                return
+        kept = max(self.steps(), default=None)
+        left = "there is none before it" if kept is None else f"the last one is that of step {kept}"
+        if surely:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder} in {self._attempts} attempts "
+                f"({self._why}); {left}: mend the storage and run the same command"
+            )
+        say(f"no checkpoint of step {step} after {self._attempts} attempts; {left}; the run goes on to the next one")
+
+    def _start(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> bool:
         args = {name: ocp.args.StandardSave(items[name]) for name in ITEMS}
         meta = {**meta, "format_version": FORMAT_VERSION}
-        self._manager.save(step, args=ocp.args.Composite(**args, **{META: ocp.args.JsonSave(meta)}))
+        if self._stale and jax.process_index() == 0:
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        if not self._went_well(step, lambda: _check_storage(self.folder, items)):
+            return False
+        if self._stale:
+            self._reload()
+            self._stale = False
+        self._writing = step
+        composite = ocp.args.Composite(**args, **{META: ocp.args.JsonSave(meta)})
+        return self._went_well(step, lambda: self._manager.save(step, args=composite))
 
-    def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+    def wait(self) -> bool:
+        """Returns when everything is on disk, or has failed: whether the last save went well, on all processes."""
+        step, self._writing = self._writing, None
+        return step is None or self._went_well(step, self._manager.wait_until_finished)
+
+    def _went_well(self, step: int, act: Callable[[], Any]) -> bool:
+        """Whether a part of a save worked on every process; else it is told. The next save removes what it left."""
+        why = ""
+        try:
+            act()
+        except Exception as failure:  # Orbax, TensorStore and the disk each raise their own kinds.
+            why = _first_line(_root(failure))
+            who = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
+            print(f"writing the checkpoint of step {step} failed{who}: {why}", file=sys.stderr, flush=True)
+        if _all_agree(not why):
+            return True
+        self._why = why or "another process could not write it"
+        with contextlib.suppress(Exception):  # what still runs may fail of the same
+            self._manager.wait_until_finished()
+        self._writing = None
+        return _all_agree(self._reload() and step in self.steps())  # complete after all, where only its news was lost
+
+    def _reload(self) -> bool:
+        """Looks which steps are on disk: a save that fails has taken those that it would replace off Orbax's list."""
+        self._stale = True
+        there = self.folder.is_dir()
+        if there:
+            self._manager.reload()
+        return there
 
     def close(self) -> None:
         """Waits, then releases the folder."""
-        self.wait()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as failure:
+            print(f"writing the last checkpoint failed: {_first_line(_root(failure))}", file=sys.stderr, flush=True)
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -99,7 +187,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as failure:  # Orbax, TensorStore and JSON each raise their own kinds.
-                failed[step] = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+                failed[step] = _first_line(failure)
             if not _all_agree(step not in failed):
                 failed.setdefault(step, "another process could not read it")
                 say(f"the checkpoint of step {step} in {self.folder} is damaged: falling back to the one before")
@@ -137,6 +225,33 @@ def _all_agree(well: bool) -> bool:
     if jax.process_count() == 1:
         return well
     return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: Orbax's processes wait for each other once more after one of them has failed."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _check_storage(folder: Path, items: dict[str, Any]) -> None:
+    """Raises OSError where a folder cannot be written, or has no room for this process's part of the items.
+
+    Orbax would find that out in the background, in a part of the processes, while the others wait for them.
+    """
+    probe = folder / f".probe-{jax.process_index()}"
+    with probe.open("wb") as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+    probe.unlink()
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} needed")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ class MetricLog:
             return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        append_line(self._path, {"step": step, **values})
+        try:
+            append_line(self._path, {"step": step, **values})
+        except OSError as error:  # a full disk takes no line, but stops no run
+            print(f"the metrics of step {step} are not written: {error}", file=sys.stderr, flush=True)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Records a picture."""

@@ -66,7 +66,7 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 STATE_RULES = (
     *PARAM_RULES,
-    (r"(.*/)?(step|count|skipped|skipped_total)|memory/.*|frozen/(scale|unconditional/.*)", P()),
+    (r"(.*/)?(step|count|skipped|skipped_total)|(memory|spikes)/.*|frozen/(scale|unconditional/.*)", P()),
 )
 """The same for a whole train state: moments and averages end in the path of their parameter."""
 

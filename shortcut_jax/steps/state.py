@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from shortcut_jax.core.ema import DualEma, Memory, init_ema, init_memory
+from shortcut_jax.core.spikes import SpikeMemory, init_spikes
 from shortcut_jax.core.types import Array
 from shortcut_jax.steps.views import TEACHER, Frozen, Weights, teacher_of, whole
 
@@ -24,6 +25,7 @@ class TrainState(NamedTuple):
       skipped: skipped steps in a row, up to now (int32).
       skipped_total: skipped steps in all (int32).
       memory: of the rule that restarts the averages.
+      spikes: of the rule that tells spikes.
       frozen: what no step changes: base and teacher. It passes through each step and is in no checkpoint.
     """
 
@@ -34,6 +36,7 @@ class TrainState(NamedTuple):
     skipped: Array
     skipped_total: Array
     memory: Memory
+    spikes: SpikeMemory
     frozen: Frozen
 
 
@@ -44,7 +47,8 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Fro
     """The state before the first step: both averages are copies of what is trained."""
     zero = lambda: jnp.zeros((), jnp.int32)
     opt_state = optimizer.init(params)
-    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), init_memory(), frozen)
+    memories = init_memory(), init_spikes()
+    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), *memories, frozen)
 
 
 def choose_view(state: TrainState, view: str) -> Weights:
@@ -73,15 +77,25 @@ def select_state(keep: Array, new: TrainState, old: TrainState) -> TrainState:
     )
 
 
+def count_spike(state: TrainState, spike: Array) -> TrainState:
+    """The state with one more spike counted, if it is one."""
+    spikes = state.spikes.spikes + spike.astype(jnp.int32)
+    return state._replace(spikes=state.spikes._replace(spikes=spikes))
+
+
 def to_items(state: TrainState) -> dict[str, Any]:
     """The parts of a state that a checkpoint stores as separate items; the counters are not among them."""
     return {"params": state.params, "fast": state.ema.fast, "slow": state.ema.slow, "optimizer": state.opt_state}
 
 
 def to_counters(state: TrainState) -> dict[str, Any]:
-    """The counters and the restart rule's memory, for JSON; exact, since JSON's numbers hold float32."""
-    memory = {name: np.asarray(value).tolist() for name, value in state.memory._asdict().items()}
-    return {name: int(getattr(state, name)) for name in COUNTERS} | {"memory": memory}
+    """The counters and the rules' memories, for JSON; exact, since JSON's numbers hold float32.
+
+    That of the rule for spikes is left out where the rule never was on.
+    """
+    names = ("memory", "spikes") if int(state.spikes.seen) else ("memory",)
+    plain = lambda memory: {name: np.asarray(value).tolist() for name, value in memory._asdict().items()}
+    return {name: int(getattr(state, name)) for name in COUNTERS} | {n: plain(getattr(state, n)) for n in names}
 
 
 def from_items(
@@ -90,7 +104,7 @@ def from_items(
     frozen: Frozen,
     place: Callable[[np.ndarray], Array] = jnp.asarray,
 ) -> TrainState:
-    """The inverse of `to_items` and `to_counters`; checkpoints without a memory are older than the rule that needs it.
+    """The inverse of `to_items` and `to_counters`; a rule whose memory is not stored was off, or is newer.
 
     Args:
       items: see `to_items`.
@@ -98,13 +112,17 @@ def from_items(
       frozen: what is in no checkpoint.
       place: puts a scalar on the devices.
     """
-    fresh = init_memory()
-    stored = counters.get("memory") or fresh._asdict()
+
+    def remembered(name: str, fresh: Any) -> Any:
+        stored = counters.get(name) or fresh._asdict()
+        return type(fresh)(*(place(np.asarray(stored[k], v.dtype)) for k, v in fresh._asdict().items()))
+
     return TrainState(
         params=items["params"],
         ema=DualEma(items["fast"], items["slow"]),
         opt_state=items["optimizer"],
-        memory=Memory(*(place(np.asarray(stored[k], v.dtype)) for k, v in fresh._asdict().items())),
+        memory=remembered("memory", init_memory()),
+        spikes=remembered("spikes", init_spikes()),
         frozen=frozen,
         **{name: place(np.asarray(counters[name], np.int32)) for name in COUNTERS},
     )

@@ -13,12 +13,13 @@ from shortcut_jax.core.ema import EmaSettings, update_ema
 from shortcut_jax.core.latents import patchify
 from shortcut_jax.core.rows import KINDS, RowGroup, micro_batches, split_kinds
 from shortcut_jax.core.shortcut import squared_error
+from shortcut_jax.core.spikes import SpikeSettings, is_spike, observe
 from shortcut_jax.core.tree import distance, global_norm
 from shortcut_jax.core.types import Array, Batch, Condition
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, Rows, draw, row_group
 from shortcut_jax.steps.optim import OptimizerSettings, make_optimizer, make_schedule
-from shortcut_jax.steps.state import TrainState, num_updates, select_state
+from shortcut_jax.steps.state import TrainState, count_spike, num_updates, select_state
 from shortcut_jax.steps.views import Networks, VelocityOf, make_velocity
 
 Metrics = dict[str, Array]
@@ -37,6 +38,7 @@ class StepSettings:
       steps: length of the run, for the learning-rate schedule.
       seed: seed of the run; the key of step k is fold_in(key(seed), k).
       accumulate: micro-batches a step.
+      spikes: which steps are skipped though they are finite.
     """
 
     model: FluxConfig
@@ -46,12 +48,14 @@ class StepSettings:
     steps: int
     seed: int
     accumulate: int
+    spikes: SpikeSettings
 
 
 def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Composes objective, optimizer and averages. Jit, shardings and donation are the caller's.
 
-    A step whose loss or gradient is not finite changes no weight, moment or average; it is counted in the state.
+    A step whose loss or gradient is not finite, or that is a spike, changes no weight, moment or average; it is
+    counted in the state.
     """
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     schedule = make_schedule(settings.optimizer, settings.steps)
@@ -66,9 +70,15 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
         params = optax.apply_updates(state.params, updates)
         ema, memory, ratio = update_ema(state.ema, state.memory, params, num_updates(state), settings.ema)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        keep = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new_state = state._replace(params=params, ema=ema, opt_state=opt_state, memory=memory)
-        new_state = select_state(finite, new_state, state)
+        if settings.spikes.factor > 0:
+            spike = keep & is_spike(state.spikes, grad_norm, settings.spikes)
+            keep &= ~spike
+            new_state = new_state._replace(spikes=observe(state.spikes, grad_norm, settings.spikes))
+        new_state = select_state(keep, new_state, state)
+        if settings.spikes.factor > 0:
+            new_state = count_spike(new_state, spike)
         metrics = {
             "loss": loss,
             **{f"loss/{kind}": total / share for kind, (total, share) in parts.items()},
@@ -82,6 +92,7 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
             "learning_rate": schedule(num_updates(state)),
             "skipped": new_state.skipped,
             "skipped_total": new_state.skipped_total,
+            **({"spikes": new_state.spikes.spikes} if settings.spikes.factor > 0 else {}),
         }
         return new_state, metrics
 

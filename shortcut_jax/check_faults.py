@@ -1,0 +1,24 @@
+"""Settings of what a run survives: spikes, hangs, lost processes."""
+
+from shortcut_jax.settings import ConfigError, Settings
+
+
+def check_faults(s: Settings) -> None:
+    """Raises ConfigError for values out of range."""
+    values = {f"spikes.{name}": getattr(s.spikes, name) for name in ("factor", "after")}
+    values |= {f"watchdog.{name}": getattr(s.watchdog, name) for name in ("seconds", "slow_seconds", "grace_seconds")}
+    for name, value in values.items():
+        if value < 0:
+            raise ConfigError(f"{name} is {value}, but must not be negative")
+    if 0 < s.spikes.factor <= 1:
+        raise ConfigError(f"spikes.factor is {s.spikes.factor}, but many good steps are above the mean: set 2 or more")
+    if s.spikes.factor and not s.max_skipped:
+        raise ConfigError("max_skipped is 0, so that the first spike would stop the run: set max_skipped to 1 or more")
+    if s.watchdog.seconds > s.watchdog.slow_seconds:
+        raise ConfigError(
+            f"watchdog.seconds is {s.watchdog.seconds:g}, more than watchdog.slow_seconds={s.watchdog.slow_seconds:g}"
+        )
+    if not 2 <= s.peer_timeout <= 90:
+        raise ConfigError(
+            f"peer_timeout is {s.peer_timeout:g}, but must be in [2, 90]: after 100 s JAX aborts the processes itself"
+        )

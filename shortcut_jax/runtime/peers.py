@@ -1,0 +1,166 @@
+"""The other processes of a run: whether they live, and a clear end where one does not.
+
+A lost process stops all others: their collectives never come to an end, or fail with an error that names no cause. The
+coordination service of JAX would abort them after a while. Here they say which process is missing, and why if that is
+known, and exit with `EXIT_CODE`, within `timeout` seconds and a few more.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed as service
+
+from shortcut_jax.runtime.watchdog import EXIT_CODE
+
+GRACE_SECONDS = 10.0
+"""After one process failed by itself, the others have that long to fail of the same, with a message of their own."""
+
+_KEYS = "shortcut_jax/peers"
+
+
+class Peers:
+    """Signs of life through the key-value store of the coordination service, in a thread. A context manager.
+
+    Every process writes a count a few times in each `timeout`; process 0 reads them all and writes a verdict, which the
+    others read. With one process nothing is done.
+    """
+
+    def __init__(self, timeout: float):
+        """Takes the seconds without a sign of life after which a process is lost."""
+        self._timeout = timeout
+        self._interval = min(timeout / 10.0, 5.0)
+        self._over = threading.Event()
+        self._seen: dict[int, tuple[str, float]] = {}
+
+    def __enter__(self) -> "Peers":
+        self._num, self._index = jax.process_count(), jax.process_index()
+        self._client: Any = service.global_state.client if self._num > 1 else None
+        if self._client is not None:
+            now = time.monotonic()
+            self._seen = dict.fromkeys(range(self._num), ("", now))
+            self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+            self._thread.start()
+            if self._index > 0:
+                _on_abort(self._explain_abort)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if self._client is None:
+            return
+        if error is not None:
+            return  # the thread goes on: what remains to be done may wait for processes that wait for this one
+        self._over.set()
+        self._thread.join(self._timeout)
+        self._set(f"alive/{self._index}", "done")
+
+    def failed(self, error: BaseException) -> None:
+        """Does not return where this process failed because another is gone: it ends as soon as that is known."""
+        if self._client is None or not isinstance(error, ValueError | RuntimeError) or not _is_of_peers(str(error)):
+            return
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        print(f"process {self._index}: {reason}", file=sys.stderr, flush=True)
+        time.sleep(self._timeout + 4 * self._interval)
+
+    def leave(self, reason: str) -> None:
+        """Tells the others that this process ends, and why."""
+        if self._client is not None:
+            self._set(f"left/{self._index}", reason)
+
+    def _set(self, key: str, value: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone
+            self._client.key_value_set(f"{_KEYS}/{key}", value, allow_overwrite=True)
+
+    def _read(self, kind: str) -> dict[str, str]:
+        pairs = self._client.key_value_dir_get(f"{_KEYS}/{kind}/")
+        return {key.rsplit("/", 1)[1]: value for key, value in pairs}
+
+    def _watch(self) -> None:
+        count, answered = 0, time.monotonic()
+        left_at: float | None = None
+        while not self._over.wait(self._interval):
+            count += 1
+            now = time.monotonic()
+            try:
+                self._client.key_value_set(f"{_KEYS}/alive/{self._index}", str(count), allow_overwrite=True)
+                verdict = self._read("verdict").get("text")
+                left = self._read("left") if self._index == 0 else {}
+                lost = self._lost(now) if self._index == 0 else []
+                answered = now
+            except jax.errors.JaxRuntimeError:
+                if now - answered > self._timeout:
+                    self._end(f"process 0, which coordinates, does not answer for {self._timeout:g} s")
+                continue
+            left_at = left_at or (now if left else None)
+            missing = {int(i): f"failed: {reason}" for i, reason in left.items()}
+            missing |= {i: f"gave no sign of life for {self._timeout:g} s" for i in lost if i not in missing}
+            ripe = lost or (left_at and now - left_at > GRACE_SECONDS and len(left) < self._num)
+            if ripe and not verdict:
+                verdict = "; ".join(f"process {i} of {self._num} {why}" for i, why in sorted(missing.items()))
+                self._set("verdict/text", verdict)
+            if verdict:
+                self._end(verdict)
+
+    def _lost(self, now: float) -> list[int]:
+        for name, value in self._read("alive").items():
+            if self._seen[int(name)][0] != value:
+                self._seen[int(name)] = (value, now)
+        return [i for i, (value, at) in self._seen.items() if value != "done" and now - at > self._timeout]
+
+    def _end(self, verdict: str) -> None:
+        if self._over.is_set():
+            return
+        print(self._line(verdict), file=sys.stderr, flush=True)
+        if self._index == 0:
+            time.sleep(3 * self._interval)  # the others read it here
+        os._exit(EXIT_CODE)
+
+    def _line(self, verdict: str) -> str:
+        return (
+            f"\nprocess {self._index} stops: {verdict}; the same command goes on from the last checkpoint "
+            f"(exit code {EXIT_CODE})"
+        )
+
+    def _explain_abort(self) -> None:
+        """Ends the process where the coordination service aborts it because process 0 is gone."""
+        host, port = str(service.global_state.coordinator_address).rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+        except OSError:
+            os.write(2, (self._line(f"process 0 of {self._num}, which coordinates, is gone") + "\n").encode())
+            os._exit(EXIT_CODE)
+
+
+def _is_of_peers(text: str) -> bool:
+    """Whether an error looks like that of a collective or a barrier that another process left."""
+    signs = ("Gloo", "gloo", "NCCL", "closed by peer", "Connection", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+    return any(sign in text for sign in (*signs, "barrier", "Barrier", "Timed out", "CANCELLED", "coordination"))
+
+
+def _on_abort(explain: Any) -> None:
+    """Calls `explain` before the process aborts.
+
+    When process 0 is gone, the service's client calls abort() at once, from a thread of its own; JAX has no hook there
+    that Python can set, and a handler of Python's `signal` module would run too late: in the main thread, later.
+    """
+
+    def handle(number: int) -> None:
+        explain()
+        signal_of_c(number, None)  # the default: the abort goes on
+
+    signal_of_c = ctypes.CDLL(None).signal
+    signal_of_c.argtypes, signal_of_c.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _HANDLERS.append(handler)
+    signal_of_c(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+_HANDLERS: list[Any] = []
+"""Kept alive: C calls them."""

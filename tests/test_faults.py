@@ -1,0 +1,167 @@
+"""Faults of real processes; `python -m tests.faults` strikes with all of them and compares more."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from shortcut_jax import command, loop, train
+from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.runtime import checkpoint
+from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.metrics import read_metrics
+from shortcut_jax.runtime.watchdog import Watchdog
+from shortcut_jax.steps.state import to_items
+from tests import fault_child
+from tests.fault_processes import end, start_two, wait_for
+from tests.helpers import tiny_assembly
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def no_end(monkeypatch):
+    """The sample grid at the end takes most of the time of a short run."""
+    monkeypatch.setattr(train, "finish", lambda *args: None)
+
+
+NO_REPORT = {"eval.views": "()", "eval.images": "()"}
+TWO = {**NO_REPORT, "mesh.data": 2, "mesh.fsdp": 2, "steps": 1_000_000, "peer_timeout": 4}
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+
+
+def _state(workdir, step):
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    return flat_paths(checkpoints.restore(step, to_items(tiny_assembly(student_steps=(1, 2, 4)).state_shapes)))
+
+
+def _steps(workdir):
+    return Checkpoints(workdir / "checkpoints", read_only=True).steps()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "codes", "limit"),
+    [
+        ((TERM, None), (75, 75), 60),
+        ((None, TERM), (75, 75), 60),
+        ((None, KILL), (75, -9), 30),
+        ((KILL, None), (-9, 75), 20),
+    ],
+    ids=["SIGTERM to 0", "SIGTERM to 1", "kill of 1", "kill of 0"],
+)
+def test_a_signal_to_one_process_ends_both_in_time(signals, codes, limit, tmp_path, arguments):
+    workdir = tmp_path / "run"
+    pair = start_two(arguments(workdir, **TWO), tmp_path)
+    try:
+        wait_for((workdir / "metrics.jsonl").exists)
+        for process, number in zip(pair, signals, strict=True):
+            if number:
+                process.send_signal(number)
+        ended, _, seconds = end(pair)
+    finally:
+        for process in pair:
+            process.kill()
+    said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
+    assert ended == codes, said
+    assert seconds < limit
+    if TERM in signals:
+        (step,) = _steps(workdir)
+        assert f"SIGTERM: saved step {step} in {workdir}" in said[0]
+    else:
+        reason = "process 1 of 2 gave no sign of life for 4 s" if codes[0] == 75 else "process 0 of 2, which coordinate"
+        other = codes.index(75)
+        assert f"process {other} stops: {reason}" in said[other] and "(exit code 75)" in said[other]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_end")
+def test_a_checkpoint_that_was_cut_off_is_not_restored_and_the_run_goes_on_bit_for_bit(
+    trained, tmp_path, arguments, capfd
+):
+    workdir = tmp_path / "run"
+    argv = arguments(workdir, **NO_REPORT, checkpoint_every=2)
+    line = [sys.executable, "-m", "tests.fault_child", "save-items:4", "--", *argv[1:], "--config.mesh.fsdp=1"]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    killed = subprocess.run(line, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, timeout=200)
+    assert killed.returncode == -9, killed.stderr
+    left = [p.name for p in (workdir / "checkpoints").iterdir() if p.name.startswith("4")]
+    assert left and left != ["4"] and _steps(workdir) == [2]
+    assert train.main(argv) == 0
+    assert "resuming at step 2" in capfd.readouterr().err
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name[0].isdigit()) == ["2", "4"]
+    whole, resumed = _state(trained, 4), _state(workdir, 4)
+    assert all(np.array_equal(resumed[path], value) for path, value in whole.items())
+
+
+def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch, capfd):
+    real, calls, large = loop.to_global, [], {4, 6, 7}
+
+    def changed(tree, *args):
+        calls.append(1)
+        return real(fault_child.spike(tree) if len(calls) in large else tree, *args)
+
+    monkeypatch.setattr(loop, "to_global", changed)
+    rule = {"spikes.factor": 3.0, "spikes.after": 2, "max_skipped": 1}
+    with pytest.raises(SystemExit) as stop:
+        command.run(train.main, arguments(tmp_path / "run", **NO_REPORT, **rule, steps=8, checkpoint_every=5))
+    assert stop.value.code == 1
+    error = capfd.readouterr().err
+    assert "step 4 was skipped: 1 in all, 1 of them spikes" in error
+    assert "error: step 7: loss" in error and "a spike (spikes.factor 3), 2 steps in a row (max_skipped 1)" in error
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [rows[step]["spikes"] for step in (3, 4, 5, 6)] == [0, 1, 1, 2]
+    assert [rows[step]["skipped_total"] for step in (3, 4, 5, 6)] == [0, 1, 1, 2]
+    meta = json.loads((tmp_path / "run" / "checkpoints" / "5" / "meta" / "metadata").read_text())
+    assert meta["counters"]["spikes"]["spikes"] == 1 and meta["counters"]["spikes"]["seen"] == 4
+
+
+@pytest.mark.usefixtures("no_end")
+def test_a_run_outlives_a_save_that_fails_and_an_unsaved_end_is_an_error(tmp_path, arguments, monkeypatch, capfd):
+    monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.01)
+    real = checkpoint._check_storage
+    broken = {2}
+
+    def fails(folder, items):
+        if calls[-1] in broken:
+            raise OSError(30, "Read-only file system")
+        return real(folder, items)
+
+    start, calls = Checkpoints._start, []
+
+    def starting(self, step, *args):
+        calls.append(step)
+        return start(self, step, *args)
+
+    monkeypatch.setattr(checkpoint, "_check_storage", fails)
+    monkeypatch.setattr(Checkpoints, "_start", starting)
+    argv = arguments(tmp_path / "run", **NO_REPORT, checkpoint_every=1, save_attempts=2, keep=1)
+    assert train.main(argv) == 0
+    error = capfd.readouterr().err
+    assert "failed: [Errno 30] Read-only file system" in error and "no checkpoint of step 2 after 2 attempts" in error
+    assert calls == [1, 2, 2, 3, 4] and _steps(tmp_path / "run") == [4]
+    broken.add(6)
+    with pytest.raises(SystemExit) as stop:
+        command.run(train.main, [*argv, "--config.steps=6"])
+    assert stop.value.code == 1
+    error = capfd.readouterr().err
+    assert "error: the checkpoint of step 6 could not be written" in error and "that of step 5" in error
+    assert _steps(tmp_path / "run") == [5]
+
+
+@pytest.mark.usefixtures("no_end")
+def test_what_a_run_does_is_watched(tmp_path, arguments, monkeypatch):
+    seen = []
+
+    class Noting(Watchdog):
+        def beat(self, doing, slow=False):
+            seen.append((doing, slow))
+
+    monkeypatch.setattr(train, "Watchdog", Noting)
+    assert train.main(arguments(tmp_path / "run", steps=3, checkpoint_every=2)) == 0
+    named = [("step 1", True), ("step 2", False), ("the checkpoint of step 2", True), ("step 3", False)]
+    assert seen == [("the start", True), *named, ("the checkpoint of step 3", True)]
