@@ -180,7 +180,12 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
 
 
 def save(
-    step: int, assembly: Assembly, outputs: Outputs, state: TrainState, metrics: dict[str, jax.Array], last: bool
+    step: int,
+    assembly: Assembly,
+    outputs: Outputs,
+    state: TrainState,
+    metrics: dict[str, jax.Array],
+    last: bool = False,
 ) -> None:
     """Starts a checkpoint of a state that is known to be finite; the last one of a run is waited for."""
     if not np.isfinite(float(metrics["param_norm"])):

@@ -254,9 +254,10 @@ loss of every step, are compared bit for bit with those of a run that nothing ha
 same, so no sample was lost or repeated.
 
 Written by `python -m tests.faults --out=docs/faults.md`, {date}, {hardware}, in {minutes:.0f} minutes. The run had
-`peer_timeout=10`, `watchdog.seconds=8` and `watchdog.grace_seconds=2`; seconds count from the signal, or from the end
-of the first process to that of the last. Exit code 75 (EX_TEMPFAIL) asks a scheduler to start the command again; -9 is
-the process that was killed.
+`peer_timeout=10`, `watchdog.seconds=8` and `watchdog.grace_seconds=2`, and where the disk is full processes waited 15 s
+instead of 600 for each other's part of a checkpoint. Seconds count from the signal; where a process strikes itself,
+from the end of the first process to that of the last. Exit code 75 (EX_TEMPFAIL) asks a scheduler to start the command
+again; -9 is the process that was killed. Not tried here: GPUs and TPUs, real networks, file systems over a network.
 """
 
 
