@@ -1,25 +1,11 @@
 #!/usr/bin/env bash
-# Settings of XLA and NCCL for training on NVIDIA GPUs: the one place for them, sourced by the scripts of this folder and
-# by the image's entry point. What is set already stays; XLA_FLAGS are put before yours, and of two the last counts.
-# They have to be the same in all processes (training compares XLA_FLAGS at start).
-
-# XLA joins the collectives of small arrays up to this many bytes: at least a block, so that its kernels are gathered by
-# one call, and not many more, since what is gathered ahead has to be held. A block of FLUX.1 has 142 M (single) to 340 M
-# (double) parameters: up to 0.7 GB of bfloat16 weights, and 1.4 GB of gradients that are added up in float32.
-combine=${COMBINE_BYTES:-$((3 << 29))}
+# Settings of XLA and NCCL for a process that trains on NVIDIA GPUs, sourced by the scripts of this folder and by the
+# image's entry point. What shapes the compiled program (which collectives run beside which work) is in
+# shortcut_jax/runtime/compiler.py instead: it is compiled in, on every launch and in a dry run. What is set already stays;
+# XLA_FLAGS are put before yours, and of two the last counts. They have to be the same in all processes (training compares
+# them at start).
 
 flags=(
-  # Collectives run while the layers before or after them are computed, instead of between them.
-  --xla_gpu_enable_latency_hiding_scheduler=true
-  "--xla_gpu_all_gather_combine_threshold_bytes=$combine"
-  "--xla_gpu_reduce_scatter_combine_threshold_bytes=$combine"
-  "--xla_gpu_all_reduce_combine_threshold_bytes=$combine"
-  # Blocks are a loop in the compiled program (nn.scan). Collectives move out of an iteration into the one before or after
-  # it, where there is work to hide them; two iterations at a time need no copies of what they carry.
-  --xla_gpu_enable_pipelined_all_gather=true
-  --xla_gpu_enable_pipelined_reduce_scatter=true
-  --xla_gpu_enable_pipelined_all_reduce=true
-  --xla_gpu_enable_while_loop_double_buffering=true
   # The first collective builds the communicators, and hosts that compile or read at different speeds meet there: warn
   # after a minute, give up after ten (XLA's default is to give up after 40 s).
   --xla_gpu_first_collective_call_warn_stuck_timeout_seconds=60

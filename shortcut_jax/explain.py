@@ -92,7 +92,11 @@ def describe(transfer: Transfer, shapes: Mapping[str, Sequence[int]], mesh: Mapp
         return "biases, norms, sums and metrics"
     parts: Counter[str] = Counter()
     for (dtype, dims), sources in zip(transfer.arrays, _padded(transfer), strict=False):
-        parts[_describe_array(transfer.kind, dtype, math.prod(dims), sources, shapes, mesh)] += 1
+        if len(dims) == 1 and "tensor" not in transfer.axes:  # XLA joins gradients to be added up in one call
+            layers = dict.fromkeys(layer for name in sources if (layer := _layer(name, shapes)))
+            parts[f"gradients of {' and '.join(layers)} joined" if layers else "?"] += 1
+        else:
+            parts[_describe_array(transfer.kind, dtype, math.prod(dims), sources, shapes, mesh)] += 1
     big = [part for part in parts if part != "small"]
     return ", ".join(big) if big else "biases, norms, sums and metrics"
 
@@ -120,8 +124,10 @@ def _describe_array(
             whole = math.prod(shapes[path][1:] if "_blocks/" in path else shapes[path])
             # Tensor parallelism moves its part of a kernel, and a ring one shard at a time.
             fractions = {1, mesh["tensor"]}
-            if kind == "collective-permute":
-                fractions |= {mesh["fsdp"], mesh["fsdp"] * mesh["tensor"], mesh["fsdp"] * mesh["tensor"] * 2}
+            if kind in ("collective-permute", "all-reduce"):  # or what was scattered before, between its replicas
+                fractions |= {mesh["fsdp"], mesh["fsdp"] * mesh["tensor"]}
+            if kind == "collective-permute":  # both ways round
+                fractions |= {mesh["fsdp"] * 2, mesh["fsdp"] * mesh["tensor"] * 2}
             if any(whole == size * fraction for fraction in fractions):
                 return f"{MOVED.get(kind, 'weights')} {path}"
     if layers:

@@ -8,6 +8,7 @@ Prints a line of a Markdown table for each mesh and objective, and fails where a
 """
 
 import argparse
+import math
 import runpy
 import sys
 import time
@@ -15,7 +16,6 @@ import time
 import jax
 
 from shortcut_jax.assemble import Assembly
-from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.dry_run import expected_temporaries
 from shortcut_jax.explain import SMALL, explain
 from shortcut_jax.resolve import from_config
@@ -35,15 +35,21 @@ POINTS = {
 
 def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
     """The first thing that is not as it has to be, or an empty string."""
-    mesh, shards = assembly.mesh_shape, assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor
-    parameters = count_parameters(assembly.network_shapes)
-    if abs(argument_bytes * shards / parameters / 20 - 1) > 0.01:
-        return f"{argument_bytes * shards / parameters:.2f} bytes of arguments a parameter"
+    mesh = assembly.mesh_shape
+    # 20 bytes a parameter of what a device holds: its shards, and what is too small to be split.
+    expected = 20 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(assembly.network_shapes))
+    expected += sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in assembly.batch_shapes)
+    if abs(argument_bytes / expected - 1) > 0.01:
+        return f"{argument_bytes / GB:.2f} GB of arguments, not {expected / GB:.2f}"
     if total_bytes > limit_gb * GB:
         return f"{total_bytes / GB:.1f} GB do not fit"
     if explanation.unexplained:
         return f"unexplained: {explanation.unexplained[0]}"
     on_tpu = assembly.platform == "tpu"
+    moved = explanation.moved()
+    hidden = sum(size for (*_, beside), size in moved.items() if beside) / sum(moved.values())
+    if hidden < (0.8 if on_tpu else 0.98):
+        return f"only {hidden:.1%} of what is moved is hidden"
     for line in explanation.lines:
         if line.kind == "all-to-all" or (line.kind == "collective-permute" and "ring of gradients" not in line.what):
             return f"{line.kind} of {line.what}"
@@ -55,8 +61,6 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
             return f"{line.kind} in {line.dtype} of {line.what}"
         if line.kind == "all-reduce" and "gradients" in line.what and "fsdp" in line.axes and not on_tpu:
             return f"gradients are not scattered: {line.what}"
-        if line.beside == "nothing" and line.bytes >= SMALL and "blocks" in line.what and not on_tpu:
-            return f"nothing beside {line.kind} of {line.what}"
     names = " ".join(explanation.attention)
     wanted = ["tpu_custom_call"] if on_tpu else ["fmhaSoftmax", "fmhaSoftmaxBackward"]
     return next((f"no attention kernel {name}" for name in wanted if name not in names), "")
@@ -76,13 +80,14 @@ def row(target, limit_gb, mesh_name, objective):
     wrong = check(assembly, explanation, arguments, arguments + temporaries, limit_gb)
     totals = {}
     for (kind, _, axes, hidden), size in explanation.moved().items():
-        if size >= 16 * SMALL:
+        if size >= SMALL:
             kept = totals.setdefault((kind, axes), [0, 0])
             kept[0] += size
             kept[1] += size * hidden
     moved = "; ".join(
         f"{kind} over {axes} {size / GB:.0f} ({100 * hidden / size:.0f}%)"
         for (kind, axes), (size, hidden) in sorted(totals.items(), key=lambda item: -item[1][0])
+        if size >= GB / 2
     )
     cells = (
         target,

@@ -1,10 +1,15 @@
 """Options that a train step is compiled with, by platform: what XLA does not do by itself, and why we want it.
 
-Those of GPUs are flags of the process instead, in `launch/gpu_env.sh` with NCCL's settings: XLA:GPU overlaps
-collectives by default, and what is left concerns the launch (timeouts, sizes of joined collectives).
+They are part of the compiled step, so a dry run judges what will run. What concerns the process and not the program
+(memory, timeouts, NCCL) is in `launch/gpu_env.sh`.
 """
 
 OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    "gpu": {
+        # Gradients of a block are added up between nodes after the block's last matrix product, where nothing is left
+        # to hide that. Now it happens while the next block is computed. All else XLA:GPU overlaps by default.
+        "xla_gpu_enable_pipelined_all_reduce": True,
+    },
     "tpu": {
         # XLA:TPU gathers weights between the matrix products by default. Fused with them, a gather runs while the
         # product before it is computed; in several steps, where one product is too short to hide it.

@@ -104,6 +104,9 @@ class Program:
                 body.append(instruction)
                 self._by_name[instruction.name] = instruction
         self._callers = self._called_by()
+        loops = {i.called("body") for i in self._by_name.values() if i.op == "while"}
+        self._loop_bodies = {i.name: body for body in loops for i in self._bodies.get(body, []) if i.op == "parameter"}
+        """Name of what a loop carries -> the loop's body."""
 
     def attention_kernels(self) -> dict[str, int]:
         """How many calls there are of each custom kernel that attends, by its name."""
@@ -199,6 +202,21 @@ class Program:
         body = self._bodies.get(computation, [])
         return any(i.op in _MATMULS or (i.op == "fusion" and self._multiplies(i.called())) for i in body)
 
+    def _carried(self, instruction: Instruction) -> tuple[str, ...]:
+        """Where an element of what a loop carries was made: in its body, an iteration before."""
+        index = re.search(r"\bindex=(\d+)", instruction.text)
+        if instruction.op != "get-tuple-element" or not index:
+            return ()
+        carrier = self._by_name.get(instruction.operands[0])
+        if carrier and carrier.op == "while":
+            body = carrier.called("body")
+        elif carrier and carrier.op == "parameter":
+            body = self._loop_bodies.get(carrier.name, "")
+        else:
+            return ()
+        root = next((i for i in reversed(self._bodies.get(body, [])) if i.text.startswith("ROOT")), None)
+        return root.operands[int(index[1]) : int(index[1]) + 1] if root and root.op == "tuple" else ()
+
     def _sources(self, name: str) -> tuple[str, ...]:
         """Names of JAX operations on the way back from an array, nearest first, 8 steps at most."""
         names, front = [], [name]
@@ -207,7 +225,7 @@ class Program:
             for instruction in filter(None, map(self._by_name.get, front)):
                 if instruction.op_name:
                     names.append(instruction.op_name)
-                back += instruction.operands[:16]
+                back += self._carried(instruction) or instruction.operands[:16]
             if not back or len(names) >= 6:
                 break
             front = back
@@ -267,13 +285,18 @@ def _groups(text: str) -> Iterator[list[int]]:
         ids = ids.transpose(numbers(iota[3])) if iota[3] else ids
         yield from ids.reshape(numbers(iota[1])).tolist()
         return
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, *device_ids=\([^)]*\))? *\{([^}]*)\}", text)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, *device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? *\{([^}]*)\}", text
+    )
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", named[1])}
-        chosen = re.findall(r"'([\w.]+)'", named[2])
+        chosen = re.findall(r"'([\w.]+)'", named[4])
         kept = [i for i, name in enumerate(sizes) if name not in chosen]
         moved = [list(sizes).index(name) for name in chosen]
-        ids = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values())).transpose(kept + moved)
+        ids = np.arange(np.prod(list(sizes.values())))
+        if named[2]:
+            ids = ids.reshape(numbers(named[2])).transpose(numbers(named[3]))
+        ids = ids.reshape(list(sizes.values())).transpose(kept + moved)
         yield from ids.reshape(-1, int(np.prod([sizes[name] for name in chosen]))).tolist()
 
 
