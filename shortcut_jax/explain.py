@@ -139,7 +139,7 @@ def _describe_array(
 def _layer(op_name: str, shapes: Mapping[str, Sequence[int]]) -> str:
     """The layer that an operation belongs to: the longest one whose path is part of its name."""
     layers = {path.rsplit("/", 1)[0] for path in shapes}
-    text = f"/{op_name}/".replace("(", "/").replace(":", "/")
+    text = re.sub(r"[^\w.]+", "/", f"/{op_name}/")  # also of inputs: state.params['img_in']['kernel']
     return max((layer for layer in layers if f"/{layer}/" in text), key=len, default="")
 
 

@@ -93,9 +93,7 @@ def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array,
     # XLA:CPU has no product of two bfloat16 arrays that is float32.
     widened = lambda a, b: product(a.astype(reduce_dtype), b.astype(reduce_dtype))
     dkernel = jax.lax.platform_dependent(x, dy, cpu=widened, default=product)
-    # First over the axis that rows are split over, which scatters while it reduces; the rest is a slice.
-    scattered = options.constrain(dkernel, tuple("shard" if n == "shard_all" else n for n in options.names))
-    dkernel = options.constrain(scattered, options.names).astype(kernel.dtype)
+    dkernel = options.constrain(dkernel, options.names).astype(kernel.dtype)
     dbias = None if bias is None else jnp.sum(dy, axis=batch, dtype=reduce_dtype).astype(bias.dtype)
     return dx, dkernel, dbias
 
