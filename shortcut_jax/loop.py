@@ -18,7 +18,7 @@ from shortcut_jax.data.pipeline import BatchReader, ahead, batches
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.initial import BaseRecord
 from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.heartbeat import Progress
 from shortcut_jax.runtime.logs import LOGGER
@@ -106,7 +106,12 @@ def loop(
                 pending = None
             if saves:
                 with busy(outputs, "saving", step):
-                    save(step, assembly, outputs, state, metrics, last)
+                    try:
+                        save(step, assembly, outputs, state, metrics, last)
+                    except CheckpointError as error:
+                        if signal is None:
+                            raise
+                        LOGGER.error(str(error))  # and older ones are there: starting again is what helps
                 progress.note()
             if outputs.validation and validates:
                 with busy(outputs, "validating", step):
@@ -209,8 +214,11 @@ def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
     outputs.log.image(step, f"samples/{s.eval.view}", picture)
     if jax.process_index() == 0:
         path = outputs.workdir / grid_name(step)
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        except OSError as error:  # a full disk takes no picture, but stops no run
+            LOGGER.warning("the sample grid of step %d is not written: %s", step, error)
 
 
 def tell(line: str) -> None:

@@ -63,6 +63,7 @@ FAULTS = (
     Fault("kill -9 of process 1", signals=(None, KILL), codes=(75, -9)),
     Fault("kill -9 of process 0 (coordinator)", signals=(KILL, None), codes=(-9, 75)),
     Fault("process 1 is stopped (SIGSTOP), as with its network gone", signals=(None, signal.SIGSTOP), codes=(75, -9)),
+    Fault("process 0 is stopped (SIGSTOP)", signals=(signal.SIGSTOP, None), codes=(-9, 75)),
     Fault("kill -9 while saving step 8: folder made", ("slow save-temp:8", "slow"), codes=(-9, 75)),
     Fault("kill -9 while saving step 8: items partly written", ("slow save-items:8", "slow"), codes=(-9, 75)),
     Fault("the same in process 1", ("slow", "slow save-items:8"), codes=(75, -9)),
@@ -150,9 +151,10 @@ def strike(fault: Fault, folder: Path, data: Path, reference: Path) -> dict[str,
             if number:
                 process.send_signal(number)
         if signal.SIGSTOP in fault.signals:
-            pair[0].wait(100)
+            stopped = fault.signals.index(signal.SIGSTOP)
+            pair[1 - stopped].wait(100)
             seconds = time.monotonic() - struck
-            pair[1].send_signal(KILL)
+            pair[stopped].send_signal(KILL)
             codes, _, _ = end(pair)
         else:
             codes, _, seconds = end(pair)

@@ -163,5 +163,5 @@ def test_what_a_run_does_is_watched(tmp_path, arguments, monkeypatch):
 
     monkeypatch.setattr(train, "Watchdog", Noting)
     assert train.main(arguments(tmp_path / "run", steps=3, checkpoint_every=2)) == 0
-    named = [("step 1", True), ("step 2", False), ("the checkpoint of step 2", True), ("step 3", False)]
-    assert seen == [("the start", True), *named, ("the checkpoint of step 3", True)]
+    named = [("step 1", True), ("step 2", False), ("saving at step 2", True), ("step 3", False)]
+    assert seen == [("the start", True), *named, ("saving at step 3", True)]

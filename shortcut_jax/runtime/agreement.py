@@ -69,7 +69,11 @@ def describe(facts: Mapping[int, Mapping[str, str]]) -> str:
     return "; ".join(lines)
 
 
-def check_devices(timeout: float = key_value.SKEW) -> None:
+DEVICE_TIMEOUT = 100.0
+"""Seconds for devices to come up in all processes; jaxlib gives up after two minutes, with a traceback."""
+
+
+def check_devices(timeout: float = DEVICE_TIMEOUT) -> None:
     """Brings the devices up, and compares kind and number between the processes.
 
     Raises:

@@ -239,7 +239,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _check_storage(folder: Path, items: dict[str, Any]) -> None:
-    """Raises OSError where a folder cannot be written, or has no room for this process's part of the items.
+    """Raises OSError where a folder cannot be written, or has no room for the items, all of them: processes share it.
 
     Orbax would find that out in the background, in a part of the processes, while the others wait for them.
     """
@@ -249,7 +249,7 @@ def _check_storage(folder: Path, items: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     probe.unlink()
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} needed")
 

@@ -1,5 +1,6 @@
 """Processes and devices: joining the other hosts, simulated devices, and interruptions."""
 
+import itertools
 import os
 import signal
 import sys
@@ -73,6 +74,10 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
     """Raised by `Interruptions.check`; its argument is the signal."""
 
 
+_ASKED = itertools.count(1)
+"""JAX stops all processes at one number of a sequence, which must not start anew with a second run of a process."""
+
+
 class Interruptions:
     """Turns SIGTERM and the first Ctrl-C into something that the run asks for; a second Ctrl-C stops at once.
 
@@ -85,7 +90,6 @@ class Interruptions:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._asked = 0
 
     def __enter__(self) -> "Interruptions":
         self._several = jax.process_count() > 1
@@ -111,8 +115,7 @@ class Interruptions:
             return self.received
         from jax.experimental import multihost_utils
 
-        self._asked += 1
-        reached = multihost_utils.reached_preemption_sync_point(self._asked)
+        reached = multihost_utils.reached_preemption_sync_point(next(_ASKED))
         return (self.received or signal.SIGTERM) if reached else None
 
     def check(self) -> None:

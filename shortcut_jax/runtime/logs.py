@@ -11,6 +11,8 @@ from typing import TextIO
 
 import jax
 
+from shortcut_jax.runtime import key_value
+
 LOGGER = logging.getLogger("shortcut_jax")
 """What is logged here goes into the process's own file; `distributed.say` prints and logs."""
 
@@ -50,7 +52,7 @@ class Prefixed(io.TextIOBase):
 
 def mark_stderr() -> None:
     """Puts `[process 3] ` before each line that Python writes to stderr, but on process 0, from here on."""
-    index = jax.process_index()
+    index = key_value.process_id()  # known before there are devices
     if index > 0 and not isinstance(sys.stderr, Prefixed):
         sys.stderr = Prefixed(sys.stderr, f"[process {index}] ")
 

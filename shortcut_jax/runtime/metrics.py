@@ -1,7 +1,8 @@
 """Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class MetricLog:
     """Writes scalars to TensorBoard and `metrics.jsonl`, and pictures to TensorBoard. Only process 0 writes."""
 
     def __init__(self, workdir: Path):
-        self._writer = None
+        self._writer: Any = None
+        self._path: Path | None = None
         if jax.process_index() == 0:
             from tensorboardX import SummaryWriter
 
@@ -83,25 +85,40 @@ class MetricLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records one value a name."""
-        if self._writer is None:
+        if self._path is None:
             return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
         try:
             append_line(self._path, {"step": step, **values})
         except OSError as error:  # a full disk takes no line, but stops no run
             print(f"the metrics of step {step} are not written: {error}", file=sys.stderr, flush=True)
+        for name, value in values.items():
+            self._tensorboard(functools.partial(_add_scalar, name=name, value=value, step=step))
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Records a picture."""
-        if self._writer is not None:
-            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-            self._writer.flush()
+        pixels = np.asarray(picture.convert("RGB"))
+        self._tensorboard(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
+        self._tensorboard(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Flushes and closes."""
-        if self._writer is not None:
-            self._writer.close()
+        self._tensorboard(lambda writer: writer.close())
+
+    def _tensorboard(self, act: Callable[[Any], None]) -> None:
+        """Does something with TensorBoard's writer, unless storage has failed it: it would block for ever then."""
+        if self._writer is None:
+            return
+        try:
+            if not self._writer.file_writer.event_writer._worker.is_alive():
+                raise OSError("its file could not be written")
+            act(self._writer)
+        except OSError as error:
+            print(f"TensorBoard gets no more of this run: {error}", file=sys.stderr, flush=True)
+            self._writer = None
+
+
+def _add_scalar(writer: Any, name: str, value: float, step: int) -> None:
+    writer.add_scalar(name, value, step)
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:

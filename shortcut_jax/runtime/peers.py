@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed as service
 
+from shortcut_jax.runtime import failures
 from shortcut_jax.runtime.watchdog import EXIT_CODE
 
 GRACE_SECONDS = 10.0
@@ -47,7 +48,9 @@ class Peers:
             now = time.monotonic()
             self._seen = dict.fromkeys(range(self._num), ("", now))
             self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+            self._answered = now
             self._thread.start()
+            threading.Thread(target=self._guard, name="peers guard", daemon=True).start()
             if self._index > 0:
                 _on_abort(self._explain_abort)
         return self
@@ -83,7 +86,7 @@ class Peers:
         return {key.rsplit("/", 1)[1]: value for key, value in pairs}
 
     def _watch(self) -> None:
-        count, answered = 0, time.monotonic()
+        count = 0
         left_at: float | None = None
         while not self._over.wait(self._interval):
             count += 1
@@ -93,10 +96,8 @@ class Peers:
                 verdict = self._read("verdict").get("text")
                 left = self._read("left") if self._index == 0 else {}
                 lost = self._lost(now) if self._index == 0 else []
-                answered = now
+                self._answered = time.monotonic()
             except jax.errors.JaxRuntimeError:
-                if now - answered > self._timeout:
-                    self._end(f"process 0, which coordinates, does not answer for {self._timeout:g} s")
                 continue
             left_at = left_at or (now if left else None)
             missing = {int(i): f"failed: {reason}" for i, reason in left.items()}
@@ -108,6 +109,12 @@ class Peers:
             if verdict:
                 self._end(verdict)
 
+    def _guard(self) -> None:
+        """Ends this process where process 0 does not answer; the calls in `_watch` wait for it without a limit."""
+        while not self._over.wait(self._interval):
+            if time.monotonic() - self._answered > self._timeout:
+                self._end(f"process 0, which coordinates, does not answer for {self._timeout:g} s")
+
     def _lost(self, now: float) -> list[int]:
         for name, value in self._read("alive").items():
             if self._seen[int(name)][0] != value:
@@ -117,10 +124,11 @@ class Peers:
     def _end(self, verdict: str) -> None:
         if self._over.is_set():
             return
+        self._over.set()
         print(self._line(verdict), file=sys.stderr, flush=True)
         if self._index == 0:
             time.sleep(3 * self._interval)  # the others read it here
-        os._exit(EXIT_CODE)
+        failures.end(EXIT_CODE)
 
     def _line(self, verdict: str) -> str:
         return (
@@ -135,7 +143,7 @@ class Peers:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
         except OSError:
             os.write(2, (self._line(f"process 0 of {self._num}, which coordinates, is gone") + "\n").encode())
-            os._exit(EXIT_CODE)
+            failures.end(EXIT_CODE)
 
 
 def _is_of_peers(text: str) -> bool:

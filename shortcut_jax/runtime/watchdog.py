@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import os
 import sys
 import threading
 import time
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import jax
 
-EXIT_CODE = 75
-"""EX_TEMPFAIL: starting it again may help."""
+from shortcut_jax.runtime import failures
+
+EXIT_CODE = failures.LOST
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,11 @@ class Watchdog:
         path = self._workdir / f"hang-{process}.txt"
         print(f"\n{line}; all threads, also in {path}; exit code {EXIT_CODE}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        with contextlib.suppress(OSError), path.open("a") as file:  # the disk may be what hangs
+        self._tell(f"it hangs in {doing}")
+        ending = threading.Timer(self._settings.grace_seconds, failures.end, [EXIT_CODE])
+        ending.daemon = True
+        ending.start()  # before the file: the disk may be what hangs
+        with contextlib.suppress(OSError), path.open("a") as file:
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
-        self._tell(f"it hangs in {doing}")
-        time.sleep(self._settings.grace_seconds)
-        os._exit(EXIT_CODE)
+        ending.join()

@@ -77,3 +77,14 @@ def test_a_line_of_metrics_that_was_cut_off_is_passed_over(tmp_path):
 )
 def test_peaks_are_known_by_the_kind_of_device(kind, peak):
     assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
+
+
+def test_a_writer_that_storage_failed_is_left_alone_for_it_would_block(tmp_path, monkeypatch, capfd):
+    log = MetricLog(tmp_path)
+    log.scalars(1, {"loss": 1.0})
+    monkeypatch.setattr(log._writer.file_writer.event_writer._worker, "is_alive", lambda: False)
+    for step in range(2, 40):
+        log.scalars(step, {"loss": float(step)})
+    log.close()
+    assert capfd.readouterr().err.count("TensorBoard gets no more of this run") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 39
