@@ -6,6 +6,7 @@ import sys
 import jax
 import pytest
 
+from shortcut_jax.runtime import key_value
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.logs import LOGGER, Prefixed, log_file, mark_stderr, process_log
 
@@ -50,6 +51,7 @@ def test_an_exception_is_logged_with_its_traceback_and_goes_on(tmp_path, capfd):
 
 def test_other_processes_log_what_process_0_says_and_mark_their_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 12)
+    monkeypatch.setattr(key_value, "process_id", lambda: 12)
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     mark_stderr()
