@@ -142,7 +142,17 @@ def test_job_sets_are_what_kubernetes_reads(variant):
         assert "JAX_PROCESS_ID" in env
 
 
-SRUN = 'trap "exit 75" TERM; echo "srun $*"; sleep "${SLEEP:-0}" >/dev/null & wait; exit "${CODE:-0}"'
+# As the real one, srun kills its tasks when it gets SIGTERM; scancel sends it to the tasks themselves, which save.
+TASK = 'trap "kill \\$!; exit 75" TERM; sleep "${SLEEP:-0}" >/dev/null & echo $$ >"$0"; wait $!; exit "${CODE:-0}"'
+SRUN = f"""
+tasks=$(dirname "$0")/tasks
+trap 'kill -s KILL $(cat "$tasks"); exit 137' TERM
+bash -c '{TASK}' "$tasks" & task=$!
+until [[ -s $tasks ]]; do sleep 0.05; done
+echo "srun $*"
+wait $task
+"""
+SCANCEL = 'echo "scancel $*"; kill -s TERM $(cat "$(dirname "$0")/tasks")'
 SCONTROL = 'echo "scontrol $*"'
 
 
@@ -167,13 +177,14 @@ def test_slurm_queues_again_what_may_succeed_the_next_time(commands, code, resta
     assert ("scontrol requeue 77" in done.stdout) == requeued
 
 
-def test_slurm_hands_sigterm_on_and_waits_for_what_is_saved(commands):
-    env = commands(srun=SRUN, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "SLEEP": "60"}
+def test_slurm_hands_sigterm_on_to_the_tasks_and_waits_for_what_is_saved(commands):
+    env = commands(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "SLEEP": "60"}
     job = subprocess.Popen(["bash", "launch/slurm.sbatch"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert job.stdout.readline().startswith("srun ")
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=30)
     assert job.returncode == 75 and "scontrol requeue 77" in out
+    assert "scancel --signal=TERM 77\n" in out  # no --batch, no --full: it would come back to the script
 
 
 def test_slurm_runs_in_a_container_if_one_is_named(commands):
