@@ -142,7 +142,17 @@ def test_job_sets_are_what_kubernetes_reads(variant):
         assert "JAX_PROCESS_ID" in env
 
 
-SRUN = 'trap "exit 75" TERM; echo "srun $*"; sleep "${SLEEP:-0}" >/dev/null & wait; exit "${CODE:-0}"'
+# As the real one, srun kills its tasks when it gets SIGTERM; scancel sends it to the tasks themselves, which save.
+TASK = 'trap "kill \\$!; exit 75" TERM; sleep "${SLEEP:-0}" >/dev/null & echo $$ >"$0"; wait $!; exit "${CODE:-0}"'
+SRUN = f"""
+tasks=$(dirname "$0")/tasks
+trap 'kill -s KILL $(cat "$tasks"); exit 137' TERM
+bash -c '{TASK}' "$tasks" & task=$!
+until [[ -s $tasks ]]; do sleep 0.05; done
+echo "srun $*"
+wait $task
+"""
+SCANCEL = 'echo "scancel $*"; kill -s TERM $(cat "$(dirname "$0")/tasks")'
 SCONTROL = 'echo "scontrol $*"'
 
 
@@ -167,13 +177,14 @@ def test_slurm_queues_again_what_may_succeed_the_next_time(commands, code, resta
     assert ("scontrol requeue 77" in done.stdout) == requeued
 
 
-def test_slurm_hands_sigterm_on_and_waits_for_what_is_saved(commands):
-    env = commands(srun=SRUN, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "SLEEP": "60"}
+def test_slurm_hands_sigterm_on_to_the_tasks_and_waits_for_what_is_saved(commands):
+    env = commands(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL) | {"SLURM_JOB_ID": "77", "SLEEP": "60"}
     job = subprocess.Popen(["bash", "launch/slurm.sbatch"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert job.stdout.readline().startswith("srun ")
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=30)
     assert job.returncode == 75 and "scontrol requeue 77" in out
+    assert "scancel --signal=TERM 77\n" in out  # no --batch, no --full: it would come back to the script
 
 
 def test_slurm_runs_in_a_container_if_one_is_named(commands):
@@ -202,9 +213,12 @@ exit "$code"
         ("75 0,75 0", 3, 0, 2),
         ("75 75 75,75 75 75", 2, 75, 3),
         ("137 0,75 0", 1, 0, 2),  # one was killed, the other saw it
-        ("137,137", 1, 137, 1),
+        ("137,137", 0, 137, 1),
+        ("137 0,137 0", 1, 0, 2),
+        ("134 134,134 134", 1, 134, 2),
         ("75,1", 5, 1, 1),
         ("75,130", 5, 130, 1),
+        ("130,137", 5, 130, 1),
     ],
 )
 def test_local_restarts_and_its_exit_code(commands, tmp_path, codes, restarts, code, attempts):
@@ -213,6 +227,90 @@ def test_local_restarts_and_its_exit_code(commands, tmp_path, codes, restarts, c
     assert done.returncode == code, done.stderr
     assert done.stdout.count("1 of 2 at 127.0.0.1:12345: -m shortcut_jax.train --config=a b\n") == attempts
     assert "process 1: exit code" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "shares"),
+    [
+        (4, None, {"0,1", "2,3"}),
+        (5, None, {"0,1", "2,3"}),
+        (2, None, {"0", "1"}),
+        (1, None, {"all"}),
+        (0, None, {"all"}),
+        (4, "5,7", {"5", "7"}),
+        (4, "", {""}),
+    ],
+)
+def test_local_divides_gpus_among_the_processes(commands, number, visible, shares):
+    smi = f'for ((i = 0; i < {number}; i++)); do echo "GPU $i: NVIDIA H100"; done'
+    trainer = '[[ $1 == -c ]] && echo 12345 || echo "share ${CUDA_VISIBLE_DEVICES-all}"'
+    env = commands(**{"nvidia-smi": smi, "trainer": trainer}) | {"PYTHON": "trainer"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    done = _run(["launch/local.sh", "2"], env | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and set(lines) == {f"share {share}" for share in shares}
+
+
+# Runs the command on a host whose home is $HOST, of which the terminal sees the output.
+GCLOUD = 'for word; do case $word in --command=*) cd "$HOST" && exec bash -c "${word#--command=}" ;; esac; done'
+
+
+@pytest.fixture
+def host(commands, tmp_path):
+    """The variables for tpu_vm.sh, and the folder of the repository on the host, where TRAINER is Python."""
+    env = commands(gcloud=GCLOUD)
+    folder = tmp_path / "home" / "shortcut_jax"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(LAUNCH, folder / "launch")
+    variables = {"ZONE": "z", "HOST": str(folder.parent), "COUNTS": str(tmp_path), "JAX_PROCESS_ID": "0"}
+
+    def make(python):
+        (folder / ".venv" / "bin" / "python").write_text(f"#!/usr/bin/env bash\n{python}\n")
+        (folder / ".venv" / "bin" / "python").chmod(0o755)
+        return env | variables, folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "code", "attempts"),
+    [("0", 3, 0, 1), ("75 137 134 0", 3, 0, 4), ("75 75", 1, 75, 2), ("1", 3, 1, 1), ("130", 3, 130, 1)],
+)
+def test_tpu_vm_restarts_and_its_exit_code(host, codes, restarts, code, attempts):
+    env, folder = host(TRAINER)
+    argv = ["bash", "launch/tpu_vm.sh", "train", "name", "--config=a b"]
+    done = _run(argv, env | {"CODES": codes, "RESTARTS": str(restarts)})
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count("-m shortcut_jax.train --config=a b\n") == attempts
+    assert done.stdout.endswith(f"exit code {code}\n") and (folder / "train.log").read_text() == done.stdout
+
+
+def test_tpu_vm_installs_a_python_that_is_new_enough(commands, host):
+    env, folder = host("")
+    commands(git="", tar="", python3='echo "python3 $*"', uv='echo "uv $PWD $*"')
+    done = _run(["bash", "launch/tpu_vm.sh", "install", "name"], env)
+    assert done.returncode == 0, done.stderr
+    pip, venv, package = done.stdout.splitlines()
+    assert pip == "python3 -m pip install --user uv" and venv == f"uv {folder} venv --clear --python 3.12 .venv"
+    assert package == f"uv {folder} pip install -p .venv -e .[tpu]"
+
+
+def test_tpu_vm_goes_on_without_its_terminal_until_it_is_stopped(host):
+    env, _ = host('trap "kill \\$!; echo saved; exit 75" TERM; sleep 60 & echo started; wait $!')
+    argv = ["bash", "launch/tpu_vm.sh"]
+    terminal = subprocess.Popen(
+        [*argv, "train", "name"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert terminal.stdout.readline() == "started\n"
+    os.killpg(terminal.pid, signal.SIGHUP)
+    terminal.wait(timeout=30)
+    again = _run([*argv, "train", "name"], env)
+    assert again.returncode == 1 and again.stderr == "training runs already\n"
+    follower = subprocess.Popen([*argv, "follow", "name"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert follower.stdout.readline() == "started\n"
+    assert _run([*argv, "stop", "name"], env).returncode == 0
+    assert follower.communicate(timeout=30)[0] == "saved\nexit code 75\n"
 
 
 def test_local_needs_a_number(commands):

@@ -139,12 +139,17 @@ def _ask(
 def _share_of_gpus(local_id: int | None) -> list[int] | None:
     """This process's share of the GPUs that all processes of this host see, or None: all that it sees.
 
-    JAX's own rule gives each process of Slurm or Open MPI one device, also where one process has the whole host.
+    JAX's own rule gives each process of Slurm or Open MPI one device, also where one process has the whole host. Here
+    it holds where several processes share a host and no variable says which GPUs there are. CPUs are not affected.
     """
-    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     tasks = _tasks_of_host()
+    if local_id is None or tasks <= 1 or os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return [local_id]
+    visible = [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     bound = len(visible) < (_number("SLURM_GPUS_ON_NODE") or 0)  # the scheduler gave each process its own
-    if local_id is None or tasks <= 1 or bound or len(visible) < tasks:
+    if bound or len(visible) < tasks:
         return None
     if len(visible) % tasks:
         raise JoinError(f"{len(visible)} GPUs of a host cannot be divided among its {tasks} processes")

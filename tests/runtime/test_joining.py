@@ -15,7 +15,13 @@ from shortcut_jax.runtime.lobby import JoinError, names
 from shortcut_jax.runtime.shared_folder import FolderError, check_folder
 from tests.processes import error_lines, free_address, start, wait
 
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "JAX_LOCAL_DEVICE_IDS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @pytest.fixture
@@ -65,12 +71,21 @@ def test_a_batch_script_of_several_tasks_is_alone_outside_a_step(environment):
         (8, 2, 3, "0,1,2,3", {"GPUS_ON_NODE": 4}, [3]),  # a task a GPU
         (4, 2, 1, "0,1,2,3", {"GPUS_ON_NODE": 4}, [2, 3]),
         (8, 2, 3, "0", {"GPUS_ON_NODE": 4}, None),  # bound by Slurm: each task sees its own only
-        (8, 2, 3, "", {}, None),
+        (8, 2, 3, "", {}, None),  # there are none
+        (8, 2, 3, None, {}, [3]),  # nothing says which: each has one, as by JAX's own rule
+        (2, 2, 0, None, {}, None),
     ],
 )
 def test_slurm_tells_the_place_and_the_gpus_of_a_host_are_shared(environment, tasks, nodes, local, visible, more, ids):
-    environment(**slurm(tasks, nodes, tasks - 1, local, **more), CUDA_VISIBLE_DEVICES=visible)
+    environment(**slurm(tasks, nodes, tasks - 1, local, **more))
+    if visible is not None:
+        environment(CUDA_VISIBLE_DEVICES=visible)
     assert find_place() == Place("node003:61445", tasks, tasks - 1, ids)
+
+
+def test_gpus_that_are_named_for_jax_stay(environment):
+    environment(**slurm(8, 2, 7, 3), JAX_LOCAL_DEVICE_IDS="2,3")
+    assert find_place() == Place("node003:61445", 8, 7, None)
 
 
 def test_gpus_that_cannot_be_shared_are_told(environment):
@@ -83,7 +98,9 @@ def test_open_mpi_tells_the_place(environment):
     uri = "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
     environment(OMPI_MCA_orte_hnp_uri=uri, OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=2, OMPI_COMM_WORLD_LOCAL_RANK=0)
     place = find_place()
-    assert place.address.startswith("10.96.0.1:") and place[1:3] == (4, 2)
+    assert place.address.startswith("10.96.0.1:") and place[1:] == (4, 2, None)
+    environment(OMPI_COMM_WORLD_LOCAL_RANK=1, OMPI_COMM_WORLD_LOCAL_SIZE=2)
+    assert find_place().local_device_ids == [1]
 
 
 @pytest.mark.parametrize("values", [{"JOB_COMPLETION_INDEX": 1}, {"OMPI_COMM_WORLD_SIZE": 2}])
