@@ -151,9 +151,9 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
         check_grid(settings, data)
-        check_folder(workdir)
         validation = Validation(assembly) if settings.validation.every else None
         initial = open_start(assembly, workdir)
+        check_folder(workdir)
         log_in(workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep, attempts=settings.save_attempts)
         log = MetricLog(workdir)

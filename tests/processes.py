@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def wait(processes, timeout=100):
 
 
 def error_lines(errors):
-    """The one line of error in each of several standard errors."""
-    lines = [[line for line in text.splitlines() if line.startswith("error: ")] for text in errors]
+    """The one line of error in each of several standard errors, without the process that marks it."""
+    unmarked = [re.sub(r"^\[process \d+\] ", "", text, flags=re.MULTILINE) for text in errors]
+    lines = [[line for line in text.splitlines() if line.startswith("error: ")] for text in unmarked]
     assert all(len(found) == 1 for found in lines), errors
     return [found[0] for found in lines]

@@ -138,7 +138,7 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        cfg, names = self.cfg, (None, "shard_all")
+        cfg, names = self.cfg, (None, "shard")
         hidden_BD = nn.silu(_linear(cfg, "in_layer", (cfg.width,), names, kernel_init=_NORMAL)(x))
         return _linear(cfg, "out_layer", (cfg.width,), names, kernel_init=self.out_init)(hidden_BD)
 
@@ -153,7 +153,9 @@ class Modulation(nn.Module):
     def __call__(self, vec_BD: Array) -> list[Array]:
         cfg = self.cfg
         layer = _linear(cfg, "linear", (self.parts, cfg.width), ("shard_all", None, None), kernel_init=_ZEROS)
-        out_BPD = layer(nn.silu(vec_BD))
+        # Both whole along D: the kernel, whose parts lie on all devices, would spread its own split to the streams.
+        vec_BD = cfg.constrain(nn.silu(vec_BD), ("batch", None))
+        out_BPD = cfg.constrain(layer(vec_BD), ("batch", None, None))
         return [out_BPD[:, i] for i in range(self.parts)]
 
 
@@ -301,7 +303,7 @@ class Flux(nn.Module):
         vec_BD = self._conditioning(t_B, vec_BV, guidance_B, step_B)
         stream = ("batch", None, None)
         embed = lambda name, fan: _linear(
-            cfg, name, (cfg.width,), (None, "shard_all"), kernel_init=xavier_uniform(fan, cfg.width)
+            cfg, name, (cfg.width,), (None, "shard"), kernel_init=xavier_uniform(fan, cfg.width)
         )
         img_BND = cfg.constrain(embed("img_in", cfg.channels)(x_BNC), stream)
         txt_BMD = cfg.constrain(embed("txt_in", cfg.text_width)(txt_BMT), stream)
@@ -312,7 +314,7 @@ class Flux(nn.Module):
         if cfg.single_blocks:
             x_BLD, _ = _scanned(SingleBlock, cfg, cfg.single_blocks, "single_blocks")(x_BLD, vec_BD, rope)
         shift, scale = Modulation(cfg, 2, name="final_modulation")(vec_BD)
-        final = _linear(cfg, "final_linear", (cfg.channels,), ("shard_all", None), kernel_init=_ZEROS)
+        final = _linear(cfg, "final_linear", (cfg.channels,), ("shard", None), kernel_init=_ZEROS)
         out_BNC = final(modulate(x_BLD[:, txt_BMT.shape[1] :], shift, scale))
         return cfg.constrain(out_BNC.astype(jnp.float32), stream)
 

@@ -56,9 +56,9 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(.*/)?token_embedding", P(None, "fsdp")),
     (r"(.*/)?position_(bias|embedding)", P()),
     (r".*final_modulation/linear/kernel", P(ALL, None, None)),
-    (r".*final_linear/kernel", P(ALL, None)),
-    (r".*_in/kernel", P(None, ALL)),
-    (r".*(time|guidance|pooled|step)_in/(in|out)_layer/kernel", P(None, ALL)),
+    (r".*final_linear/kernel", P("fsdp", None)),
+    (r".*_in/kernel", P(None, "fsdp")),
+    (r".*(time|guidance|pooled|step)_in/(in|out)_layer/kernel", P(None, "fsdp")),
     # Vectors are small and needed everywhere.
     (r".*/(bias|scale)", P()),
 )
@@ -165,9 +165,10 @@ def leaf_spec(mesh: Mesh, path: str, shape: Sequence[int], min_shard: int = 0) -
     spec = fit_spec(mesh, (None if small and "fsdp" in _axes(entry) else entry for entry in rule), shape)
     reasons = [f"not over fsdp: {count:,} values, fewer than mesh.min_shard {min_shard:,}"] if small else []
     for size, wanted, got in zip(shape, rule, spec, strict=False):
-        for axis in _axes(wanted):
-            if axis not in _axes(got) and mesh.shape[axis] > 1 and not (small and "fsdp" in _axes(wanted)):
-                reasons.append(f"not over {axis}: {size} is not a multiple of {mesh.shape[axis]}")
+        left = [axis for axis in _axes(wanted) if axis not in _axes(got) and mesh.shape[axis] > 1]
+        if left and not (small and "fsdp" in _axes(wanted)):
+            factor = math.prod(mesh.shape[axis] for axis in (*_axes(got), left[0]))
+            reasons.append(f"not over {left[0]}: {size} is not a multiple of {factor}")
     if not any(spec) and not reasons:
         axes = ", ".join(axis for entry in rule for axis in _axes(entry))
         reasons = [f"whole: the mesh has one device along {axes}" if axes else "whole by its rule"]
