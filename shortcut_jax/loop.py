@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -167,7 +167,7 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
         )
     if skipped:
         spikes = f", {int(metrics['spikes'])} of them spikes" if "spikes" in metrics else ""
-        tell(f"step {step} was skipped: {int(metrics['skipped_total'])} in all{spikes}")
+        tell(f"step {step} was skipped: {int(metrics['skipped_total'])} in all{spikes}", sys.stderr)
     if s.ema.restart_auto and int(metrics["ema_restarted"]):
         tell(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
     if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
@@ -221,11 +221,11 @@ def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
             LOGGER.warning("the sample grid of step %d is not written: %s", step, error)
 
 
-def tell(line: str) -> None:
+def tell(line: str, file: TextIO | None = None) -> None:
     """Prints a line above the progress bar, from process 0 only; every process has it in its log."""
     LOGGER.info(line)
     if jax.process_index() == 0:
-        tqdm.write(line)
+        tqdm.write(line, file=file)
 
 
 def grid_name(step: int) -> str:
