@@ -179,6 +179,7 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
     # A kind of row that this step happened to have none of has no loss.
     values = {name: v for name, v in values.items() if not (name.startswith("loss/") and np.isnan(v))}
     outputs.log.scalars(step, values)
+    progress.saw(values["loss"])
     progress.rate = values.get("images_per_second")
     rate = {"img_s": f"{values['images_per_second']:.0f}"} if "images_per_second" in values else {}
     bar.set_postfix(loss=f"{values['loss']:.4f}", **rate)

@@ -97,6 +97,10 @@ class Progress:
             self._skipped += now - self._step_seconds
         self._step, self._step_seconds = step, now
 
+    def saw(self, loss: float) -> None:
+        """Takes a loss for the next heartbeat, without one."""
+        self._loss = loss if math.isfinite(loss) else None
+
     def beat(self, loss: float) -> None:
         """Writes the heartbeat."""
         self._loss = loss if math.isfinite(loss) else None
