@@ -1,5 +1,6 @@
 """Shared fixtures. Eight CPU devices are simulated for the whole suite."""
 
+import gc
 import os
 
 # Programs here run for milliseconds and compile for seconds: the cheapest code generation is the fastest suite.
@@ -7,6 +8,7 @@ FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",  # half the time of compiling a train step
+    "--xla_cpu_parallel_codegen_split_count=1",  # the workers keep the cores busy
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +16,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 from filelock import FileLock
+
+# Tracing makes many objects and little garbage: collecting it as often as by default takes a tenth of the time.
+gc.freeze()
+gc.set_threshold(200_000, 50, 1000)
 
 
 @pytest.fixture(scope="session", autouse=True)
