@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     workdir = Path(options.workdir or f"runs/{config_file.stem}-{settings.objective}")
     check_same(settings, workdir, options.stop_at)
     check_devices()
-    assembly = Assembly(keep_batch(settings, workdir, jax.device_count()))
+    assembly = Assembly(keep_batch(settings, workdir, len(jax.devices())))
     started = distributed.agree(stored_config(workdir / "checkpoints") is not None)
     code = 0 if started else train_teacher(config_file, settings)
     return code or train(assembly, workdir, options.stop_at)
@@ -140,7 +140,6 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
       CheckpointError: the last state could not be saved.
     """
     settings, watch = assembly.settings, Stopwatch("starting")
-    mark_stderr()
     with (
         distributed.Interruptions() as interruptions,
         process_log() as log_in,

@@ -300,7 +300,13 @@ def test_tpu_vm_goes_on_without_its_terminal_until_it_is_stopped(host):
     env, _ = host('trap "kill \\$!; echo saved; exit 75" TERM; sleep 60 & echo started; wait $!')
     argv = ["bash", "launch/tpu_vm.sh"]
     terminal = subprocess.Popen(
-        [*argv, "train", "name"], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*argv, "train", "name"],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the suite itself may run under nohup
     )
     assert terminal.stdout.readline() == "started\n"
     os.killpg(terminal.pid, signal.SIGHUP)

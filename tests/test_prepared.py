@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, train
-from shortcut_jax.assemble import Assembly
+from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.check_data import check_data, check_grid
 from shortcut_jax.core.flow import interpolate, velocity_target
 from shortcut_jax.core.latents import patchify
@@ -107,7 +107,7 @@ def _direct_loss(assembly, params, rule):
     s = assembly.settings
     data = TrainingData(dataclasses.replace(s.data, split="validation"))
     key, errors = jax.random.key(s.validation.seed), []
-    encode = train.text_encoder(s, assembly.model)
+    encode = text_encoder(s, assembly.model)
 
     @partial(jax.jit, static_argnums=0)
     def error_of(size, params, x, noise, t, condition):

@@ -52,7 +52,7 @@ class Progress:
         self._workdir, self._steps, self._every = workdir, steps, every
         self._index, self._host = jax.process_index(), socket.gethostname()
         self._file = heartbeat_file(workdir, self._index)
-        self._session = time.time() - sum(watch.seconds().values())
+        self._session = round(time.time() - sum(watch.seconds().values()), 3)
         self._step, self._state = step, "starting"
         self._loss: float | None = None
         self._skipped = self._step_seconds = self._beaten = 0.0
@@ -103,7 +103,7 @@ class Progress:
 
     def beat(self, loss: float) -> None:
         """Writes the heartbeat."""
-        self._loss = loss if math.isfinite(loss) else None
+        self.saw(loss)
         self._write()
 
     def note(self) -> None:
