@@ -4,12 +4,7 @@ from shortcut_jax.settings import ConfigError, Settings
 
 
 def check_faults(s: Settings) -> None:
-    """Raises ConfigError for values out of range."""
-    values = {f"spikes.{name}": getattr(s.spikes, name) for name in ("factor", "after")}
-    values |= {f"watchdog.{name}": getattr(s.watchdog, name) for name in ("seconds", "slow_seconds", "grace_seconds")}
-    for name, value in values.items():
-        if value < 0:
-            raise ConfigError(f"{name} is {value}, but must not be negative")
+    """Raises ConfigError for values that do not go together."""
     if 0 < s.spikes.factor <= 1:
         raise ConfigError(f"spikes.factor is {s.spikes.factor}, but many good steps are above the mean: set 2 or more")
     if s.spikes.factor and not s.max_skipped:

@@ -21,6 +21,9 @@ MOVED = {
 }
 """What a collective moves where its array has the shape of a layer's kernel."""
 
+VECTORS = "biases, norms, sums and metrics"
+"""What small arrays are that no kernel has the shape of."""
+
 
 class Line(NamedTuple):
     """One line of the explanation, of equal collectives.
@@ -89,16 +92,18 @@ def describe(transfer: Transfer, shapes: Mapping[str, Sequence[int]], mesh: Mapp
       mesh: sizes of the mesh axes.
     """
     if all(num_bytes(*array) < SMALL for array in transfer.arrays) and transfer.kind == "all-reduce":
-        return "biases, norms, sums and metrics"
-    parts: Counter[str] = Counter()
+        return VECTORS
+    parts: dict[str, None] = {}  # in order, each once
     for (dtype, dims), sources in zip(transfer.arrays, _padded(transfer), strict=False):
-        if len(dims) == 1 and "tensor" not in transfer.axes:  # XLA joins gradients to be added up in one call
-            layers = dict.fromkeys(layer for name in sources if (layer := _layer(name, shapes)))
-            parts[f"gradients of {' and '.join(layers)} joined" if layers else "?"] += 1
-        else:
-            parts[_describe_array(transfer.kind, dtype, math.prod(dims), sources, shapes, mesh)] += 1
-    big = [part for part in parts if part != "small"]
-    return ", ".join(big) if big else "biases, norms, sums and metrics"
+        layers = list(dict.fromkeys(layer for name in sources if (layer := _layer(name, shapes))))
+        if len(dims) == 1 and "tensor" not in transfer.axes and num_bytes(dtype, dims) >= SMALL:
+            # XLA joins gradients to be added up in one call.
+            parts[f"gradients of {' and '.join(layers)} joined" if layers else "?"] = None
+        elif path := _kernel(transfer.kind, math.prod(dims), layers, shapes, mesh):
+            parts[f"{MOVED.get(transfer.kind, 'weights')} {path}"] = None
+        elif num_bytes(dtype, dims) >= SMALL:
+            parts[_activation(layers, sources)] = None
+    return ", ".join(parts) or VECTORS
 
 
 def _padded(transfer: Transfer) -> list[tuple[str, ...]]:
@@ -108,32 +113,28 @@ def _padded(transfer: Transfer) -> list[tuple[str, ...]]:
     return [tuple(name for names in transfer.sources for name in names)] * len(transfer.arrays)
 
 
-def _describe_array(
-    kind: str,
-    dtype: str,
-    size: int,
-    sources: Sequence[str],
-    shapes: Mapping[str, Sequence[int]],
-    mesh: Mapping[str, int],
+def _kernel(
+    kind: str, size: int, layers: Sequence[str], shapes: Mapping[str, Sequence[int]], mesh: Mapping[str, int]
 ) -> str:
-    if size * 4 < SMALL and num_bytes(dtype, (size,)) < SMALL:
-        return "small"
-    layers = [layer for layer in (_layer(name, shapes) for name in sources) if layer]
+    """The first kernel of these layers that such a collective moves `size` values of; empty if there is none."""
+    fractions = {1, mesh["tensor"]}
+    if kind in ("collective-permute", "all-reduce"):  # a ring moves a shard, and so do its replicas after a scatter
+        fractions |= {mesh["fsdp"], mesh["fsdp"] * mesh["tensor"]}
+    if kind == "collective-permute":  # both ways round
+        fractions |= {mesh["fsdp"] * 2, mesh["fsdp"] * mesh["tensor"] * 2}
     for layer in layers:
         for path in (p for p in shapes if p.rsplit("/", 1)[0] == layer and p.endswith(("kernel", "/a", "/b"))):
             whole = math.prod(shapes[path][1:] if "_blocks/" in path else shapes[path])
-            # Tensor parallelism moves its part of a kernel, and a ring one shard at a time.
-            fractions = {1, mesh["tensor"]}
-            if kind in ("collective-permute", "all-reduce"):  # or what was scattered before, between its replicas
-                fractions |= {mesh["fsdp"], mesh["fsdp"] * mesh["tensor"]}
-            if kind == "collective-permute":  # both ways round
-                fractions |= {mesh["fsdp"] * 2, mesh["fsdp"] * mesh["tensor"] * 2}
             if any(whole == size * fraction for fraction in fractions):
-                return f"{MOVED.get(kind, 'weights')} {path}"
-    if layers:
-        return f"activation of {layers[0]}"
+                return path
+    return ""
+
+
+def _activation(layers: Sequence[str], sources: Sequence[str]) -> str:
+    """Where an array that is no kernel's was made."""
     module = next((found[1] for name in sources if (found := re.search(r"(\w+_blocks)/", name))), "")
-    return f"activation of {module}" if module else "?"
+    where = layers[0] if layers else module
+    return f"activation of {where}" if where else "?"
 
 
 def _layer(op_name: str, shapes: Mapping[str, Sequence[int]]) -> str:

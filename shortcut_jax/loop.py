@@ -106,12 +106,7 @@ def loop(
                 pending = None
             if saves:
                 with busy(outputs, "saving", step):
-                    try:
-                        save(step, assembly, outputs, state, metrics, last)
-                    except CheckpointError as error:
-                        if signal is None:
-                            raise
-                        LOGGER.error(str(error))  # and older ones are there: starting again is what helps
+                    save(step, assembly, outputs, state, metrics, last, stopping=signal is not None)
                 progress.note()
             if outputs.validation and validates:
                 with busy(outputs, "validating", step):
@@ -192,12 +187,22 @@ def save(
     state: TrainState,
     metrics: dict[str, jax.Array],
     last: bool = False,
+    stopping: bool = False,
 ) -> None:
-    """Starts a checkpoint of a state that is known to be finite; the last one of a run is waited for."""
+    """Starts a checkpoint of a state that is known to be finite; the last one of a run is waited for.
+
+    Where it fails and the run is `stopping` after a signal, that is only told: starting again is what helps.
+    """
     if not np.isfinite(float(metrics["param_norm"])):
         raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
-    if step not in outputs.checkpoints.steps():
+    if step in outputs.checkpoints.steps():
+        return
+    try:
         outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base), surely=last)
+    except CheckpointError as error:
+        if not stopping:
+            raise
+        LOGGER.error(str(error))
 
 
 def validate(step: int, s: Settings, validation: Validation, log: MetricLog, state: TrainState) -> None:

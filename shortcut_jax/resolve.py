@@ -28,16 +28,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _AT_LEAST_ONE = (
     *("steps", "accumulate", "log_every", "keep", "save_attempts", "data.text_tokens"),
-    *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank"),
-    "data.threads",
+    *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank", "data.threads"),
 )
 _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every"),
     *("rows.self_rows", "rows.flow_rows", "data.limit", "data.workers"),
     *("validation.every", "validation.images", "validation.seed", "mesh.min_shard"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
+    *("spikes.factor", "spikes.after", "watchdog.seconds", "watchdog.slow_seconds", "watchdog.grace_seconds"),
 )
-_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio")
+_POSITIVE = (
+    *("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio"),
+    "heartbeat_every",
+)
 _DECAYS = ("ema.fast", "ema.slow", "spikes.decay", "optimizer.b1", "optimizer.b2")
 _PROBABILITIES = ("data.caption_dropout", "data.flip", "shift.dynamic", "teacher_share")
 _PATHS = ("optimizer.decay_paths", "lora.paths")
@@ -84,7 +87,7 @@ def _check(s: Settings) -> None:
         _require(values[name] >= 1, f"{name} is {values[name]}, but must be at least 1")
     for name in _NOT_NEGATIVE:
         _require(values[name] >= 0, f"{name} is {values[name]}, but must not be negative")
-    for name in (*_POSITIVE, "heartbeat_every"):
+    for name in _POSITIVE:
         _require(values[name] > 0, f"{name} is {values[name]}, but must be positive")
     for name in _DECAYS:
         _require(0.0 <= values[name] < 1.0, f"{name} is {values[name]}, but must be in [0, 1)")

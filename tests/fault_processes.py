@@ -1,14 +1,11 @@
 """Two real processes of one run on this machine, joined over loopback, with two simulated devices each."""
 
-import os
-import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+
+from tests.processes import start
 
 
 def _copy(stream, path):
@@ -20,23 +17,12 @@ def _copy(stream, path):
 
 def start_two(argv, errors, faults=("none", "none")):
     """Starts both; `faults` are those of `tests.fault_child`, standard error goes to `errors`/PROCESS.txt."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    variables = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2", **address}
-
-    def start(index):
-        line = [sys.executable, "-m", "tests.fault_child", *faults[index].split(), "--", *argv[1:]]
-        process = subprocess.Popen(
-            line, env={**variables, "JAX_PROCESS_ID": str(index)}, stderr=subprocess.PIPE, text=True
-        )
+    pair = start(2, ["-m", "tests.fault_child"], devices=2, extra=[(*f.split(), "--", *argv[1:]) for f in faults])
+    for index, process in enumerate(pair):
         # Through a pipe: a process with a full disk can still say so.
         process.copier = threading.Thread(target=_copy, args=(process.stderr, Path(errors) / f"{index}.txt"))
         process.copier.start()
-        return process
-
-    return [start(index) for index in range(2)]
+    return pair
 
 
 def wait_for(condition, seconds=200.0):

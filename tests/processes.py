@@ -16,18 +16,6 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start_processes(num, devices, argv):
-    """Starts `num` times `python argv` with `devices` devices each; returns the processes."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    address = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(num)}
-
-    def start(index):
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(index), **address}
-        return subprocess.Popen([sys.executable, *argv], env=environment, stderr=subprocess.PIPE, text=True)
-
-    return [start(index) for index in range(num)]
-
-
 def run_jobs(num, devices, jobs, folder):
     """Has `num` processes do the jobs of `tests.process_worker` one after the other.
 
@@ -36,7 +24,7 @@ def run_jobs(num, devices, jobs, folder):
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    started = start_processes(num, devices, ["-m", "tests.process_worker", str(folder)])
+    started = start(num, ["-m", "tests.process_worker", str(folder)], devices=devices)
     try:
         errors = [process.communicate(timeout=400)[1] for process in started]
     finally:
@@ -49,21 +37,23 @@ def run_jobs(num, devices, jobs, folder):
     return [(result, together(i, 0), together(i, 1)) for i, result in enumerate(results)]
 
 
-def start(num, argv, only=None, extra=None, **variables_of_each):
-    """Starts `num` joined processes with a device each (or `only` these), which `wait` collects.
+def start(num, argv, devices=None, only=None, extra=None, **variables_of_each):
+    """Starts `num` joined processes (or `only` these of them), which `wait` collects.
 
-    `extra` gives more arguments for each process, and other names the values of a variable in each.
+    Each has `devices` simulated devices, or as many as its variables say (one, by default). `extra` gives more
+    arguments for each process, and other names the values of a variable in each.
     """
     address, extra = free_address(), extra or [()] * num
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    if devices is not None:
+        flags = f"{flags} --xla_force_host_platform_device_count={devices}"
 
     def run(index):
         variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num), "JAX_PROCESS_ID": str(index)}
         variables |= {"XLA_FLAGS": flags} | {name: values[index] for name, values in variables_of_each.items()}
         line = [sys.executable, *argv, *extra[index]]
-        return subprocess.Popen(
-            line, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(line, env={**os.environ, **variables}, **quiet)
 
     return [run(index) for index in (range(num) if only is None else only)]
 

@@ -19,7 +19,7 @@ from shortcut_jax.settings import ConfigError, to_dict
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.workdir import keep_batch
 from tests.helpers import relative, tiny_assembly, tiny_config
-from tests.processes import start_processes
+from tests.processes import start
 
 ALL_DEVICES = jax.devices()
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -316,7 +316,7 @@ FOUR_DEVICES = {"mesh.data": 2, "mesh.fsdp": 2, "eval.views": "()", "eval.images
 
 def _start_two(argv):
     """Two processes of two devices each, joined over loopback."""
-    return start_processes(2, 2, ["-m", "shortcut_jax.train", *argv[1:]])
+    return start(2, ["-m", "shortcut_jax.train", *argv[1:]], devices=2)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Items are pytrees (`params`, `fast`, `slow`, `optimizer`) and `meta`, a JSON dict. Writing is asynchronous and atomic:
 a step's folder appears under its name only when it is complete, and older steps go only after that. Storage that fails
-is told, tried again and lived with; only `save_surely` gives up.
+is told, tried again and lived with; only a save that has to be sure gives up.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.shared_folder import probe
 
 ITEMS = ("params", "fast", "slow", "optimizer")
 META = "meta"
@@ -243,12 +244,7 @@ def _check_storage(folder: Path, items: dict[str, Any]) -> None:
 
     Orbax would find that out in the background, in a part of the processes, while the others wait for them.
     """
-    probe = folder / f".probe-{jax.process_index()}"
-    with probe.open("wb") as file:
-        file.write(bytes(4096))
-        file.flush()
-        os.fsync(file.fileno())
-    probe.unlink()
+    probe(folder / f".probe-{jax.process_index()}", 4096)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} needed")

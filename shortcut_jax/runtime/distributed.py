@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from shortcut_jax.runtime.failures import LOST
 from shortcut_jax.runtime.joining import JOIN_TIMEOUT, find_place, join
 from shortcut_jax.runtime.logs import LOGGER
 
@@ -66,7 +67,7 @@ def tell(notes: Iterable[str]) -> None:
         say(f"note: {note}")
 
 
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: LOST, signal.SIGINT: 130}
 """Exit codes of a run that was interrupted and saved: EX_TEMPFAIL, and the shell's code for Ctrl-C."""
 
 

@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple, NoReturn
 
 from shortcut_jax.runtime import key_value
+from shortcut_jax.runtime.lobby import JoinError
 
 INTERVAL = 1.0
 """Seconds between two looks for failures."""
@@ -25,7 +26,7 @@ GRACE = 2.0
 LINGER = 15.0
 """Seconds that process 0, which holds the store, waits at most for the others to read what failed."""
 
-LOST = 75
+LOST = JoinError.exit_code
 """Exit code of a process whose peers were lost: try again."""
 
 _TOPIC, _LEFT = "failed", "left"

@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(r"=\s+(?P<shape>\([^=]*?\)|\S+)\s+(?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\(")
-_COMMENT = re.compile(r"/\*.*?\*/")  # XLA numbers every fifth element of a tuple
+COMMENT = re.compile(r"/\*.*?\*/")  # XLA numbers every fifth element of a tuple
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\]")
+
+
+Arrays = tuple[tuple[str, tuple[int, ...]], ...]
+"""(dtype, dimensions) of each array of an instruction."""
 
 
 class Collective(NamedTuple):
@@ -22,20 +26,22 @@ class Collective(NamedTuple):
     """
 
     kind: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: Arrays
     line: str
+
+
+def arrays_in(shape: str) -> Arrays:
+    """The arrays of a shape's text, of one array or a tuple of them."""
+    return tuple((m["dtype"], tuple(int(d) for d in m["dims"].split(",") if d)) for m in _ARRAY.finditer(shape))
 
 
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of an HLO module's text; an asynchronous pair counts once."""
     found = []
     for line in hlo.splitlines():
-        match = _COLLECTIVE.search(_COMMENT.sub("", line))
+        match = _COLLECTIVE.search(COMMENT.sub("", line))
         if match:
-            arrays = tuple(
-                (m["dtype"], tuple(int(d) for d in m["dims"].split(",") if d)) for m in _ARRAY.finditer(match["shape"])
-            )
-            found.append(Collective(match["kind"], arrays, line.strip()))
+            found.append(Collective(match["kind"], arrays_in(match["shape"]), line.strip()))
     return found
 
 

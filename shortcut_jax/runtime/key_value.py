@@ -24,6 +24,11 @@ def process_id() -> int:
     return distributed.global_state.process_id
 
 
+def address() -> str:
+    """host:port of process 0, which holds the store."""
+    return str(distributed.global_state.coordinator_address)
+
+
 def num_processes() -> int:
     """How many processes joined, without asking for devices."""
     return distributed.global_state.num_processes if joined() else 1

@@ -2,7 +2,7 @@
 
 A lost process stops all others: their collectives never come to an end, or fail with an error that names no cause. The
 coordination service of JAX would abort them after a while. Here they say which process is missing, and why if that is
-known, and exit with `EXIT_CODE`, within `timeout` seconds and a few more.
+known, and exit with code 75, within `timeout` seconds and a few more.
 """
 
 import contextlib
@@ -16,15 +16,14 @@ import time
 from typing import Any
 
 import jax
-from jax._src import distributed as service
 
-from shortcut_jax.runtime import failures
-from shortcut_jax.runtime.watchdog import EXIT_CODE
+from shortcut_jax.runtime import failures, key_value
+from shortcut_jax.runtime.failures import LOST
 
 GRACE_SECONDS = 10.0
 """After one process failed by itself, the others have that long to fail of the same, with a message of their own."""
 
-_KEYS = "shortcut_jax/peers"
+_ALIVE, _LEFT, _VERDICT = "peers/alive", "peers/left", "peers/verdict"
 
 
 class Peers:
@@ -42,9 +41,8 @@ class Peers:
         self._seen: dict[int, tuple[str, float]] = {}
 
     def __enter__(self) -> "Peers":
-        self._num, self._index = jax.process_count(), jax.process_index()
-        self._client: Any = service.global_state.client if self._num > 1 else None
-        if self._client is not None:
+        self._num, self._index = key_value.num_processes(), key_value.process_id()
+        if self._num > 1:
             now = time.monotonic()
             self._seen = dict.fromkeys(range(self._num), ("", now))
             self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -56,17 +54,15 @@ class Peers:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if self._client is None:
-            return
-        if error is not None:
-            return  # the thread goes on: what remains to be done may wait for processes that wait for this one
+        if self._num == 1 or error is not None:
+            return  # after an error the thread goes on: the rest may wait for processes that wait for this one
         self._over.set()
         self._thread.join(self._timeout)
-        self._set(f"alive/{self._index}", "done")
+        self._put(_ALIVE, "done")
 
     def failed(self, error: BaseException) -> None:
         """Does not return where this process failed because another is gone: it ends as soon as that is known."""
-        if self._client is None or not isinstance(error, ValueError | RuntimeError) or not _is_of_peers(str(error)):
+        if self._num == 1 or not isinstance(error, ValueError | RuntimeError) or not _is_of_peers(str(error)):
             return
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         print(f"process {self._index}: {reason}", file=sys.stderr, flush=True)
@@ -74,16 +70,12 @@ class Peers:
 
     def leave(self, reason: str) -> None:
         """Tells the others that this process ends, and why."""
-        if self._client is not None:
-            self._set(f"left/{self._index}", reason)
+        if self._num > 1:
+            self._put(_LEFT, reason)
 
-    def _set(self, key: str, value: str) -> None:
+    def _put(self, topic: str, text: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone
-            self._client.key_value_set(f"{_KEYS}/{key}", value, allow_overwrite=True)
-
-    def _read(self, kind: str) -> dict[str, str]:
-        pairs = self._client.key_value_dir_get(f"{_KEYS}/{kind}/")
-        return {key.rsplit("/", 1)[1]: value for key, value in pairs}
+            key_value.put(topic, text)
 
     def _watch(self) -> None:
         count = 0
@@ -92,20 +84,20 @@ class Peers:
             count += 1
             now = time.monotonic()
             try:
-                self._client.key_value_set(f"{_KEYS}/alive/{self._index}", str(count), allow_overwrite=True)
-                verdict = self._read("verdict").get("text")
-                left = self._read("left") if self._index == 0 else {}
+                key_value.put(_ALIVE, str(count))
+                verdict = key_value.texts(_VERDICT).get(0)
+                left = key_value.texts(_LEFT) if self._index == 0 else {}
                 lost = self._lost(now) if self._index == 0 else []
                 self._answered = time.monotonic()
             except jax.errors.JaxRuntimeError:
                 continue
             left_at = left_at or (now if left else None)
-            missing = {int(i): f"failed: {reason}" for i, reason in left.items()}
+            missing = {i: f"failed: {reason}" for i, reason in left.items()}
             missing |= {i: f"gave no sign of life for {self._timeout:g} s" for i in lost if i not in missing}
             ripe = lost or (left_at and now - left_at > GRACE_SECONDS and len(left) < self._num)
             if ripe and not verdict:
                 verdict = "; ".join(f"process {i} of {self._num} {why}" for i, why in sorted(missing.items()))
-                self._set("verdict/text", verdict)
+                self._put(_VERDICT, verdict)
             if verdict:
                 self._end(verdict)
 
@@ -116,9 +108,9 @@ class Peers:
                 self._end(f"process 0, which coordinates, does not answer for {self._timeout:g} s")
 
     def _lost(self, now: float) -> list[int]:
-        for name, value in self._read("alive").items():
-            if self._seen[int(name)][0] != value:
-                self._seen[int(name)] = (value, now)
+        for index, value in key_value.texts(_ALIVE).items():
+            if self._seen[index][0] != value:
+                self._seen[index] = (value, now)
         return [i for i, (value, at) in self._seen.items() if value != "done" and now - at > self._timeout]
 
     def _end(self, verdict: str) -> None:
@@ -128,22 +120,22 @@ class Peers:
         print(self._line(verdict), file=sys.stderr, flush=True)
         if self._index == 0:
             time.sleep(3 * self._interval)  # the others read it here
-        failures.end(EXIT_CODE)
+        failures.end(LOST)
 
     def _line(self, verdict: str) -> str:
         return (
             f"\nprocess {self._index} stops: {verdict}; the same command goes on from the last checkpoint "
-            f"(exit code {EXIT_CODE})"
+            f"(exit code {LOST})"
         )
 
     def _explain_abort(self) -> None:
         """Ends the process where the coordination service aborts it because process 0 is gone."""
-        host, port = str(service.global_state.coordinator_address).rsplit(":", 1)
+        host, port = key_value.address().rsplit(":", 1)
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
         except OSError:
             os.write(2, (self._line(f"process 0 of {self._num}, which coordinates, is gone") + "\n").encode())
-            failures.end(EXIT_CODE)
+            failures.end(LOST)
 
 
 def _is_of_peers(text: str) -> bool:

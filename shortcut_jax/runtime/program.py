@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shortcut_jax.runtime.hlo import KINDS
+from shortcut_jax.runtime.hlo import COMMENT, KINDS, Arrays, arrays_in
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-_ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\]")
-_COMMENT = re.compile(r"/\*.*?\*/")
 _TRIPS = re.compile(r"known_trip_count\"?:\{\"n\":\"(\d+)\"")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s8": 8, "u8": 8, "s64": 64}
 _FUSED_ASYNC = "async_collective_fusion"  # how XLA:TPU names computations that a collective runs in beside other work
@@ -33,7 +31,7 @@ class Instruction(NamedTuple):
 
     name: str
     op: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: Arrays
     operands: tuple[str, ...]
     text: str
 
@@ -65,7 +63,7 @@ class Transfer(NamedTuple):
     """
 
     kind: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: Arrays
     sources: tuple[tuple[str, ...], ...]
     axes: tuple[str, ...]
     times: int
@@ -99,7 +97,7 @@ class Program:
             if start and not line.startswith(" "):
                 body = self._bodies.setdefault(start["name"], [])
                 self._entry = start["name"] if line.startswith("ENTRY") else self._entry
-            elif body is not None and (match := _INSTRUCTION.match(_COMMENT.sub("", line))):
+            elif body is not None and (match := _INSTRUCTION.match(COMMENT.sub("", line))):
                 instruction = _parse(match, line.strip())
                 body.append(instruction)
                 self._by_name[instruction.name] = instruction
@@ -233,19 +231,18 @@ class Program:
 
 
 def _parse(match: re.Match[str], line: str) -> Instruction:
-    arrays = tuple(
-        (m["dtype"], tuple(int(d) for d in m["dims"].split(",") if d)) for m in _ARRAY.finditer(match["shape"])
-    )
     depth, operands = 1, match["rest"]
     for end, letter in enumerate(match["rest"]):
         depth += {"(": 1, ")": -1}.get(letter, 0)
         if depth == 0:
             operands = match["rest"][:end]
             break
-    return Instruction(match["name"], match["op"], arrays, tuple(re.findall(r"%([\w.-]+)", operands)), line)
+    return Instruction(
+        match["name"], match["op"], arrays_in(match["shape"]), tuple(re.findall(r"%([\w.-]+)", operands)), line
+    )
 
 
-def _whole(kind: str, instruction: Instruction) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _whole(kind: str, instruction: Instruction) -> Arrays:
     """The arrays of a collective at their full size: its result when gathered, its input when scattered."""
     arrays, num = tuple(a for a in instruction.arrays if a[1] or a[0] != "u32"), len(instruction.operands)
     if instruction.op.endswith("-start"):  # (inputs, results), but of all-reduce

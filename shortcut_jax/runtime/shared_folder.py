@@ -26,7 +26,11 @@ def check_folder(folder: Path, patience: float = PATIENCE) -> None:
       FolderError: it cannot be written to, or it is not shared. Other processes are told by the mains.
     """
     token = f".token-{secrets.token_hex(8)}"
-    _write(folder, f"{token}-{key_value.process_id()}", os.urandom(PROBE_BYTES))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe(folder / f"{token}-{key_value.process_id()}", PROBE_BYTES)
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
     if key_value.num_processes() == 1:
         return
     path = folder / token
@@ -48,16 +52,13 @@ def check_folder(folder: Path, patience: float = PATIENCE) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write(folder: Path, name: str, content: bytes) -> None:
-    path = folder / name
+def probe(path: Path, size: int) -> None:
+    """Writes a file of `size` bytes to the disk, and removes it. Raises OSError where that cannot be done."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            file.write(content)
+            file.write(os.urandom(size))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

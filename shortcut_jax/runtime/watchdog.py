@@ -13,8 +13,6 @@ import jax
 
 from shortcut_jax.runtime import failures
 
-EXIT_CODE = failures.LOST
-
 
 @dataclass(frozen=True)
 class WatchdogSettings:
@@ -35,8 +33,8 @@ class Watchdog:
     """Watches that `beat` is called often enough, from a thread of its own. A context manager.
 
     When it is not, the stacks of all threads go to standard error and to `hang-PROCESS.txt` in the workdir, and the
-    process ends with `EXIT_CODE`. Nothing is saved then: what hangs may be the devices. It sees nothing while a thread
-    keeps Python's lock; devices, network and disk are waited for without it.
+    process ends with code 75 (`failures.LOST`). Nothing is saved then: what hangs may be the devices. It sees nothing
+    while a thread keeps Python's lock; devices, network and disk are waited for without it.
     """
 
     def __init__(self, settings: WatchdogSettings, workdir: Path, tell: Callable[[str], None] = lambda line: None):
@@ -78,10 +76,10 @@ class Watchdog:
         process = jax.process_index()
         line = f"watchdog: process {process} hangs in {doing} for more than {limit:g} s (watchdog.seconds)"
         path = self._workdir / f"hang-{process}.txt"
-        print(f"\n{line}; all threads, also in {path}; exit code {EXIT_CODE}", file=sys.stderr, flush=True)
+        print(f"\n{line}; all threads, also in {path}; exit code {failures.LOST}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         self._tell(f"it hangs in {doing}")
-        ending = threading.Timer(self._settings.grace_seconds, failures.end, [EXIT_CODE])
+        ending = threading.Timer(self._settings.grace_seconds, failures.end, [failures.LOST])
         ending.daemon = True
         ending.start()  # before the file: the disk may be what hangs
         with contextlib.suppress(OSError), path.open("a") as file:

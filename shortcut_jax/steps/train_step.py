@@ -76,9 +76,8 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
             spike = keep & is_spike(state.spikes, grad_norm, settings.spikes)
             keep &= ~spike
             new_state = new_state._replace(spikes=observe(state.spikes, grad_norm, settings.spikes))
+            state = count_spike(state, spike)  # which stays, for a spike is not taken
         new_state = select_state(keep, new_state, state)
-        if settings.spikes.factor > 0:
-            new_state = count_spike(new_state, spike)
         metrics = {
             "loss": loss,
             **{f"loss/{kind}": total / share for kind, (total, share) in parts.items()},
