@@ -9,6 +9,7 @@ FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",  # half the time of compiling a train step
     "--xla_cpu_parallel_codegen_split_count=1",  # the workers keep the cores busy
+    "--xla_cpu_multi_thread_eigen=false",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,5 +1,6 @@
 """The scripts of launch/: what can be known of them without a cluster, and local.sh for real."""
 
+import json
 import os
 import re
 import shutil
@@ -328,14 +329,14 @@ def test_local_needs_a_number(commands):
 def test_two_local_processes_save_at_sigterm_and_go_on(tmp_path, arguments):
     workdir = tmp_path / "run"
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COORD")}
-    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=1"), "PYTHON": sys.executable}
+    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=2"), "PYTHON": sys.executable}
 
-    def start(steps):
-        argv = arguments(workdir, mesh__data=2, mesh__fsdp=1, eval__views="()", eval__images="()", steps=steps)[1:]
-        line = [str(LAUNCH / "local.sh"), "2", *argv]
+    def start(*extra):
+        mesh = dict(mesh__data=2, mesh__fsdp=2, eval__views="()", eval__images="()")
+        line = [str(LAUNCH / "local.sh"), "2", *arguments(workdir, *extra, **mesh, steps=1_000_000)[1:]]
         return subprocess.Popen(line, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
-    first = start(1_000_000)
+    first = start()
     until = time.monotonic() + 400
     while not (workdir / "metrics.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.2)
@@ -343,7 +344,9 @@ def test_two_local_processes_save_at_sigterm_and_go_on(tmp_path, arguments):
     _, err = first.communicate(timeout=200)
     assert first.returncode == 75 and err.count(": exit code 75") == 2, err
     (step,) = Checkpoints(workdir / "checkpoints", read_only=True).steps()
-    second = start(step + 1)
+    assert step > 1 and f"saved step {step} in {workdir / 'checkpoints'}" in err
+    assert json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["step"] == step
+    second = start(f"--stop_at={step + 1}")
     _, err = second.communicate(timeout=400)
     assert second.returncode == 0 and err.count(": exit code 0") == 2, err
     assert f"resuming at step {step}" in err
