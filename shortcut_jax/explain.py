@@ -59,7 +59,7 @@ class Explanation(NamedTuple):
     @property
     def unexplained(self) -> list[Line]:
         """Lines of which it is not known what they move."""
-        return [line for line in self.lines if line.what == "?"]
+        return [line for line in self.lines if "?" in line.what]
 
     def moved(self) -> dict[tuple[str, str, str, bool], int]:
         """Bytes a step by kind, dtype, axes, and whether they are hidden behind other work."""
@@ -155,7 +155,7 @@ def _beside(transfer: Transfer) -> str:
 
 
 def tell(explanation: Explanation) -> None:
-    """Prints a line for each kind of collective, largest first, then the sums."""
+    """Prints a line for each kind of collective, largest first."""
     print("\n  times  kind                dtype      MB  axes           moves (beside what)")
     ordered = sorted(explanation.lines.items(), key=lambda item: -item[0].bytes * item[1])
     for line, times in ordered:
