@@ -6,7 +6,7 @@ They are part of the compiled step, so a dry run judges what will run. What conc
 
 OPTIONS: dict[str, dict[str, bool | int | str]] = {
     "gpu": {
-        # Collectives run while other layers are computed. XLA:GPU does so by default from Hopper on, but not on an A100.
+        # Collectives run while other layers are computed: XLA:GPU does so by default from Hopper on, not on an A100.
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # Gradients of a block are added up between nodes after the block's last matrix product, where nothing is left
         # to hide that. Now it happens while the next block is computed.
