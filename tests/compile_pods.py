@@ -60,8 +60,8 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
         if "gradients" in line.what and line.dtype != "f32":
             return f"{line.kind} in {line.dtype} of {line.what}"
         # Under tensor parallelism those of modulations and of the ends are added up whole (docs/pods.md).
-        whole = any(name in line.what for name in ("modulation", "joined", "time_in", "vector_in", "guidance_in"))
-        scattered = not on_tpu and not (mesh.tensor > 1 and whole)
+        ends = "blocks/" not in line.what
+        scattered = not on_tpu and not (mesh.tensor > 1 and ("modulation" in line.what or ends))
         if line.kind == "all-reduce" and "gradients" in line.what and "fsdp" in line.axes and scattered:
             return f"gradients are not scattered: {line.what}"
     names = " ".join(explanation.attention)
