@@ -46,9 +46,10 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
     if explanation.unexplained:
         return f"unexplained: {explanation.unexplained[0]}"
     on_tpu = assembly.platform == "tpu"
-    moved = explanation.moved()
+    # XLA:TPU hides its scatters where it makes rings of them, which on 64 chips it does not (docs/pods.md).
+    moved = {k: size for k, size in explanation.moved().items() if not on_tpu or k[0] == "all-gather"}
     hidden = sum(size for (*_, beside), size in moved.items() if beside) / sum(moved.values())
-    if hidden < (0.8 if on_tpu else 0.9):
+    if hidden < (0.75 if on_tpu else 0.9):
         return f"only {hidden:.1%} of what is moved is hidden"
     for line in explanation.lines:
         if line.kind == "all-to-all" or (line.kind == "collective-permute" and "ring of gradients" not in line.what):
@@ -61,7 +62,7 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
             return f"{line.kind} in {line.dtype} of {line.what}"
         # Under tensor parallelism those of modulations and of the ends are added up whole (docs/pods.md).
         ends = "blocks/" not in line.what
-        scattered = not on_tpu and not (mesh.tensor > 1 and ("modulation" in line.what or ends))
+        scattered = mesh.tensor == 1 or not ("modulation" in line.what or ends)
         if line.kind == "all-reduce" and "gradients" in line.what and "fsdp" in line.axes and scattered:
             return f"gradients are not scattered: {line.what}"
     names = " ".join(explanation.attention)

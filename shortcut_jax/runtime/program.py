@@ -14,6 +14,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _TRIPS = re.compile(r"known_trip_count\"?:\{\"n\":\"(\d+)\"")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s8": 8, "u8": 8, "s64": 64}
 _FUSED_ASYNC = "async_collective_fusion"  # how XLA:TPU names computations that a collective runs in beside other work
+_SCATTER = "all-reduce-scatter"  # and those of an all-reduce and a slice of it, which it runs as a reduce-scatter
 _MATMULS = ("dot", "convolution")
 _ATTENTION = ("fmha", "tpu_custom_call")
 
@@ -138,12 +139,16 @@ class Program:
         for fused in (computation for computation, _ in places if computation.startswith(_FUSED_ASYNC)):
             beside += [i for i in self._bodies[fused] if i.op in ("fusion", "custom-call", *_MATMULS)]
         matmuls, attentions, others = self._work(beside)
-        sources = [self._sources(operand) for operand in instruction.operands]
+        arrays = _whole(kind, instruction)
+        reader = instruction
+        if name.startswith(_SCATTER) and kind == "all-reduce":
+            kind, reader = "reduce-scatter", self._call_of(name)
+        sources = [self._sources(operand) for operand in reader.operands]
         if len(sources) == 1:
-            sources = [(*sources[0], instruction.op_name)]
+            sources = [(*sources[0], reader.op_name)]
         return Transfer(
             kind,
-            _whole(kind, instruction),
+            arrays,
             tuple(sources),
             _axes(instruction.text, mesh),
             max(self._times(computation) for computation, _ in places),
@@ -166,6 +171,11 @@ class Program:
                     for called in branches.split(","):
                         callers.setdefault(called.strip().lstrip("%"), []).append((name, 1))
         return callers
+
+    def _call_of(self, computation: str) -> Instruction:
+        """The instruction that calls a computation that is called once."""
+        ((name, _),) = self._callers[computation]
+        return next(i for i in self._bodies[name] if i.called() == computation)
 
     def _trips(self, loop: Instruction) -> int:
         """How often the body of a loop runs: as XLA noted it, or the number that its condition compares with."""

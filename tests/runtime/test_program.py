@@ -91,6 +91,27 @@ def test_a_collective_in_several_computations_counts_once_and_its_loop_by_its_co
     assert gather.sources == (("jit(f)/img_in/sharding_constraint",),)
 
 
+SCATTER = """
+%all-reduce-scatter.2.clone (input: f32[8,8]) -> f32[2,8] {
+  %input = f32[8,8]{1,0} parameter(0)
+  %all-reduce.9 = f32[8,8]{1,0} all-reduce(%input), channel_id=4, FSDP, to_apply=%add
+  ROOT %mine = f32[2,8]{1,0} dynamic-slice(%all-reduce.9, %offset, %zero), dynamic_slice_sizes={2,8}
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[2,8] {
+  %grad = f32[8,8]{1,0} fusion(%x), kind=kLoop, calls=%multiply, metadata={op_name="jit(f)/img_in/mul"}
+  ROOT %shard = f32[2,8]{1,0} fusion(%grad), kind=kCustom, calls=%all-reduce-scatter.2.clone, metadata={op_name="jit(f)/img_in/dot_general"}
+}
+""".replace("FSDP", FSDP)
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_scatter_and_moves_what_its_caller_reads():
+    (scatter,) = Program(SCATTER).transfers(MESH)
+    assert (scatter.kind, scatter.arrays, scatter.axes) == ("reduce-scatter", (("f32", (8, 8)),), ("fsdp",))
+    assert (scatter.asynchronous, scatter.times) == (False, 1)
+    assert scatter.sources == (("jit(f)/img_in/mul", "jit(f)/img_in/dot_general"),)
+
+
 def test_attention_kernels_are_counted():
     assert Program(GPU).attention_kernels() == {"__cudnn$fmhaSoftmax": 1}
     assert Program(TPU).attention_kernels() == {}
