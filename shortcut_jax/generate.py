@@ -16,6 +16,9 @@ from shortcut_jax.steps.sampling import draw_noise, make_sampler
 Decode = Callable[[np.ndarray], np.ndarray]
 """latents [B, h, w, c], float32, as the network leaves them -> pictures [B, height, width, channels], uint8."""
 
+States = tuple[np.ndarray, np.ndarray]
+"""An encoded caption: txt [M, T] and vec [V]."""
+
 
 class Ends(NamedTuple):
     """What a network works between.
@@ -81,18 +84,25 @@ class Generator:
             raise ValueError(f"asked for {num_steps} sampling steps, but must be 1 to {self.max_steps} (max_steps)")
         pictures = []
         for first in range(0, len(captions), self.batch_size):
-            chunk = list(captions[first : first + self.batch_size])
-            padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-            args: tuple[Any, ...] = (params, seed, first, self._condition(padded, guidance), num_steps)
-            if guidance != 1.0 and not self._assembly.model.guidance:
-                args = (*args, self._condition([""] * self.batch_size, guidance), guidance)
-            with jax.set_mesh(self._assembly.mesh):
-                latents = self._sample(*args)
-            pictures.append(self._ends.decode(np.asarray(latents))[: len(chunk)])
+            states = [self._ends.encode(c) for c in captions[first : first + self.batch_size]]
+            pictures.append(self.batch(params, states, num_steps, seed, guidance, first))
         return np.concatenate(pictures)
 
-    def _condition(self, captions: Sequence[str], guidance: float) -> Condition:
-        txt, vec = (np.stack(x) for x in zip(*(self._ends.encode(c) for c in captions), strict=True))
-        scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
+    def batch(
+        self, params: Any, states: Sequence[States], num_steps: int, seed: int, guidance: float = 1.0, first: int = 0
+    ) -> np.ndarray:
+        """Pictures `first` ... of a seed for encoded captions, at most `batch_size` of them; else as `__call__`."""
+        args: tuple[Any, ...] = (params, seed, first, self.condition(states, guidance), num_steps)
+        if guidance != 1.0 and not self._assembly.model.guidance:
+            args = (*args, self.condition([self._ends.encode("")], guidance), guidance)
+        with jax.set_mesh(self._assembly.mesh):
+            latents = self._sample(*args)
+        return self._ends.decode(np.asarray(latents)[: len(states)])
+
+    def condition(self, states: Sequence[States], guidance: float) -> Condition:
+        """Encoded captions on the mesh, the last one repeated up to `batch_size`."""
+        padded = [*states, *[states[-1]] * (self.batch_size - len(states))]
+        txt, vec = (np.stack(x) for x in zip(*padded, strict=True))
+        scale = np.full(len(padded), guidance, np.float32) if self._assembly.model.guidance else None
         sharding = batch_sharding(self._assembly.mesh)
         return jax.tree.map(lambda x: jax.device_put(x, sharding), Condition(txt, vec, scale))
