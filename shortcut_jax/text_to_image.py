@@ -127,6 +127,7 @@ class TextToImage:
         seed: int = 0,
         text_tokens: int | None = None,
         shift: float | None = None,
+        first: int = 0,
     ) -> np.ndarray:
         """Pictures [len(prompts) * num, height, width, 3], uint8, those of a prompt together.
 
@@ -143,6 +144,7 @@ class TextToImage:
           seed: of the noise.
           text_tokens: length that prompts are padded or cut to for T5; the pipeline's by default.
           shift: timestep shift; the pipeline's for this size by default.
+          first: the number that the first picture has among those of the seed.
 
         Raises:
           ValueError: an argument is out of range (see `check`).
@@ -155,11 +157,11 @@ class TextToImage:
         batch = self.mesh.devices.size
         negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
         pictures = []
-        for first in range(0, len(rows), batch):
-            chunk = rows[first : first + batch]
+        for i in range(0, len(rows), batch):
+            chunk = rows[i : i + batch]
             padded = chunk + [chunk[-1]] * (batch - len(chunk))
             condition = self.encode(padded, guidance, text_tokens)
-            noise_BNC = self.draw_noise(seed, first, batch, height, width)
+            noise_BNC = self.draw_noise(seed, first + i, batch, height, width)
             latents = self.denoise(noise_BNC, condition, height, width, steps, shift, negative, scale)
             pictures.append(to_pixels(np.asarray(self.decode(latents)))[: len(chunk)])
         return np.concatenate(pictures)
