@@ -45,7 +45,7 @@ def local_mesh() -> tuple[Mesh, str]:
 
 def on_mesh(model: Model, mesh: Mesh, compute_dtype: str, **changes: Any) -> Model:
     """The model computed on a mesh, in a dtype; `changes` are of its config."""
-    if model.kind != "vae":
+    if hasattr(model.config, "constrain"):
         changes["constrain"] = make_constrain(mesh)
     return model._replace(config=dataclasses.replace(model.config, compute_dtype=compute_dtype, **changes))
 
