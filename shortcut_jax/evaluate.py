@@ -4,14 +4,19 @@ Writes `evaluation.html` and `evaluation.json`. The first view is judged in full
 fewer pictures. What is cut off goes on where it was when the same command is given again.
 """
 
+import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
-from shortcut_jax.evaluation.features import RESIZES, Features, inception, load_clip, pixels, random_network
+from shortcut_jax.core.stats import clip_score
+from shortcut_jax.data.resize import RESIZES
+from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
 from shortcut_jax.evaluation.reference import open_reference, save_reference
 from shortcut_jax.evaluation.run import Plan, evaluate
 from shortcut_jax.evaluation.sampling import Classify, Judges
@@ -24,8 +29,6 @@ from shortcut_jax.runtime.shared_folder import check_folder
 
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
 FEATURES = ("auto", "inception", "pixels", "random")
-SMALL = 4096
-"""Values of a picture up to which pixels are features by default."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(options.out or _default_out(options))
     check_folder(out)
     own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
-    features = choose_features(options, own.pictures([0]).size if own else None)
-    judges = Judges(features, load_clip(options.clip).scores if options.clip else None, classifier(own))
+    features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
+    judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
     reference = open_reference(options.reference, own, features, out)
     views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
     plan = Plan(views, steps, options.images, other_steps, options.other_images, options.teacher_steps, options.seed)
@@ -99,7 +102,7 @@ def _check(options: types.SimpleNamespace) -> None:
         if options.reference is None or options.workdir or options.checkpoint:
             raise UsageError("--save_reference goes with --reference=FOLDER, without a workdir or checkpoint")
         if options.features == "auto" and options.inception is None:
-            raise UsageError("--save_reference needs --inception=FOLDER, or --features=pixels or random")
+            raise UsageError("--save_reference needs --inception=FOLDER, or --features=random")
         return
     if bool(options.workdir) == (options.checkpoint is not None):
         raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
@@ -134,13 +137,15 @@ def _default_out(options: types.SimpleNamespace) -> Path:
     return Path(options.workdir[0]) / "evaluation"
 
 
-def choose_features(options: types.SimpleNamespace, size: int | None) -> Features:
+def choose_features(options: types.SimpleNamespace, shape: tuple[int, ...] | None) -> Features:
     """The features of the distance: Inception's where its weights are given, else pixels or a random network."""
     if options.inception is not None and options.features in ("auto", "inception"):
         return inception(options.inception, options.resize)
-    if options.features == "random" or (options.features == "auto" and (size is None or size > SMALL)):
+    if options.features == "random" or (options.features == "auto" and (not shape or math.prod(shape) > MAX_PIXELS)):
         return random_network(0)
-    return pixels(size)
+    if shape is None:
+        raise UsageError("--features=pixels is for a workdir, whose pictures have one size: take --features=random")
+    return pixels(shape)
 
 
 def open_subject(options: types.SimpleNamespace, path: str, max_steps: int) -> Subject:
@@ -163,6 +168,12 @@ def open_subject(options: types.SimpleNamespace, path: str, max_steps: int) -> S
 def open_teacher(options: types.SimpleNamespace, max_steps: int) -> Subject | None:
     """What `--teacher` names."""
     return open_subject(options, options.teacher, max_steps) if options.teacher else None
+
+
+def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
+    """Pictures and captions -> the CLIP score of each pair."""
+    clip = load_clip(folder)
+    return lambda pictures, captions: clip_score(clip.images(pictures), clip.texts(captions))
 
 
 def classifier(own: CaptionedSet | None) -> Classify | None:

@@ -175,7 +175,7 @@ def _judge(
     """The cells of an entry one after the other; what else is asked of its weights goes into `result`."""
     subject, label = entry.subject, entry.label
     weights = subject.weights(entry.view)
-    in_full = entry.view == plan.views[0] or entry.teacher is None
+    in_full = entry.view in (plan.views[0], TEACHER)
     shown = subject.show(COLUMNS)
     bar.set_description(f"{label}: compiling")
     subject.pictures(weights, shown, 1, plan.seed, 0)

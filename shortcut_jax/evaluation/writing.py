@@ -61,17 +61,21 @@ def to_html(result: Result) -> str:
     """The page."""
     metrics = [m for m in metrics_of(result.distance) if known(result.rows, m.key)]
     tables = [metric_table(result.rows, metric) for metric in metrics]
+    notes = []
     if any(row["few_images"] for row in result.rows):
-        tables.append(
+        notes.append(
             '<p class="warn">* fewer pictures than features: the covariance is singular and the distance is biased '
             "upwards; compare cells of equal counts only.</p>"
         )
-    tables.append(
+    notes.append(
         "<p>A Frechet distance from fewer pictures is biased upwards; KID is not. KID, precision and recall come from "
         "a fixed sample of at most 10,000 features.</p>"
     )
     plots = "".join(quality_plot(result.rows, m) for m in metrics if m.key not in ("images_per_second", "kid"))
-    sections = [section("Quality", *tables), section("Quality against steps", f"<div class=pair>{plots}</div>")]
+    sections = [
+        section("Quality", f"<div class=pair>{''.join(tables)}</div>", *notes),
+        section("Quality against steps", f"<div class=pair>{plots}</div>"),
+    ]
     for label, sheet in result.sheets.items():
         title = f"Samples of {label}: the same noise down each column"
         sections.append(section(title, picture(sheet, title)))
