@@ -24,6 +24,7 @@ from shortcut_jax.evaluation.subject import CHECKPOINT, CaptionedSet, ConvertedS
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.report import make_reference
 from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.shared_folder import check_folder
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     _check(options)
     place = options.coordinator, options.num_processes, options.process_id, options.join_timeout
     distributed.initialize(*place)
+    say(f"compiled programs are kept in {keep_programs()}")
     if options.save_reference is not None:
         features = choose_features(options, None)
         folder = Path(options.save_reference).parent

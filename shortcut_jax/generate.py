@@ -194,8 +194,8 @@ class Generator:
         for first in range(0, len(targets), self.batch_size):
             rows = np.minimum(np.arange(first, first + self.batch_size), len(targets) - 1)
             latents = self._place(self._ends.latents(pictures_BhwC[rows]))
-            source = self._condition([sources[i] for i in rows], source_guidance)
-            target = self._condition([targets[i] for i in rows], guidance)
+            source = self.condition([sources[i] for i in rows], source_guidance)
+            target = self.condition([targets[i] for i in rows], guidance)
             args: tuple[Any, ...] = (
                 params,
                 float(shift),
@@ -206,7 +206,7 @@ class Generator:
                 plan,
             )
             if not self._assembly.model.guidance and (guidance, source_guidance) != (1.0, 1.0):
-                empty = self._condition([""] * self.batch_size, guidance)
+                empty = self.condition([""] * self.batch_size, guidance)
                 args = (*args, empty, float(source_guidance), float(guidance))
             with jax.set_mesh(self._assembly.mesh):
                 edited.append(self._ends.decode(np.asarray(self._edit(*args))))
@@ -227,7 +227,7 @@ class Generator:
         shift = self._shift if shift is None else shift
         for first in range(0, len(captions), self.batch_size):
             rows = np.minimum(np.arange(first, first + self.batch_size), len(captions) - 1)
-            condition = self._condition([captions[i] for i in rows], guidance)
+            condition = self.condition([captions[i] for i in rows], guidance)
             args: tuple[Any, ...] = (
                 params,
                 *map(self._place, draw_arrays(draws, rows)),
@@ -236,7 +236,7 @@ class Generator:
                 num_steps,
             )
             if guidance != 1.0 and not self._assembly.model.guidance:
-                args = (*args, self._condition([""] * self.batch_size, guidance), float(guidance))
+                args = (*args, self.condition([""] * self.batch_size, guidance), float(guidance))
             with jax.set_mesh(self._assembly.mesh):
                 yield np.asarray(self._sample(*args, **options)), min(len(captions) - first, self.batch_size)
 
@@ -244,7 +244,8 @@ class Generator:
         if not 1 <= num_steps <= self.max_steps:
             raise ValueError(f"asked for {num_steps} sampling steps, but must be 1 to {self.max_steps} (max_steps)")
 
-    def _condition(self, captions: Sequence[str], guidance: float) -> Condition:
+    def condition(self, captions: Sequence[str], guidance: float) -> Condition:
+        """Encoded captions on the mesh, as many as it takes whole."""
         txt, vec = (np.stack(x) for x in zip(*(self._ends.encode(c) for c in captions), strict=True))
         scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
         return jax.tree.map(self._place, Condition(txt, vec, scale))

@@ -1,6 +1,7 @@
 """A trained model as a function from prompts to pictures: `Pipeline("runs/digits-scfm")("a handwritten digit two")`."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from shortcut_jax.data.records import stride_of
 from shortcut_jax.data.words import count_words
 from shortcut_jax.ends import sampling_ends
 from shortcut_jax.generate import Generator
-from shortcut_jax.initial import load_base
+from shortcut_jax.initial import freeze, load_base, open_initial
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.settings import ConfigError, complete
 from shortcut_jax.steps.editing import make_plan
-from shortcut_jax.steps.views import VIEWS, Adapted
+from shortcut_jax.steps.views import TEACHER, VIEWS, Adapted, teacher_of
 
 ITEM_OF = {"online": "params", "fast": "fast", "slow": "slow"}
 """View -> the item of a checkpoint that holds it."""
@@ -32,6 +33,8 @@ class Pipeline:
       settings: of the run.
       params: the weights of the view.
       generate: captions to pictures, for any tree of weights.
+      ends: what it encodes captions and decodes latents with.
+      assembly: the network on the devices.
       step: the training step whose weights were read.
     """
 
@@ -72,33 +75,66 @@ class Pipeline:
         config = complete(meta["config"])
         mesh = {**config["mesh"], "data": -1, "fsdp": 1, "tensor": 1}
         self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
-        checkpoints = Checkpoints(folder, read_only=True)
         assembly = Assembly(self.settings, training=False)
         if self.settings.train == "all" and (base is not None or lora_scale != 1.0):
             raise ConfigError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
-        shapes = assembly.state_shapes
+        self.assembly, self._folder, self._lora_scale = assembly, folder, lora_scale
+        self._base_record = meta["base"]
+        self._base_path = str(base or (meta["base"] or {}).get("path"))
+        trained, self.step = self._trained(view)
+        self.params = self._whole(trained)
+        self.ends = sampling_ends(assembly, encoders)
+        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, self.ends)
+
+    def weights(self, view: str) -> Any:
+        """The weights of a view at the step of `params`, for `generate`; a base is on devices once.
+
+        `teacher` is what the run learned from, where it had a base.
+
+        Raises:
+          CheckpointError: they cannot be read.
+          ConfigError: a teacher is asked for, and there was none or it is not at hand.
+        """
+        return self._teacher() if view == TEACHER else self._whole(self._trained(view, self.step)[0])
+
+    def _trained(self, view: str, step: int | None = None) -> tuple[Any, int]:
+        """What was trained, of one view; of the newest readable step by default."""
+        shapes = self.assembly.state_shapes
         wanted = shapes.params if view == "online" else getattr(shapes.ema, view)
-        item = ITEM_OF[view]
-        if not checkpoints.holding(item):
-            held = [v for v, name in ITEM_OF.items() if checkpoints.holding(name)]
-            raise CheckpointError(
-                f"the checkpoints in {folder} lack the view {view!r}: choose {' or '.join(held) or 'another workdir'}"
-            )
-        self.params, self.step = checkpoints.newest_readable(
-            lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
-        )
-        if self.settings.train == "lora":
-            frozen = load_base(assembly, base or meta["base"]["path"], meta["base"])
-            self.params = Adapted(frozen, self.params, jnp.float32(self.settings.lora.scale * lora_scale))
-        self._assembly = assembly
-        ends = sampling_ends(assembly, encoders)
-        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, ends)
-        checkpoints.close()
+        item, checkpoints = ITEM_OF[view], Checkpoints(self._folder, read_only=True)
+        try:
+            if not checkpoints.holding(item):
+                held = " or ".join(v for v, name in ITEM_OF.items() if checkpoints.holding(name))
+                raise CheckpointError(
+                    f"the checkpoints in {self._folder} lack the view {view!r}: choose {held or 'another workdir'}"
+                )
+            read = lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
+            return checkpoints.newest_readable(read) if step is None else read(step)
+        finally:
+            checkpoints.close()
+
+    def _whole(self, trained: Any) -> Any:
+        if self.settings.train == "all":
+            return trained
+        return Adapted(self._base, trained, jnp.float32(self.settings.lora.scale * self._lora_scale))
+
+    @cached_property
+    def _base(self) -> Any:
+        return load_base(self.assembly, self._base_path, self._base_record)
+
+    def _teacher(self) -> Any:
+        if not self.settings.has_base:
+            raise ConfigError(f"{self._folder.parent} was trained without a teacher")
+        if self.settings.train == "lora" and self.settings.teacher_lora is None:
+            return self._base
+        initial = open_initial(self.assembly, {**self._base_record, "path": self._base_path})
+        frozen, _ = freeze(self.assembly, initial, self._base_record)
+        return teacher_of(frozen)
 
     @property
     def distilled_guidance(self) -> bool:
         """Whether the model has a guidance embedding, so that guidance costs no second evaluation."""
-        return self._assembly.model.guidance
+        return self.assembly.model.guidance
 
     @property
     def size(self) -> tuple[int, int]:
@@ -110,7 +146,7 @@ class Pipeline:
     def channels(self) -> int:
         """Of its pictures."""
         data = self.settings.data
-        return 3 if data.store == "latents" else self._assembly.model.channels // (PATCH * stride_of(data)) ** 2
+        return 3 if data.store == "latents" else self.assembly.model.channels // (PATCH * stride_of(data)) ** 2
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -76,7 +77,7 @@ def load_reference(path: Path, features: Features) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BadZipFile) as error:
         raise ConfigError(f"reference statistics {path} cannot be read ({error}): {HOW}") from None
     if "mu" not in held or "sigma" not in held:
         raise ConfigError(f"{path} has no mu and sigma, but {', '.join(held) or 'nothing'}: {HOW}")

@@ -15,7 +15,7 @@ from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.evaluation.judge import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
 from shortcut_jax.evaluation.sampling import Judges, latencies, sample_cell
-from shortcut_jax.evaluation.subject import Subject
+from shortcut_jax.evaluation.subject import Asked, Subject
 from shortcut_jax.evaluation.tally import Tally
 from shortcut_jax.report import count_label
 from shortcut_jax.runtime.metrics import contact_sheet
@@ -196,8 +196,9 @@ def _judge(
         result.validation[label] = loss
     if in_full:
         counts = sorted({cell.steps for cell in entry.cells})
-        result.latency[label] = latencies(lambda n: subject.single(weights, shown, n), counts)
-        rows = [_thumbnails(subject.pictures(weights, shown, n, plan.seed, 0)) for n in counts]
+        one = Asked(shown.captions[:1])
+        result.latency[label] = latencies(lambda n: subject.few(weights, one, n, plan.seed), counts)
+        rows = [_thumbnails(subject.few(weights, shown, n, plan.seed)) for n in counts]
         words = [caption.split()[-1] if caption else "" for caption in shown.captions]
         columns = words if max(map(len, words)) <= 12 else ()
         result.sheets[label] = contact_sheet(rows, [count_label(n) for n in counts], columns)

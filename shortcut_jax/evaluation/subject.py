@@ -18,17 +18,20 @@ from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import Draw, RowMaker, read_many
 from shortcut_jax.data.records import data_folder
 from shortcut_jax.data.training import TrainingData
-from shortcut_jax.generate import Generator, States
+from shortcut_jax.generate import Generator
+from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import grid_captions
 from shortcut_jax.resolve import objective_settings
 from shortcut_jax.runtime.sharding import replicated
-from shortcut_jax.sample import Pipeline
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.sampling import draw_noise
 from shortcut_jax.steps.views import TEACHER, VIEWS, guided, make_velocity
 from shortcut_jax.text_to_image import TextToImage
 from shortcut_jax.validation import Validation, hash_of
+
+PATH_ROWS = 32
+"""Paths that the field is measured on."""
 
 CHECKPOINT = "checkpoint"
 """The one view of a converted pipeline."""
@@ -39,12 +42,10 @@ class Asked(NamedTuple):
 
     Attributes:
       captions: as text.
-      states: encoded, where they are known; else the subject encodes them.
       labels: the class of each, where the data has classes.
     """
 
     captions: list[str]
-    states: list[States] | None = None
     labels: np.ndarray | None = None
 
 
@@ -82,8 +83,8 @@ class Subject(Protocol):
     def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
         """Pictures [S, h, w, c], uint8, for at most `batch_size` captions; noise `first` ... of a seed."""
 
-    def single(self, weights: Any, asked: Asked, steps: int) -> np.ndarray:
-        """One picture alone, [1, h, w, c], of the first caption: for its time."""
+    def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
+        """The same for a few captions, all in one batch of their own, noise 0 ... of a seed."""
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
         """The field along its own paths from `batch_size` noises; None where it is not measured."""
@@ -111,12 +112,14 @@ class RunSubject:
         Raises:
           CheckpointError, ConfigError, DataError: see `Pipeline` and `TrainingData`.
         """
-        self.pipeline = Pipeline(workdir, "slow", max_steps, batch_size, base, encoders=encoders, shift=shift)
+        self.pipeline = Pipeline(workdir, "slow", max_steps, batch_size, base, encoders=encoders)
         s = self.pipeline.settings
         self.name = Path(workdir).resolve().name
         self.step: int | None = self.pipeline.step
         self.views: tuple[str, ...] = (*VIEWS, TEACHER) if s.has_base else VIEWS
-        self.batch_size = self.pipeline.generate.batch_size
+        self._known: dict[str, Any] = {}
+        self._generators: dict[int, Generator] = {}
+        self.batch_size = self._generator(batch_size).batch_size
         self.guidance = s.eval.guidance if guidance is None else guidance
         self.shift = s.eval.shift if shift is None else shift
         self.data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0)
@@ -141,7 +144,9 @@ class RunSubject:
 
     def ask(self, indices: Sequence[int], total: int) -> Asked:
         """See `Subject`."""
-        return self.captioned.ask(indices, total)
+        asked, states = self.captioned.ask(indices, total)
+        self._known = dict(zip(asked.captions, states, strict=True))
+        return asked
 
     def show(self, num: int) -> Asked:
         """See `Subject`."""
@@ -150,25 +155,34 @@ class RunSubject:
 
     def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
         """See `Subject`."""
-        states = asked.states or [self.pipeline.ends.encode(c) for c in asked.captions]
-        return self.pipeline.generate.batch(weights, states, steps, seed, self.guidance, first)
+        return self._draw(self.batch_size, weights, asked, steps, seed, first)
 
-    def single(self, weights: Any, asked: Asked, steps: int) -> np.ndarray:
+    def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
         """See `Subject`."""
-        return self._one(weights, asked.captions[:1], steps, guidance=self.guidance)
+        return self._draw(len(asked.captions), weights, asked, steps, seed, 0)
 
-    @cached_property
-    def _one(self) -> Generator:
-        old = self.pipeline.generate
-        return Generator(self.pipeline.assembly, 1, old.max_steps, self.shift, self.pipeline.ends)
+    def _draw(self, batch: int, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
+        draws = [(seed, first + i) for i in range(len(asked.captions))]
+        return self._generator(batch)(weights, asked.captions, steps, guidance=self.guidance, draws=draws)
+
+    def _generator(self, batch: int) -> Generator:
+        if batch not in self._generators:
+            ends = self.pipeline.ends._replace(encode=self._encode)
+            steps = self.pipeline.generate.max_steps
+            self._generators[batch] = Generator(self.pipeline.assembly, batch, steps, self.shift, ends)
+        return self._generators[batch]
+
+    def _encode(self, caption: str) -> Any:
+        """Text states as they are stored with the set, where the caption is from there."""
+        return self._known[caption] if caption in self._known else self.pipeline.ends.encode(caption)
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
         """See `Subject`."""
-        asked = self.ask(range(self.batch_size), self.batch_size)
-        generate, cfg = self.pipeline.generate, self.pipeline.assembly.model
-        args = [generate.condition(asked.states or [], self.guidance)]
+        generator, cfg = self._generator(PATH_ROWS), self.pipeline.assembly.model
+        rows = generator.batch_size
+        args = [generator.condition(self.ask(range(rows), rows).captions, self.guidance)]
         if self.guidance != 1.0 and not cfg.guidance:
-            args.append(generate.condition([self.pipeline.ends.encode("")], self.guidance))
+            args.append(generator.condition([""] * rows, self.guidance))
         with jax.set_mesh(self.pipeline.assembly.mesh):
             return self._path(weights, seed, *args)
 
@@ -183,7 +197,7 @@ class RunSubject:
             velocity = velocity_of(weights, condition)
             if empty is not None:
                 velocity = guided(velocity, velocity_of(weights, empty), self.guidance)
-            return measure_path(velocity, draw_noise(seed, 0, self.batch_size, cfg, *size), times)
+            return measure_path(velocity, draw_noise(seed, 0, len(condition.vec_BV), cfg, *size), times)
 
         return jax.jit(path, out_shardings=replicated(assembly.mesh))
 
@@ -226,15 +240,15 @@ class CaptionedSet:
     def __len__(self) -> int:
         return len(self._index)
 
-    def ask(self, indices: Sequence[int], total: int) -> Asked:
-        """See `Subject.ask`: evenly spread over the set, and again from its beginning where there are more."""
+    def ask(self, indices: Sequence[int], total: int) -> tuple[Asked, list[tuple[np.ndarray, np.ndarray]]]:
+        """See `Subject.ask`, and the text states: evenly over the set, or again from its beginning beyond its end."""
         size = len(self._index)
         picks = [i * size // total if total < size else i % size for i in indices]
         records, draws = self._read(picks)
         rows = [self._to_row(record, draw) for record, draw in zip(records, draws, strict=True)]
         captions = [record["caption"].decode("utf-8") for record in records]
         labels = np.array([r["label"] for r in records]) if "label" in records[0] else None
-        return Asked(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
+        return Asked(captions, labels), [(row.txt_BMT, row.vec_BV) for row in rows]
 
     def pictures(self, indices: Sequence[int]) -> np.ndarray:
         """Pictures of the set, uint8, as the run sees them: those of latents are decoded."""
@@ -312,11 +326,12 @@ class ConvertedSubject:
 
     def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
         """See `Subject`."""
-        return self._model(asked.captions, steps, seed=seed, first=first, **self._options)
+        draws = [(seed, first + i) for i in range(len(asked.captions))]
+        return self._model(asked.captions, steps, draws=draws, batch_size=self.batch_size, **self._options)
 
-    def single(self, weights: Any, asked: Asked, steps: int) -> np.ndarray:
+    def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
         """See `Subject`."""
-        return self._model(asked.captions[:1], steps, **self._options)
+        return self._model(asked.captions, steps, seed=seed, batch_size=len(asked.captions), **self._options)
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
         """See `Subject`."""

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -114,5 +115,5 @@ def load(path: Path, key: str) -> Tally | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return _from_arrays(arrays) if str(arrays["key"]) == key else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, BadZipFile):
         return None

@@ -72,10 +72,9 @@ def to_html(result: Result) -> str:
         "a fixed sample of at most 10,000 features.</p>"
     )
     plots = "".join(quality_plot(result.rows, m) for m in metrics if m.key not in ("images_per_second", "kid"))
-    sections = [
-        section("Quality", f"<div class=pair>{''.join(tables)}</div>", *notes),
-        section("Quality against steps", f"<div class=pair>{plots}</div>"),
-    ]
+    quality = f"<div class=pair>{''.join(tables)}</div>"
+    curves = f"<div class=pair>{plots}</div>"
+    sections = [section("Quality", quality, *notes), section("Quality against steps", curves)]
     for label, sheet in result.sheets.items():
         title = f"Samples of {label}: the same noise down each column"
         sections.append(section(title, picture(sheet, title)))
