@@ -18,7 +18,7 @@ from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.resize import RESIZES
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
 from shortcut_jax.evaluation.reference import open_reference, save_reference
-from shortcut_jax.evaluation.run import Plan, evaluate
+from shortcut_jax.evaluation.run import EXTRAS, Plan, entries_of, evaluate
 from shortcut_jax.evaluation.sampling import Classify, Judges
 from shortcut_jax.evaluation.subject import CHECKPOINT, CaptionedSet, ConvertedSubject, RunSubject, Subject
 from shortcut_jax.evaluation.writing import write
@@ -47,19 +47,20 @@ def main(argv: Sequence[str]) -> int:
         save_reference(Path(options.save_reference), reference, features)
         say(f"{features.name} of {reference.num_pictures:,} {reference.source}: {options.save_reference}")
         return 0
+    out = Path(options.out or _default_out(options))
     top = max(*steps, *other_steps, options.teacher_steps)
     subjects = [open_subject(options, path, top) for path in options.workdir or [options.checkpoint]]
-    teacher = open_teacher(options, top)
-    out = Path(options.out or _default_out(options))
+    teacher = open_subject(options, options.teacher, top) if options.teacher else None
+    views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
+    images = options.images, other_steps, options.other_images
+    plan = Plan(views, steps, *images, options.teacher_steps, options.seed, options.extras)
+    entries = entries_of(subjects, teacher, plan)
     check_folder(out)
     own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
     features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
     judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
     reference = open_reference(options.reference, own, features, out)
-    views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
-    plan = Plan(views, steps, options.images, other_steps, options.other_images, options.teacher_steps, options.seed)
-    result = evaluate(subjects, teacher, plan, judges, reference, out)
-    write(result, out)
+    write(evaluate(entries, plan, judges, reference, out), out)
     return 0
 
 
@@ -84,6 +85,7 @@ def _flags() -> Any:
     text("reference", None, "Statistics (.npz), or a folder of pictures; else the run's set.", flag_values=values)
     text("save_reference", None, "Only write the statistics of --reference to this .npz.", flag_values=values)
     text("prompts", None, "With --checkpoint: file with a prompt a line.", flag_values=values)
+    flags.DEFINE_list("extras", list(EXTRAS), "What is asked besides.", flag_values=values)
     number("seed", 0, "Seed of the noise.", flag_values=values)
     number("batch_size", 256, "Pictures made at once.", flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale; by default that of the run.", flag_values=values)
@@ -116,6 +118,9 @@ def _check(options: types.SimpleNamespace) -> None:
     for name, least in (("images", 0), ("other_images", 0), ("teacher_steps", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least {least}")
+    unknown = [name for name in options.extras if name not in EXTRAS]
+    if unknown:
+        raise UsageError(f"--extras has {unknown[0]!r}, but must be of {', '.join(EXTRAS)}")
     if 1 in (options.images, options.other_images):
         raise UsageError("a distance needs at least 2 pictures: raise --images and --other_images, or give 0 for all")
     if options.features == "inception" and options.inception is None:
@@ -165,11 +170,6 @@ def open_subject(options: types.SimpleNamespace, path: str, max_steps: int) -> S
         raise UsageError(f"--prompts={options.prompts} is empty: it needs a prompt a line")
     names = ("height", "width", "guidance", "shift", "text_tokens")
     return ConvertedSubject(path, prompts, options.batch_size, {n: getattr(options, n) for n in names})
-
-
-def open_teacher(options: types.SimpleNamespace, max_steps: int) -> Subject | None:
-    """What `--teacher` names."""
-    return open_subject(options, options.teacher, max_steps) if options.teacher else None
 
 
 def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:

@@ -22,6 +22,9 @@ from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.steps.views import TEACHER
 
+EXTRAS = ("grid", "field", "validation", "latency")
+"""What else there is to know of weights: sample grids, how straight their field is, losses, time of one picture."""
+
 COLUMNS = 10
 THUMBNAIL = 160
 
@@ -37,6 +40,7 @@ class Plan(NamedTuple):
       other_images: pictures of their cells; 0 as the first's.
       teacher_steps: of the teacher.
       seed: of the noise.
+      extras: of `EXTRAS`, what is asked of the weights besides.
     """
 
     views: Sequence[str]
@@ -46,6 +50,7 @@ class Plan(NamedTuple):
     other_images: int
     teacher_steps: int
     seed: int
+    extras: Sequence[str]
 
 
 class Entry(NamedTuple):
@@ -124,26 +129,19 @@ def entries_of(subjects: Sequence[Subject], teacher: Subject | None, plan: Plan)
     return result
 
 
-def evaluate(
-    subjects: Sequence[Subject],
-    teacher: Subject | None,
-    plan: Plan,
-    judges: Judges,
-    reference: Reference,
-    out: Path,
-) -> Result:
+def evaluate(entries: Sequence[Entry], plan: Plan, judges: Judges, reference: Reference, out: Path) -> Result:
     """Makes and judges all pictures, and asks what else there is to know."""
-    begin, entries = time.perf_counter(), entries_of(subjects, teacher, plan)
+    begin = time.perf_counter()
     names = {entry.label: entry.subject for entry in entries}
+    subjects = list({id(entry.subject): entry.subject for entry in entries}.values())
     facts = {f"{s.name}: {k}" if len(subjects) > 1 else k: v for s in subjects for k, v in s.facts.items()}
-    facts |= {f"teacher: {k}": v for k, v in (teacher.facts if teacher else {}).items()}
     count = f"{reference.num_pictures:,} pictures, " if reference.num_pictures else ""
     facts |= {
         "distance": f"{judges.features.name}, {judges.features.size} features, in float64",
         "reference": f"{count}{reference.source}",
         "noise": f"seed {plan.seed}; Euler's method",
     }
-    title = " and ".join(s.name for s in subjects)
+    title = ", ".join(dict.fromkeys(e.subject.name for e in entries if e.label != TEACHER))
     steps = {label: s.step for label, s in names.items() if s.step is not None}
     times = np.asarray(sampling_grid(PATH_STEPS, PATH_STEPS))[1:-1]
     result = Result(title, facts, judges.features.name, [], {}, times.tolist(), {}, {}, {}, steps)
@@ -187,17 +185,18 @@ def _judge(
         bar.write(f"{cell}: {judges.features.name} {row['distance']:.3g}") if jax.process_index() == 0 else None
         yield cell, row, tally
     bar.set_description(f"{label}: the field")
-    measured = subject.path(weights, plan.seed)
+    measured = subject.path(weights, plan.seed) if "field" in plan.extras else None
     if measured is not None:
         values = {"change": measured.change_K, "consistency": measured.consistency_L}
         result.paths[label] = {k: np.asarray(v).tolist() for k, v in values.items()}
-    loss = subject.validate(weights)
+    loss = subject.validate(weights) if "validation" in plan.extras else None
     if loss:
         result.validation[label] = loss
-    if in_full:
-        counts = sorted({cell.steps for cell in entry.cells})
+    counts = sorted({cell.steps for cell in entry.cells})
+    if in_full and "latency" in plan.extras:
         one = Asked(shown.captions[:1])
         result.latency[label] = latencies(lambda n: subject.few(weights, one, n, plan.seed), counts)
+    if in_full and "grid" in plan.extras:
         rows = [_thumbnails(subject.few(weights, shown, n, plan.seed)) for n in counts]
         words = [caption.split()[-1] if caption else "" for caption in shown.captions]
         columns = words if max(map(len, words)) <= 12 else ()

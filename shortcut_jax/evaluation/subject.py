@@ -117,11 +117,11 @@ class RunSubject:
         self.name = Path(workdir).resolve().name
         self.step: int | None = self.pipeline.step
         self.views: tuple[str, ...] = (*VIEWS, TEACHER) if s.has_base else VIEWS
+        self.guidance = s.eval.guidance if guidance is None else guidance
+        self.shift = s.eval.shift if shift is None else shift
         self._known: dict[str, Any] = {}
         self._generators: dict[int, Generator] = {}
         self.batch_size = self._generator(batch_size).batch_size
-        self.guidance = s.eval.guidance if guidance is None else guidance
-        self.shift = s.eval.shift if shift is None else shift
         self.data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0)
         self.facts = {
             "run": f"{workdir}: {s.objective}, step {self.step:,} of {s.steps:,}, global batch {s.batch_size}",
