@@ -92,7 +92,7 @@ def test_pixels_are_flat_in_minus_one_to_one_and_few():
     with pytest.raises(ValueError, match=r"pictures are \[8, 9, 1\], not \[8, 8, 1\]"):
         pixels(_pictures(3, 8, 9, 1))
     assert features.pixels((64, 64, 1)).size == 4096
-    with pytest.raises(UsageError, match="pictures of 64 x 64 x 3 have 12288 values, but pixels serve .* up to 4096"):
+    with pytest.raises(UsageError, match=r"pictures of 64 x 64 x 3 have 12288 values, but pixels serve .* up to 4096"):
         features.pixels((64, 64, 3))
 
 

@@ -154,7 +154,7 @@ def test_names_outside_the_models_of_a_file_are_refused_unless_known_to_be_of_no
     save(tmp_path / "x.safetensors", {**tensors, **unused})
     (model,) = open_pretrained(tmp_path / "x.safetensors")
     assert model.notes == (
-        "left out: clip_l.logit_scale (CLIP's temperature, which Flux does not use; ComfyUI writes one for T5 too)",
+        "left out: clip_l.logit_scale (CLIP's temperature, which is not used here; ComfyUI writes one for T5 too)",
         "left out: clip_l.text_projection.weight (CLIP's projection, which Flux does not use)",
     )
     save(tmp_path / "x.safetensors", {**tensors, **unused, "model.difusion_model.img_in.bias": np.ones(3, "f")})
