@@ -183,3 +183,19 @@ def test_a_config_that_is_not_utf_8_is_one_clear_line(tmp_path, params):
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(ConversionError, match=r"config\.json is not JSON"):
         open_models(tmp_path / "x.safetensors")
+
+
+def test_a_whole_clip_is_one_model_that_keeps_its_projections(tmp_path):
+    from tests.weights.test_text import PAIR, _weights, clip_pair
+
+    weights = _weights(clip_pair(PAIR))
+    buffers = {f"{tower}_model.embeddings.position_ids": np.arange(20)[None] for tower in ("text", "vision")}
+    save(tmp_path / "model.safetensors", {**weights, **buffers})
+    (tmp_path / "config.json").write_text(
+        json.dumps({"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 4}})
+    )
+    (model,) = open_models(tmp_path)
+    assert (model.kind, model.config) == ("clip_score", PAIR)
+    assert [note.split()[2] for note in model.notes] == ["logit_scale", *sorted(buffers)]
+    projected = [name for name in model.params if name.endswith("projection/kernel")]
+    assert projected == ["image_projection/kernel", "text_projection/kernel"]
