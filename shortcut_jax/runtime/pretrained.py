@@ -30,9 +30,9 @@ RELATIVES = {
 """Relatives of Flux by what the names of their files, folders or pipelines hold; some have its very shapes."""
 
 UNUSED = {
-    "position_ids": "a buffer of CLIP's text tower that counts its tokens",
+    "position_ids": "a buffer of CLIP that counts its tokens",
     "text_projection.weight": "CLIP's projection, which Flux does not use",
-    "logit_scale": "CLIP's temperature, which Flux does not use; ComfyUI writes one for T5 too",
+    "logit_scale": "CLIP's temperature, which is not used here; ComfyUI writes one for T5 too",
     "num_batches_tracked": "a counter of batches in training",
 }
 """Ends of the names of what is no part of the models but lies beside them, and what it is."""
