@@ -8,6 +8,7 @@ import textwrap
 import time
 import types
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from shortcut_jax.command import UsageError
 from shortcut_jax.data.words import count_words
 from shortcut_jax.ends import sampling_ends
 from shortcut_jax.generate import Generator
-from shortcut_jax.initial import load_base
+from shortcut_jax.initial import freeze, load_base, open_initial
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.settings import ConfigError, complete
-from shortcut_jax.steps.views import VIEWS, Adapted
+from shortcut_jax.steps.views import TEACHER, VIEWS, Adapted, teacher_of
 from shortcut_jax.text_to_image import TextToImage
 
 USAGE = (
@@ -49,6 +50,8 @@ class Pipeline:
       settings: of the run.
       params: the weights of the view.
       generate: captions to pictures, for any tree of weights.
+      ends: what it encodes captions and decodes latents with.
+      assembly: the network on the devices.
       step: the training step whose weights were read.
     """
 
@@ -61,6 +64,7 @@ class Pipeline:
         base: str | Path | None = None,
         lora_scale: float = 1.0,
         encoders: str | Path | None = None,
+        shift: float | None = None,
     ):
         """Reads one view (`online`, `fast` or `slow`) of the newest readable checkpoint, and nothing else but its base.
 
@@ -73,6 +77,7 @@ class Pipeline:
           lora_scale: strength of its adapters; 0 gives the base.
           encoders: converted pipeline whose text encoders and autoencoder a run on latents is sampled with; by default
             the prompts that are stored with its set, and the set's autoencoder.
+          shift: timestep shift of the sampling grid; the run's by default.
 
         Raises:
           CheckpointError: the workdir has no readable checkpoint.
@@ -89,28 +94,64 @@ class Pipeline:
         config = complete(meta["config"])
         mesh = {**config["mesh"], "data": -1, "fsdp": 1, "tensor": 1}
         self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
-        checkpoints = Checkpoints(folder, read_only=True)
         assembly = Assembly(self.settings, training=False)
         if self.settings.train == "all" and (base is not None or lora_scale != 1.0):
             raise ConfigError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
-        shapes = assembly.state_shapes
+        self.assembly, self._folder, self._base_record = assembly, folder, meta["base"]
+        self._base_path, self._lora_scale = base or (meta["base"] and meta["base"]["path"]), lora_scale
+        trained, self.step = self._trained(view)
+        self.params = self._whole(trained)
+        self.ends = sampling_ends(assembly, encoders)
+        chosen = self.settings.eval.shift if shift is None else shift
+        self.generate = Generator(assembly, batch_size, max_steps, chosen, self.ends)
+
+    def weights(self, view: str) -> Any:
+        """The weights of a view at the step of `params`, for `generate`; a base is on devices once.
+
+        `teacher` is what the run learned from, where it had a base.
+
+        Raises:
+          CheckpointError: they cannot be read.
+          ConfigError: a teacher is asked for, and there was none or it is not at hand.
+        """
+        if view == TEACHER:
+            return self._teacher()
+        return self._whole(self._trained(view, self.step)[0])
+
+    def _trained(self, view: str, step: int | None = None) -> tuple[Any, int]:
+        """What was trained, of one view; of the newest readable step by default."""
+        shapes = self.assembly.state_shapes
         wanted = shapes.params if view == "online" else getattr(shapes.ema, view)
         item = "params" if view == "online" else view
-        self.params, self.step = checkpoints.newest_readable(
-            lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
-        )
-        if self.settings.train == "lora":
-            frozen = load_base(assembly, base or meta["base"]["path"], meta["base"])
-            self.params = Adapted(frozen, self.params, jnp.float32(self.settings.lora.scale * lora_scale))
-        self._assembly = assembly
-        ends = sampling_ends(assembly, encoders)
-        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, ends)
-        checkpoints.close()
+        checkpoints = Checkpoints(self._folder, read_only=True)
+        try:
+            read = lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
+            return checkpoints.newest_readable(read) if step is None else read(step)
+        finally:
+            checkpoints.close()
+
+    def _whole(self, trained: Any) -> Any:
+        if self.settings.train == "all":
+            return trained
+        return Adapted(self._base, trained, jnp.float32(self.settings.lora.scale * self._lora_scale))
+
+    @cached_property
+    def _base(self) -> Any:
+        return load_base(self.assembly, self._base_path, self._base_record)
+
+    def _teacher(self) -> Any:
+        if not self.settings.has_base:
+            raise ConfigError(f"{self._folder.parent} was trained without a teacher")
+        if self.settings.train == "lora" and self.settings.teacher_lora is None:
+            return self._base
+        record = {**self._base_record, "path": str(self._base_path)}
+        frozen, _ = freeze(self.assembly, open_initial(self.assembly, record), self._base_record)
+        return teacher_of(frozen)
 
     @property
     def distilled_guidance(self) -> bool:
         """Whether the model has a guidance embedding, so that guidance costs no second evaluation."""
-        return self._assembly.model.guidance
+        return self.assembly.model.guidance
 
     def __call__(
         self, prompts: str | Sequence[str], steps: int = 4, num: int = 1, seed: int = 0, guidance: float = 1.0
