@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -119,8 +120,9 @@ def _warm_up(studio: Studio) -> None:
 
 def _serve(studio: Studio, host: str, port: int) -> signal.Signals:
     """Serves until a signal comes, and returns it. Pictures lie in a folder of their own, which goes with the app."""
-    signals = signal.SIGTERM, signal.SIGINT
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that are started from here on leave them to this one
+    received: list[signal.Signals] = []
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda number, _: received.append(signal.Signals(number)))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="shortcut_jax_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -138,9 +140,10 @@ def _serve(studio: Studio, host: str, port: int) -> signal.Signals:
         if not _is_loopback(host):
             say(f"note: {host} lets other machines in, and there is no password")
         say(f"the page is at http://{'[' + host + ']' if ':' in host else host}:{port} (Ctrl-C ends it)")
-        which = signal.Signals(signal.sigwait(signals))
+        while not received:
+            time.sleep(0.2)  # not for ever: a signal that another thread takes does not wake this one
         page.close(verbose=False)
-    return which
+    return received[0]
 
 
 def _is_loopback(host: str) -> bool:

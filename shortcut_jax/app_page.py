@@ -163,10 +163,10 @@ def _sample_tab(studio: Studio, controls: Controls) -> None:
         with told():
             request = make_request(studio.offer, dict(zip(fields, values, strict=True)))
             answer = studio.sample(request)
-            captions = [f"{duration(answer.seconds / len(answer.pictures))}"] * len(answer.pictures)
+            captions = [duration(answer.seconds / len(answer.pictures))] * len(answer.pictures)
             shown = [displayed(x, request, answer.steps, i) for i, x in enumerate(answer.pictures)]
             columns = min(4, max(2, len(shown)))
-            lines = [summary(answer), *studio.notes(request)]
+            lines = [summary(answer), *map(html.escape, studio.notes(request))]
             pictures = list(zip(shown, captions, strict=True))
             return gr.Gallery(pictures, columns=columns), "<br>".join(lines)
 
@@ -204,8 +204,8 @@ def _compare_tab(studio: Studio, controls: Controls) -> None:
                 answers.append(answer)
                 missing = [None] * (len(COMPARED) - len(answers))
                 shown = [displayed(a.pictures[0], request, a.steps, 0) for a in answers]
-                lines = [timing, *costs(answers), *studio.notes(request)]
-                yield [*shown, *missing, *bars(answers), *missing, "<br>".join(map(str, lines))]
+                lines = [timing, *costs(answers), *map(html.escape, studio.notes(request))]
+                yield [*shown, *missing, *bars(answers), *missing, "<br>".join(lines)]
 
     outputs = [*pictures, *times, status]
     _on_click(compare, button, None, [controls[name] for name in fields], outputs, "compare")
@@ -230,14 +230,14 @@ def told() -> Iterator[None]:
     try:
         yield
     except TOLD as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
     except Exception as error:
         say(traceback.format_exc())
         if "RESOURCE_EXHAUSTED" in str(error):
             reason = "the device has too little memory for this: ask for fewer or smaller pictures"
         else:
             reason = f"sampling failed ({type(error).__name__}); the server's output has the details"
-        raise gr.Error(html.escape(reason), print_exception=False) from error
+        raise gr.Error(reason, print_exception=False) from error
 
 
 def displayed(pixels_hwc: np.ndarray, request: Request, steps: int, index: int) -> Image.Image:
