@@ -25,6 +25,9 @@ from shortcut_jax.runtime.joining import find_place
 from shortcut_jax.steps.views import VIEWS
 
 USAGE = "usage: python -m shortcut_jax.app --workdir=W|--checkpoint=FOLDER [--host=127.0.0.1] [--port=7860]"
+GRACE = 5.0
+"""Seconds that a request under way has when the app is to end."""
+
 ONLY_WITH = {
     "workdir": ("views", "base", "encoders"),
     "checkpoint": ("lora", "lora_scale", "max_size"),
@@ -60,7 +63,10 @@ def main(argv: Sequence[str]) -> int:
         _warm_up(studio)
     which = _serve(studio, options.host, port)
     say(f"stopped by {which.name}")
-    return 130 if which == signal.SIGINT else 0
+    code = 130 if which == signal.SIGINT else 0
+    if not studio.close(GRACE):
+        os._exit(code)  # a thread inside a compiled program can be neither stopped nor left to Python's own end
+    return code
 
 
 def _check(options: types.SimpleNamespace) -> None:
@@ -142,6 +148,7 @@ def _serve(studio: Studio, host: str, port: int) -> signal.Signals:
         say(f"the page is at http://{'[' + host + ']' if ':' in host else host}:{port} (Ctrl-C ends it)")
         while not received:
             time.sleep(0.2)  # not for ever: a signal that another thread takes does not wake this one
+        page.server.force_exit = True  # open pages are not waited for
         page.close(verbose=False)
     return received[0]
 

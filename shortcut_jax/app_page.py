@@ -5,6 +5,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import gradio as gr
@@ -30,6 +31,9 @@ from shortcut_jax.runtime.distributed import say
 
 QUEUE = 16
 """Clicks that wait; further ones get a message at once."""
+
+KEPT = (60, 1200)
+"""Seconds between looks at old pictures, and the age at which their files are deleted."""
 
 DISPLAYED = 256
 """Pixels that a smaller picture is enlarged to, by a whole factor."""
@@ -87,7 +91,7 @@ Controls = dict[str, Any]
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio, ready to be launched with `THEME` and `CSS`."""
     offer = studio.offer
-    with gr.Blocks(title=f"{offer.title} · shortcut_jax", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=f"{offer.title} · shortcut_jax", analytics_enabled=False, delete_cache=KEPT) as page:
         facts = " · ".join(map(html.escape, offer.facts))
         gr.Markdown(f"# {html.escape(offer.title)}\n{facts}", elem_id="heading")
         with gr.Row():
@@ -179,7 +183,7 @@ def _compare_tab(studio: Studio, controls: Controls) -> None:
     button = gr.Button("Compare", variant="primary", elem_id="compare")
     pictures, times = [], []
     with gr.Row():
-        for _ in COMPARED:
+        for n in COMPARED:
             with gr.Column(min_width=120):
                 pictures.append(
                     gr.Image(
@@ -191,7 +195,7 @@ def _compare_tab(studio: Studio, controls: Controls) -> None:
                         elem_classes="compared",
                     )
                 )
-                times.append(gr.HTML(elem_classes="time", padding=False))
+                times.append(gr.HTML(elem_id=f"time-{n}", elem_classes="time", padding=False))
     status = gr.HTML(elem_id="compare-status", elem_classes="status", padding=False)
     fields = [name for name in studio.offer.fields if name in controls]
     timing = f"From prompt to pixels; where that is less than {duration(SHORT)}, the best of {REPEATS} times."
@@ -202,10 +206,12 @@ def _compare_tab(studio: Studio, controls: Controls) -> None:
             answers: list[Answer] = []
             for answer in studio.compare(request):
                 answers.append(answer)
-                missing = [None] * (len(COMPARED) - len(answers))
-                shown = [displayed(a.pictures[0], request, a.steps, 0) for a in answers]
+                # Pictures that are there stay; those of an earlier comparison go with the first new one.
+                before, missing = len(answers) - 1, len(COMPARED) - len(answers)
+                later = [gr.skip() if before else None] * missing
+                shown = [*[gr.skip()] * before, displayed(answer.pictures[0], request, answer.steps, 0), *later]
                 lines = [timing, *costs(answers), *map(html.escape, studio.notes(request))]
-                yield [*shown, *missing, *bars(answers), *missing, "<br>".join(lines)]
+                yield [*shown, *bars(answers), *[""] * missing, "<br>".join(lines)]
 
     outputs = [*pictures, *times, status]
     _on_click(compare, button, None, [controls[name] for name in fields], outputs, "compare")
@@ -248,6 +254,8 @@ def displayed(pixels_hwc: np.ndarray, request: Request, steps: int, index: int) 
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     made_by = {"prompt": request.prompt, "steps": steps, "seed": request.seed, "index": index}
     made_by |= {"guidance": request.guidance, "view": request.view, "lora_scale": request.lora_scale}
+    # The time also keeps files apart: gradio names them by their content, and would write one that is being read.
+    made_by["time"] = datetime.now(UTC).isoformat()
     picture.info["shortcut_jax"] = json.dumps(made_by)
     return picture
 

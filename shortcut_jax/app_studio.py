@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from shortcut_jax.app_models import Model
-from shortcut_jax.app_request import Offer, Request
+from shortcut_jax.app_request import Offer, Request, RequestError
 
 COMPARED = (1, 2, 4, 32)
 """Step counts that are shown side by side."""
@@ -51,9 +51,10 @@ class Studio:
         self.offer: Offer = model.offer
         self._model, self._lock = model, threading.Lock()
         self._compiled: set[Hashable] = set()
+        self._closed = False
 
     def sample(self, request: Request) -> Answer:
-        """The pictures of a request."""
+        """The pictures of a request. Raises RequestError after `close`."""
         return self._answer(request, request.steps)
 
     def compare(self, request: Request) -> Iterator[Answer]:
@@ -67,8 +68,18 @@ class Studio:
         with self._lock:
             return self._model.notes(request)
 
+    def close(self, timeout: float) -> bool:
+        """Answers no further request; tells whether the one under way, if any, ended within so many seconds."""
+        self._closed = True
+        ended = self._lock.acquire(timeout=timeout)
+        if ended:
+            self._lock.release()
+        return ended
+
     def _answer(self, request: Request, steps: int, repeats: int = 1) -> Answer:
         with self._lock:
+            if self._closed:
+                raise RequestError("the server is about to end")
             start = time.perf_counter()
             read = self._model.load(request)
             loaded = time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 
 from shortcut_jax import TextToImage, app, app_studio, command
 from shortcut_jax.app_models import ConvertedPipeline, TrainedRun, captions_of
-from shortcut_jax.app_request import Offer, Request, make_request
+from shortcut_jax.app_request import Offer, Request, RequestError, make_request
 from shortcut_jax.app_studio import COMPARED, Studio
 from shortcut_jax.command import UsageError
 from shortcut_jax.runtime import exported
@@ -172,6 +172,26 @@ def test_one_request_at_a_time_reaches_the_device():
     for thread in threads:
         thread.join()
     assert all(np.all(results[seed] == seed) for seed in range(20))
+
+
+def test_after_its_end_nothing_reaches_the_device():
+    model = _Slow()
+    studio, begun, go_on = Studio(model), threading.Event(), threading.Event()
+    request = make_request(studio.offer, {"prompt": "x"})
+    answers = studio.compare(request)
+    next(answers)
+    model.load = lambda request: begun.set() or go_on.wait(30)
+    under_way = threading.Thread(target=studio.sample, args=(request,))
+    under_way.start()
+    assert begun.wait(30) and not studio.close(timeout=0.05)
+    go_on.set()
+    assert studio.close(timeout=30)
+    under_way.join()
+    drawn = len(model.drawn)
+    for ask in (lambda: next(answers), lambda: studio.sample(request)):
+        with pytest.raises(RequestError, match="about to end"):
+            ask()
+    assert len(model.drawn) == drawn
 
 
 def test_compiled_programs_are_bounded(monkeypatch):
