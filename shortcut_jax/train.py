@@ -147,7 +147,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
         check_grid(settings, data)
-        validation = Validation(assembly) if settings.validation.every else None
+        validation = Validation(assembly) if settings.validation.interval(assembly.batch_size) else None
         initial = open_start(assembly, workdir)
         check_folder(workdir)
         log_in(workdir)

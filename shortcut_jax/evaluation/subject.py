@@ -205,14 +205,14 @@ class RunSubject:
         """See `Subject`. Of the run's validation set, or else of its own data, which the name then tells."""
         rule, on = self.pipeline.settings.validation.rule, self._validation
         values = on(weights, "loss") if on else {}
-        where = "" if self.pipeline.settings.validation.every else " (training pictures)"
+        where = "" if self.pipeline.settings.validation.interval(1) else " (training pictures)"
         return {name.replace("loss", f"{rule} loss{where}", 1): value for name, value in values.items()}
 
     @cached_property
     def _validation(self) -> Validation:
         s = self.pipeline.settings
         v = s.validation
-        if not v.every:
+        if not v.interval(1):
             v = dataclasses.replace(v, name=self.data.name, split=self.data.split, images=2048)
         assembly = self.pipeline.assembly
         unit = row_group(objective_settings(s)).size * assembly.mesh_shape.batch_shards
