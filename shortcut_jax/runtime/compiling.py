@@ -18,12 +18,13 @@ def keep_programs() -> Path | None:
     The folder is `JAX_COMPILATION_CACHE_DIR` where that is set, else one in `XDG_CACHE_HOME` or `~/.cache`.
     `JAX_ENABLE_COMPILATION_CACHE=false` disables it.
     """
-    if not jax.config.read("jax_enable_compilation_cache"):
+    config: Any = jax.config  # its fields are made when JAX is imported, unseen by type checkers
+    if not config.jax_enable_compilation_cache:
         return None
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "shortcut_jax" / "programs"))
-    return Path(jax.config.read("jax_compilation_cache_dir"))
+        config.update("jax_compilation_cache_dir", str(cache / "shortcut_jax" / "programs"))
+    return Path(config.jax_compilation_cache_dir)
 
 
 class CompileClock:
