@@ -4,6 +4,7 @@ With `--checkpoint=FOLDER` instead of a workdir it samples a converted pipeline.
 or, with `--interactive`, from the keyboard. `--edit=in.png` changes a picture instead.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     plan = dict(skip=options.skip, plain=options.plain, average=options.average)
     plan["source_guidance"] = options.source_guidance
-    repaint(model, wanted, output, fit_picture(model, image, wanted), options.source_prompt, plan)
+    picture_hwc = fit_picture(model, image, wanted)
+    wanted = dataclasses.replace(wanted, height=picture_hwc.shape[0], width=picture_hwc.shape[1])
+    repaint(model, wanted, output, picture_hwc, options.source_prompt, plan)
     return 0
 
 
