@@ -131,9 +131,16 @@ class Generator:
         Raises:
           ValueError: a step count that the sampler was not made for, or another number of draws than captions.
         """
+        self._check(num_steps)
         options: dict[str, Any] = dict(bound=self.max_steps, trajectory=False, method=method)
         args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift
         return np.concatenate([self._ends.decode(latents)[:num] for latents, num in self._batches(*args, **options)])
+
+    def without_steps(self, params: Any, captions: Sequence[str]) -> np.ndarray:
+        """All the work of a call but its steps, which shows what they cost: captions, placing, noise, decoding."""
+        options: dict[str, Any] = dict(bound=self.max_steps, trajectory=False, method="euler")
+        batches = self._batches(params, captions, 0, numbered(None, 0, len(captions)), 1.0, None, **options)
+        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in batches])
 
     def trajectory(
         self,
@@ -151,6 +158,7 @@ class Generator:
 
         Arguments and errors are those of a call; see `core.flow.predictions`.
         """
+        self._check(num_steps)
         bound = min(bound_of(num_steps), self.max_steps)
         args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift
         parts = []
@@ -223,7 +231,6 @@ class Generator:
         **options: Any,
     ) -> Iterator[tuple[np.ndarray, int]]:
         """Latents of each batch, and how many of its rows are asked for."""
-        self._check(num_steps)
         shift = self._shift if shift is None else shift
         for first in range(0, len(captions), self.batch_size):
             rows = np.minimum(np.arange(first, first + self.batch_size), len(captions) - 1)

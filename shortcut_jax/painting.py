@@ -75,23 +75,25 @@ def _paint(
     return written
 
 
-def load_picture(model: SampleModel, path: str, wanted: Wanted) -> np.ndarray:
-    """The picture to edit, [h, w, c] uint8, of a size that the model makes: resized to cover it and cut to its middle.
+def read_picture(path: str) -> Image.Image:
+    """The picture to edit.
 
     Raises:
       UsageError: it cannot be read.
     """
     try:
         with Path(path).expanduser().open("rb") as file:
-            image = decode(file.read(MAX_BYTES + 1))
+            return decode(file.read(MAX_BYTES + 1))
     except OSError as error:
         raise UsageError(f"--edit={path} cannot be read: {error.strerror}") from error
     except BadImage as error:
         raise UsageError(f"--edit={path} cannot be read as a picture: {error}") from error
+
+
+def fit_picture(model: SampleModel, image: Image.Image, wanted: Wanted) -> np.ndarray:
+    """Its pixels [h, w, c], uint8, of a size that the model makes: resized to cover it, and cut to its middle."""
     height, width, channels = model.picture_size(image.height, image.width, wanted)
     pixels, _ = fit(image, (height, width))
     if (image.height, image.width) != (height, width):
-        say(f"--edit={path} is {image.height} x {image.width}: resized and cut to {height} x {width}")
-    if channels == 1:
-        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    return pixels
+        say(f"the picture of {image.height} x {image.width} is resized and cut to {height} x {width}")
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if channels == 1 else pixels

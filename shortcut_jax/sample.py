@@ -4,6 +4,7 @@ With `--checkpoint=FOLDER` instead of a workdir it samples a converted pipeline.
 or, with `--interactive`, from the keyboard. `--edit=in.png` changes a picture instead.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from PIL import Image
+
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.interactive import interact
-from shortcut_jax.painting import load_picture, paint, repaint
+from shortcut_jax.painting import fit_picture, paint, read_picture, repaint
 from shortcut_jax.pictures_out import Output
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime import distributed
@@ -45,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
     wanted.check()
     if not all(map(math.isfinite, options.lora_scale or ())):
         raise UsageError(f"--lora_scale is {', '.join(map(str, options.lora_scale))}, but must be finite")
-    if options.edit is not None:
-        _check_edit(options)
+    image = None if options.edit is None else _picture_to_edit(options)
     plain = options.checkpoint is not None or options.edit is not None
     output = Output(options.out, plain, count_on=options.interactive)
     if options.interactive and not output.is_folder:
@@ -60,12 +62,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for note in model.notes(wanted):
         say(note)
-    if options.edit is None:
+    if image is None:
         paint(model, wanted, output, options.trajectory)
         return 0
     plan = dict(skip=options.skip, plain=options.plain, average=options.average)
     plan["source_guidance"] = options.source_guidance
-    repaint(model, wanted, output, load_picture(model, options.edit, wanted), options.source_prompt, plan)
+    picture_hwc = fit_picture(model, image, wanted)
+    wanted = dataclasses.replace(wanted, height=picture_hwc.shape[0], width=picture_hwc.shape[1])
+    repaint(model, wanted, output, picture_hwc, options.source_prompt, plan)
     return 0
 
 
@@ -190,8 +194,8 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _check_edit(options: SimpleNamespace) -> None:
-    """Raises UsageError for what an edit cannot do, before weights are read."""
+def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
+    """The picture of `--edit`. Raises UsageError for what an edit cannot do, before weights are read."""
     if options.source_prompt is None:
         raise UsageError("--source_prompt is missing: say what the picture of --edit shows")
     if len(options.prompt or ()) != 1 or options.prompts is not None or options.interactive:
@@ -200,12 +204,11 @@ def _check_edit(options: SimpleNamespace) -> None:
         raise UsageError("--edit goes neither with --method=heun nor with --trajectory")
     if (options.height is None) != (options.width is None):
         raise UsageError("--edit takes both of --height and --width, or the size of the picture")
-    if not Path(options.edit).expanduser().is_file():
-        raise UsageError(f"--edit={options.edit} is not there, or no file")
     try:
         make_plan(options.steps, options.skip, options.plain, options.average)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    return read_picture(options.edit)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ class ConvertedModel:
         """See `SampleModel`."""
         options = self._options(wanted)
         try:
-            self.pipeline.check(wanted.prompts, num=wanted.num, **options)
+            self.pipeline.check(wanted.prompts or ("",), num=wanted.num, **options)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
