@@ -227,9 +227,7 @@ def _check_evaluation(s: Settings) -> None:
         for view in views:
             _one_of(name, view, (*VIEWS, TEACHER) if s.has_base else VIEWS)
     _require(bool(s.validation.views), "validation.views is empty: name at least one view")
-    _require(
-        not (s.validation.every and s.validation.every_samples), "give validation.every or .every_samples, not both"
-    )
+    _require(0 in (s.validation.every, s.validation.every_samples), "give one of validation.every and .every_samples")
     _require(len(e.images) == len(e.views), f"eval.images {e.images} and eval.views {e.views} must have one entry each")
     _require(all(n == 0 or n >= 2 for n in e.images), f"eval.images is {e.images}: a view needs 0 (all) or at least 2")
 

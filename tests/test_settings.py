@@ -174,7 +174,10 @@ def test_a_stored_config_older_than_a_field_has_its_default():
         ({"watchdog__grace_seconds": -1.0}, r"watchdog\.grace_seconds is -1\.0, but must not be negative"),
         ({"watchdog__seconds": 9000.0}, r"watchdog\.seconds is 9000, more than watchdog\.slow_seconds=7200"),
         ({"peer_timeout": 100.0}, r"peer_timeout is 100, but must be in \[2, 90\]"),
-        ({"validation__every": 5, "validation__every_samples": 9}, "give validation.every or .every_samples, not both"),
+        (
+            {"validation__every": 5, "validation__every_samples": 9},
+            r"give one of validation\.every and \.every_samples",
+        ),
         ({"validation__every_samples": -1}, r"validation\.every_samples is -1, but must not be negative"),
         ({"save_attempts": 0}, "save_attempts is 0, but must be at least 1"),
     ],
