@@ -56,13 +56,16 @@ def test_inception_is_split_over_devices_and_does_not_depend_on_the_batch(incept
     np.testing.assert_array_equal(inception(grey), inception(np.repeat(grey, 3, axis=-1)))
 
 
-def test_legacy_resizing_gives_other_features_under_another_name(inception_folder, direct):
-    legacy = features.inception(inception_folder, "legacy")
+def test_legacy_resizing_gives_other_features_under_another_name_also_from_an_unconverted_file(
+    inception_folder, direct
+):
+    file = inception_folder.parent / "inception.safetensors"
+    legacy = features.inception(file, "legacy")
     assert legacy.name.endswith("(legacy resizing)")
     pictures = _pictures(2)
     assert relative(legacy(pictures), direct(for_inception(pictures, 299, "legacy"))) <= 1e-5
     with pytest.raises(UsageError, match="resize is 'nearest', but must be one of clean, legacy"):
-        features.load_inception(inception_folder, "nearest")
+        features.load_inception(file, "nearest")
 
 
 def test_only_the_release_is_called_fid(monkeypatch):
