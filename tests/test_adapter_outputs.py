@@ -97,9 +97,9 @@ def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path,
     (merged,) = open_models(tmp_path / "merged")
     assert merged.config.guidance and np.any(merged.params["guidance_in/out_layer/kernel"])
     student = Pipeline(tmp_path / "run")
-    height, width = student._assembly.latent_size
-    noise = draw_noise(0, 0, 2, student._assembly.model, height, width)
-    sampler = jax.jit(make_sampler(student._assembly.model, height, width, 2))
+    height, width = student.assembly.latent_size
+    noise = draw_noise(0, 0, 2, student.assembly.model, height, width)
+    sampler = jax.jit(make_sampler(student.assembly.model, height, width, 2))
     condition = student.generate._condition(["a handwritten digit two"] * 2, 3.0)
     whole = nest({k: jnp.asarray(merged.params[k]) for k in merged.params})
     with jax.default_matmul_precision("highest"):

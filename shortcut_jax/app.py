@@ -1,0 +1,164 @@
+"""The web page: `python -m shortcut_jax.app --workdir=W`, or `--checkpoint=FOLDER` for a converted pipeline.
+
+Needs gradio: `pip install ".[app]"`.
+"""
+
+import importlib.util
+import ipaddress
+import math
+import os
+import signal
+import socket
+import tempfile
+import time
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from shortcut_jax import command
+from shortcut_jax.app_models import ConvertedPipeline, Model, TrainedRun
+from shortcut_jax.app_request import SIZE_UNIT, make_request
+from shortcut_jax.app_studio import Studio
+from shortcut_jax.command import UsageError
+from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.joining import find_place
+from shortcut_jax.steps.views import VIEWS
+
+USAGE = "usage: python -m shortcut_jax.app --workdir=W|--checkpoint=FOLDER [--host=127.0.0.1] [--port=7860]"
+GRACE = 5.0
+"""Seconds that a request under way has when the app is to end."""
+
+ONLY_WITH = {
+    "workdir": ("views", "base", "encoders"),
+    "checkpoint": ("lora", "lora_scale", "max_size"),
+}
+"""What is served -> the options that go with it only."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and serves the page until SIGTERM or Ctrl-C."""
+    from absl import flags
+
+    values = command.new_flags()
+    flags.DEFINE_string("workdir", None, "Folder of a training run.", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "Converted pipeline, instead of a workdir.", flag_values=values)
+    flags.DEFINE_list("views", None, "With --workdir: those offered, by default slow,online,fast.", flag_values=values)
+    flags.DEFINE_string("base", None, "With --workdir: base of its adapters, where it has moved.", flag_values=values)
+    flags.DEFINE_string("encoders", None, "With --workdir: pipeline of a run on latents.", flag_values=values)
+    flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of each --lora, which the page scales.", flag_values=values)
+    flags.DEFINE_integer("max_size", None, "With --checkpoint: longest side in pixels (1024).", flag_values=values)
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; another lets others in.", flag_values=values)
+    flags.DEFINE_integer("port", 7860, "Port to listen on; 0 for any free one.", flag_values=values)
+    flags.DEFINE_boolean("warm_up", True, "Compile before the page is served.", flag_values=values)
+    options = command.parse(values, argv, USAGE)
+    _check(options)
+    if importlib.util.find_spec("gradio") is None:
+        raise UsageError('the web page needs gradio: pip install ".[app]"')
+    if find_place() is not None:
+        raise UsageError("the web page is served by one process, but this is one of several: start it alone")
+    port = free_port(options.host, options.port)
+    studio = Studio(_open(options))
+    if options.warm_up:
+        _warm_up(studio)
+    which = _serve(studio, options.host, port)
+    say(f"stopped by {which.name}")
+    code = 130 if which == signal.SIGINT else 0
+    if not studio.close(GRACE):
+        os._exit(code)  # a thread inside a compiled program can be neither stopped nor left to Python's own end
+    return code
+
+
+def _check(options: types.SimpleNamespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    if (options.workdir is None) == (options.checkpoint is None):
+        raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
+    kind, other = ("workdir", "checkpoint") if options.checkpoint is None else ("checkpoint", "workdir")
+    for name in ONLY_WITH[other]:
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} goes with --{other}, not with --{kind}")
+    views, loras = options.views or ("slow", "online", "fast"), options.lora or []
+    if set(views) - set(VIEWS) or len(set(views)) < len(views):
+        raise UsageError(f"--views is {','.join(views)}, but must be some of {', '.join(VIEWS)}, each once")
+    scales = options.lora_scale or [1.0] * len(loras)
+    if len(scales) != len(loras):
+        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
+    if not all(map(math.isfinite, scales)):
+        raise UsageError(f"--lora_scale is {', '.join(map(str, scales))}, but must be finite")
+    size = 1024 if options.max_size is None else options.max_size
+    if size < SIZE_UNIT or size % SIZE_UNIT:
+        raise UsageError(f"--max_size is {size}, but must be a positive multiple of {SIZE_UNIT}")
+    options.views, options.max_size, options.loras = views, size, list(zip(loras, scales, strict=True))
+
+
+def free_port(host: str, port: int) -> int:
+    """A port that can be listened on, so that a busy one is told before anything is read.
+
+    Raises:
+      UsageError: it is in use or no port, or the host is none of this machine.
+    """
+    if not 0 <= port < 65536:
+        raise UsageError(f"--port is {port}, but must be 0 to 65535")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except (OSError, UnicodeError) as error:
+        hint = "choose another --port, or --port=0 for any free one"
+        raise UsageError(f"cannot listen on {host}:{port} ({error}): {hint}") from error
+
+
+def _open(options: types.SimpleNamespace) -> Model:
+    if options.checkpoint is not None:
+        return ConvertedPipeline(options.checkpoint, options.loras, options.max_size)
+    return TrainedRun(options.workdir, options.views, options.base, options.encoders)
+
+
+def _warm_up(studio: Studio) -> None:
+    """Compiles what the page asks for at first, so that a checkpoint that cannot be sampled is told at once."""
+    prompt = studio.offer.examples[0] if studio.offer.examples else "a picture"
+    several = studio.sample(make_request(studio.offer, {"prompt": prompt, "steps": 1}))
+    single = studio.sample(make_request(studio.offer, {"prompt": prompt, "steps": 1, "num": 1}))
+    say(f"compiled in {several.compiling + single.compiling:.1f} s")
+
+
+def _serve(studio: Studio, host: str, port: int) -> signal.Signals:
+    """Serves until a signal comes, and returns it. Pictures lie in a folder of their own, which goes with the app."""
+    received: list[signal.Signals] = []
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda number, _: received.append(signal.Signals(number)))
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory(prefix="shortcut_jax_app_", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        from shortcut_jax import app_page
+
+        page = app_page.build(studio)
+        # Nothing is shared, uploaded, recorded or monitored.
+        closed: dict[str, Any] = dict(share=False, max_file_size="1kb", run_history=False, enable_monitoring=False)
+        closed |= dict(ssr_mode=False, mcp_server=False, pwa=False, footer_links=[], show_error=False)
+        try:
+            look: dict[str, Any] = dict(theme=app_page.THEME, css=app_page.CSS)
+            page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **closed, **look)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {host}:{port} ({str(error).splitlines()[0]})") from error
+        if not _is_loopback(host):
+            say(f"note: {host} lets other machines in, and there is no password")
+        say(f"the page is at http://{'[' + host + ']' if ':' in host else host}:{port} (Ctrl-C ends it)")
+        while not received:
+            time.sleep(0.2)  # not for ever: a signal that another thread takes does not wake this one
+        page.server.force_exit = True  # open pages are not waited for
+        page.close(verbose=False)
+    return received[0]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,261 @@
+"""The models behind the web page: a training run or a converted pipeline, with bounds, weights and programs."""
+
+import contextlib
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shortcut_jax.app_request import MAX_STEPS, SIZE_UNIT, Offer, Request
+from shortcut_jax.core.latents import PATCH
+from shortcut_jax.data.format import DataError, PreparedSet
+from shortcut_jax.data.records import EMBEDDED, data_folder, is_prepared
+from shortcut_jax.generate import Generator
+from shortcut_jax.initial import rescaled
+from shortcut_jax.pipeline import Pipeline
+from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.sharding import tree_shardings
+from shortcut_jax.settings import Settings
+from shortcut_jax.sources import open_lora, param_shapes, place
+from shortcut_jax.steps.views import Adapted
+from shortcut_jax.text_to_image import TextToImage
+from shortcut_jax.weights.lora import Factors, Modules, record_of, scales, stack
+from shortcut_jax.weights.rules import nest
+
+FEW = 4
+"""Pictures that are sampled at once where several are asked for; one is sampled alone, so that its time is its own."""
+
+EXAMPLES = (
+    "a red fox in the snow, golden hour",
+    "a lighthouse on a cliff, oil painting",
+    "a bowl of ramen, top view, studio light",
+    "an old library with a spiral staircase",
+)
+EMBEDDED_GUIDANCE = "told to the model's guidance embedding"
+CLASSIFIER_FREE = "classifier-free: above 1 each step costs two evaluations"
+
+
+class Model(Protocol):
+    """What the page needs of a model. Nothing in it may run in two threads at once.
+
+    Attributes:
+      offer: what it can be asked for.
+    """
+
+    offer: Offer
+
+    def load(self, request: Request) -> bool:
+        """Reads the weights of a request, unless they are at hand; tells whether it has."""
+
+    def program(self, request: Request) -> Hashable:
+        """Which compiled programs a request needs: two requests with equal answers share all of them."""
+
+    def pictures(self, request: Request, steps: int) -> np.ndarray:
+        """Pictures [num, h, w, c], uint8, of a request in a number of steps; picture i has noise i of its seed."""
+
+    def notes(self, request: Request) -> list[str]:
+        """What a visitor should know of a request, such as a prompt that is cut."""
+
+
+class TrainedRun:
+    """A workdir: its views are read once each, and all of them share its compiled samplers.
+
+    Attributes:
+      offer: see `Model`.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        views: Sequence[str] = ("slow", "online", "fast"),
+        base: str | Path | None = None,
+        encoders: str | Path | None = None,
+    ):
+        """Reads the first view; the others are read when they are asked for, and all of them stay on devices.
+
+        Args:
+          workdir: of the run.
+          views: that are offered.
+          base: see `Pipeline`.
+          encoders: see `Pipeline`.
+
+        Raises:
+          CheckpointError, ConfigError, ValueError: see `Pipeline`.
+        """
+        first, *_ = views
+        self._pipeline = Pipeline(workdir, first, MAX_STEPS, FEW, base, encoders=encoders)
+        few, settings = self._pipeline.generate, self._pipeline.settings
+        single = Generator(self._pipeline.assembly, 1, MAX_STEPS, settings.eval.shift, self._pipeline.ends)
+        self._generators = {1: single if single.batch_size < few.batch_size else few, FEW: few}
+        self._weights = {first: self._pipeline.params}
+        self.offer = self._describe(settings, tuple(views))
+
+    def _describe(self, settings: Settings, views: tuple[str, ...]) -> Offer:
+        data, adapters = settings.data, settings.train == "lora"
+        told = self._pipeline.distilled_guidance
+        facts = [f"{data.width} x {data.height} pixels", f"training step {self._pipeline.step:,}"]
+        facts += [f"adapters of rank {settings.lora.rank}"] if adapters else []
+        return Offer(
+            title=f"{settings.model.preset} · {settings.objective}",
+            facts=tuple(facts),
+            height=data.height,
+            width=data.width,
+            guidance=settings.eval.guidance,
+            min_guidance=0.0 if told else min(1.0, settings.eval.guidance),
+            guidance_means=EMBEDDED_GUIDANCE if told else CLASSIFIER_FREE,
+            views=views,
+            adapters=adapters,
+            examples=captions_of(settings),
+        )
+
+    def load(self, request: Request) -> bool:
+        """See `Model`."""
+        if request.view in self._weights:
+            return False
+        self._weights[request.view] = self._pipeline.weights(request.view)
+        return True
+
+    def program(self, request: Request) -> Hashable:
+        """See `Model`."""
+        guided = request.guidance != 1.0 and not self._pipeline.distilled_guidance
+        return self._generator(request.num).batch_size, guided
+
+    def pictures(self, request: Request, steps: int) -> np.ndarray:
+        """See `Model`."""
+        prompts = [request.prompt] * request.num
+        weights, generate = self._weights[request.view], self._generator(request.num)
+        if self.offer.adapters:
+            weights = weights._replace(scale=jnp.float32(self._pipeline.settings.lora.scale * request.lora_scale))
+        return generate(weights, prompts, steps, request.seed, request.guidance)
+
+    def notes(self, request: Request) -> list[str]:
+        """See `Model`."""
+        return self._pipeline.cuts([request.prompt])
+
+    def _generator(self, num: int) -> Generator:
+        return self._generators[1 if num == 1 else FEW]
+
+
+def captions_of(settings: Settings, most: int = 10) -> tuple[str, ...]:
+    """Captions that a run knows: of its sample grids, of the digits, or those kept with its prepared set."""
+    data = settings.data
+    if settings.eval.captions:
+        return tuple(dict.fromkeys(settings.eval.captions))[:most]
+    if data.name in EMBEDDED:
+        from shortcut_jax.data.datasets.digits import NAMES, caption
+
+        return tuple(caption(label) for label in range(len(NAMES)))[:most]
+    with contextlib.suppress(DataError):  # a model can be shown where its data is gone, or damaged
+        if is_prepared(data_folder(data)):
+            return PreparedSet(data_folder(data)).info.eval_prompts[:most]
+    return ()
+
+
+class _Adjustable(TextToImage):
+    """A converted pipeline with adapters beside its weights instead of merged, so that their strength is an argument.
+
+    Attributes:
+      strength: of all adapters together.
+    """
+
+    def __init__(self, folder: str | Path, loras: Sequence[tuple[str | Path, float]]):
+        super().__init__(folder)
+        self.strength, self._adapters = 1.0, None
+        config = self.models["flux"].config
+        opened: list[Modules] = []
+        for path, strength in loras:
+            path = Path(path).expanduser()
+            if not path.exists():
+                raise ConvertedError(f"the LoRA {path} is not there")
+            modules, _ = open_lora(path, config)
+            opened.append({k: f._replace(alpha=f.alpha * strength) for k, f in modules.items()})
+        if opened:
+            shapes, modules = param_shapes("flux", config), added(opened)
+            arrays = rescaled(stack(modules, shapes), scales(record_of(modules), shapes), 1.0)
+            wanted = nest({k: jax.ShapeDtypeStruct(x.shape, jnp.float32) for k, x in arrays.items()})
+            shardings = tree_shardings(self.mesh, wanted)
+            self._adapters = place(
+                arrays,
+                jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), wanted, shardings),
+            )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        weights = super().params
+        if self._adapters is None:
+            return weights
+        return weights | {"flux": Adapted(weights["flux"], self._adapters, jnp.float32(self.strength))}
+
+
+def added(adapters: Sequence[Modules]) -> Modules:
+    """Several sets of adapters as one that adds all their products: their factors side by side."""
+    result: Modules = {}
+    for name in dict.fromkeys(name for modules in adapters for name in modules):
+        found = [modules[name] for modules in adapters if name in modules]
+        down = np.concatenate([np.asarray(f.down, np.float32) for f in found])
+        up = np.concatenate([f.scale * np.asarray(f.up, np.float32) for f in found], axis=1)
+        result[name] = Factors(down, up, float(len(down)))
+    return result
+
+
+class ConvertedPipeline:
+    """A converted checkpoint: pictures of any size up to a bound, a program for each.
+
+    Attributes:
+      offer: see `Model`.
+    """
+
+    def __init__(self, folder: str | Path, loras: Sequence[tuple[str | Path, float]] = (), max_size: int = 1024):
+        """Opens it; weights are read with the first request.
+
+        Args:
+          folder: made by `shortcut_jax.convert`.
+          loras: adapters and their strengths, which a request multiplies.
+          max_size: the longest side of a picture in pixels, a multiple of 16.
+
+        Raises:
+          ConversionError, ConvertedError: see `TextToImage`.
+        """
+        self._pipeline, self._loaded = _Adjustable(folder, loras), False
+        guidance = self._pipeline.guidance()
+        told = guidance.embedded is not None
+        names = [Path(path).name for path, _ in loras]
+        self.offer = Offer(
+            title=Path(folder).resolve().name,
+            facts=(f"computed in {self._pipeline.compute_dtype}", *(f"LoRA {name}" for name in names)),
+            height=max_size,
+            width=max_size,
+            max_size=max_size,
+            guidance=guidance.embedded if guidance.embedded is not None else guidance.scale,
+            min_guidance=0.0 if told else 1.0,
+            guidance_means=EMBEDDED_GUIDANCE if told else CLASSIFIER_FREE,
+            adapters=bool(names),
+            examples=EXAMPLES,
+        )
+        unit = PATCH * self._pipeline.models["vae"].config.factor
+        if SIZE_UNIT % unit:
+            raise ConvertedError(f"{folder} makes pictures in multiples of {unit} pixels, the page of {SIZE_UNIT}")
+
+    def load(self, request: Request) -> bool:
+        """See `Model`."""
+        del request
+        loaded, self._loaded = self._loaded, True
+        _ = self._pipeline.params
+        return not loaded
+
+    def program(self, request: Request) -> Hashable:
+        """See `Model`."""
+        return request.height, request.width, self._pipeline.guidance(request.guidance).scale != 1.0
+
+    def pictures(self, request: Request, steps: int) -> np.ndarray:
+        """See `Model`."""
+        self._pipeline.strength = request.lora_scale
+        size = dict(height=request.height, width=request.width)
+        return self._pipeline(request.prompt, steps, request.guidance, num=request.num, seed=request.seed, **size)
+
+    def notes(self, request: Request) -> list[str]:
+        """See `Model`."""
+        return self._pipeline.cuts([request.prompt])

@@ -1,0 +1,244 @@
+"""The web page without its page: models, times, and the command."""
+
+import dataclasses
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from shortcut_jax import TextToImage, app, app_studio, command
+from shortcut_jax.app_models import ConvertedPipeline, TrainedRun, captions_of
+from shortcut_jax.app_request import Offer, Request, RequestError, make_request
+from shortcut_jax.app_studio import COMPARED, Studio
+from shortcut_jax.command import UsageError
+from shortcut_jax.runtime import exported
+from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.sample import Pipeline
+from shortcut_jax.sources import param_shapes
+from shortcut_jax.weights.lora_files import to_peft
+from tests.weights.lora_cases import random_modules
+
+SEVEN = "a handwritten digit seven"
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What is read of checkpoints."""
+    items, restore = [], Checkpoints.restore
+
+    def counted(self, step, wanted):
+        items.extend(wanted)
+        return restore(self, step, wanted)
+
+    monkeypatch.setattr(Checkpoints, "restore", counted)
+    return items
+
+
+def _close(actual, expected):
+    return np.abs(actual.astype(int) - expected).max() <= 1
+
+
+def _programs(run):
+    return [g._sample._cache_size() for g in run._generators.values()]
+
+
+def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
+    run = TrainedRun(trained)
+    assert reads == ["slow"] and run.offer.views == ("slow", "online", "fast") and run.offer.height == 8
+    asked = lambda **values: make_request(run.offer, {"prompt": SEVEN, "steps": 2, "num": 3, "seed": 5, **values})
+    pictures = {}
+    for view in ("slow", "online", "fast", "online", "slow"):
+        for num in (3, 1):
+            request = asked(view=view, num=num)
+            assert run.load(request) == (view != "slow" and view not in pictures)
+            drawn = run.pictures(request, 2)
+            assert len(drawn) == num and _close(drawn, pictures.setdefault(view, drawn)[:num])
+    assert reads == ["slow", "params", "fast"] and _programs(run) == [1, 1]
+    expected = Pipeline(trained)
+    for view, drawn in pictures.items():
+        weights = Pipeline(trained, view=view).params
+        assert _close(drawn, expected.generate(weights, [SEVEN] * 3, 2, 5)), view
+    guided = run.pictures(asked(guidance=4.0), 2)
+    assert _close(guided, expected(SEVEN, steps=2, num=3, seed=5, guidance=4.0))
+    assert not _close(guided, pictures["slow"])
+    assert run.program(asked()) != run.program(asked(guidance=4.0)) != run.program(asked(num=1))
+
+
+def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, reads):
+    references = {scale: Pipeline(distilled, lora_scale=scale) for scale in (1.0, 0.0, 1.5)}
+    run = TrainedRun(distilled, views=["slow"])
+    before = len(reads)
+    for scale, reference in references.items():
+        request = make_request(run.offer, {"prompt": SEVEN, "num": 2, "lora_scale": scale})
+        assert not run.load(request)
+        expected = references[1.0].generate(reference.params, [SEVEN] * 2, 2)
+        assert _close(run.pictures(request, 2), expected), scale
+    assert len(reads) == before and sum(_programs(run)) == 1
+    assert run.offer.adapters and run.offer.views == ("slow",)
+
+
+def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted_folder, tmp_path):
+    shapes = param_shapes("flux", TextToImage(converted_folder).models["flux"].config)
+    some = random_modules(shapes, rank=2, alpha=1.5, keep=lambda name: "to_q" in name)
+    files = tmp_path / "some.safetensors", tmp_path / "all.safetensors"
+    for file, modules in zip(files, (some, random_modules(shapes, seed=2)), strict=True):
+        exported.write_tensors(file, *to_peft(modules))
+    loras = [(files[0], 0.5), (files[1], 0.25)]
+    model = ConvertedPipeline(converted_folder, loras, max_size=32)
+    assert model.offer.adapters and not model.offer.views and model.offer.guidance == 3.5
+    drawn = {}
+    for scale in (1.0, 0.0, -2.0):
+        request = make_request(model.offer, {"prompt": "a red cat", "num": 1, "lora_scale": scale, "height": 16})
+        assert model.load(request) == (scale == 1.0)
+        drawn[scale] = model.pictures(request, 2)
+        assert drawn[scale].shape == (1, 16, 32, 3)
+    assert model._pipeline._sample._cache_size() == 1
+    for scale, reference in ((1.0, loras), (0.0, ())):
+        expected = TextToImage(converted_folder, loras=reference)("a red cat", 2, height=16, width=32)
+        assert [_close(drawn[s], expected) for s in drawn] == [s == scale for s in drawn]
+    assert any("is cut off" in line for line in model.notes(dataclasses.replace(request, prompt="a cat " * 20)))
+
+
+def test_examples_are_captions_that_the_run_knows(trained):
+    settings = Pipeline(trained).settings
+    assert captions_of(settings)[7] == SEVEN and len(captions_of(settings)) == 10
+    chosen = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, captions=("x", "x", "y")))
+    assert captions_of(chosen) == ("x", "y")
+    elsewhere = dataclasses.replace(settings, data=dataclasses.replace(settings.data, name="gone"))
+    assert captions_of(elsewhere) == ()
+
+
+def test_a_cut_prompt_is_told(trained):
+    run = TrainedRun(trained)
+    notes = run.notes(make_request(run.offer, {"prompt": "a b c d e f g h i j"}))
+    assert notes == ["the prompt has 10 words, the model reads 8: it is cut to 'a b c d e f g h'"]
+    assert run.notes(make_request(run.offer, {"prompt": SEVEN})) == []
+
+
+def test_pictures_side_by_side_start_from_the_same_noise(trained):
+    studio = Studio(TrainedRun(trained))
+    request = make_request(studio.offer, {"prompt": SEVEN, "seed": 3, "steps": 4})
+    answers = list(studio.compare(request))
+    assert [a.steps for a in answers] == list(COMPARED) and all(len(a.pictures) == 1 for a in answers)
+    assert answers[0].compiling > 0 and not any(a.compiling for a in answers[1:])
+    assert all(0 < a.seconds < answers[0].compiling for a in answers)
+    pipeline = Pipeline(trained)
+    for answer in answers:
+        assert _close(answer.pictures, pipeline(SEVEN, steps=answer.steps, seed=3)), answer.steps
+    first, second = studio.sample(request), studio.sample(request)
+    assert first.compiling > 0 and second.compiling == 0 and _close(first.pictures[:1], answers[2].pictures)
+    online = studio.sample(dataclasses.replace(request, view="online"))
+    assert online.loading > 0 and online.compiling == 0 == first.loading
+
+
+class _Slow:
+    """A model that notices when two requests reach it at once."""
+
+    offer = Offer("slow", (), 8, 8)
+
+    def __init__(self):
+        self.inside, self.drawn = 0, []
+
+    def load(self, request):
+        return False
+
+    def program(self, request):
+        return request.seed
+
+    def pictures(self, request, steps):
+        self.inside += 1
+        time.sleep(0.002)
+        assert self.inside == 1
+        self.inside -= 1
+        self.drawn.append((request.seed, steps))
+        return np.full((request.num, 8, 8, 1), request.seed % 256, np.uint8)
+
+    def notes(self, request):
+        return []
+
+
+def test_one_request_at_a_time_reaches_the_device():
+    studio, results = Studio(_Slow()), {}
+
+    def ask(seed):
+        results[seed] = studio.sample(make_request(studio.offer, {"prompt": "x", "seed": seed})).pictures
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.all(results[seed] == seed) for seed in range(20))
+
+
+def test_after_its_end_nothing_reaches_the_device():
+    model = _Slow()
+    studio, begun, go_on = Studio(model), threading.Event(), threading.Event()
+    request = make_request(studio.offer, {"prompt": "x"})
+    answers = studio.compare(request)
+    next(answers)
+    model.load = lambda request: begun.set() or go_on.wait(30)
+    under_way = threading.Thread(target=studio.sample, args=(request,))
+    under_way.start()
+    assert begun.wait(30) and not studio.close(timeout=0.05)
+    go_on.set()
+    assert studio.close(timeout=30)
+    under_way.join()
+    drawn = len(model.drawn)
+    for ask in (lambda: next(answers), lambda: studio.sample(request)):
+        with pytest.raises(RequestError, match="about to end"):
+            ask()
+    assert len(model.drawn) == drawn
+
+
+def test_compiled_programs_are_bounded(monkeypatch):
+    cleared = []
+    monkeypatch.setattr(app_studio.jax, "clear_caches", lambda: cleared.append(True))
+    monkeypatch.setattr(app_studio, "MAX_PROGRAMS", 3)
+    model = _Slow()
+    studio = Studio(model)
+    for seed in (0, 1, 2, 0, 3, 3, 0):
+        studio.sample(Request("x", 5, 1, seed, 1.0, "", 1.0, 8, 8))
+    assert [seed for seed, steps in model.drawn if steps == 1] == [0, 1, 2, 3, 0] and len(cleared) == 1
+
+
+def _error(*argv):
+    with pytest.raises((UsageError, *command.EXPECTED_ERRORS)) as caught:
+        app.main(["app", *argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_command_that_cannot_be_served_is_one_line(trained, tmp_path, monkeypatch):
+    good = f"--workdir={trained}"
+    assert "give one of --workdir and --checkpoint" in _error()
+    assert "give one of --workdir and --checkpoint" in _error(good, "--checkpoint=x")
+    assert "--lora goes with --checkpoint" in _error(good, "--lora=x")
+    assert "--views goes with --workdir" in _error("--checkpoint=x", "--views=slow")
+    assert "--views is middle, but must be some of online, fast, slow" in _error(good, "--views=middle")
+    assert "each once" in _error(good, "--views=slow,slow")
+    assert "--max_size is 100, but must be a positive multiple of 16" in _error("--checkpoint=x", "--max_size=100")
+    assert "--lora is given 1 times, --lora_scale 2" in _error(
+        "--checkpoint=x", "--lora=x", "--lora_scale=1", "--lora_scale=2"
+    )
+    assert "--lora_scale is nan, but must be finite" in _error("--checkpoint=x", "--lora=x", "--lora_scale=nan")
+    assert "--port is 70000" in _error(good, "--port=70000")
+    assert "cannot listen on 192.0.2.1:7860" in _error(good, "--host=192.0.2.1")
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}" in _error(good, f"--port={port}")
+    assert f"no checkpoint in {tmp_path}" in _error(f"--workdir={tmp_path}", "--port=0")
+    assert "nowhere is not there" in _error("--checkpoint=nowhere", "--port=0")
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    assert 'the web page needs gradio: pip install ".[app]"' in _error(good)
+
+
+def test_one_of_several_processes_serves_nothing(trained, monkeypatch):
+    for name, value in (("COORDINATOR_ADDRESS", "127.0.0.1:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    assert "is served by one process, but this is one of several" in _error(f"--workdir={trained}")

@@ -1,0 +1,210 @@
+"""The web page as a visitor has it: a real browser, the app as a process of its own, bad input and many clicks."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = pytest.mark.slow
+
+SEVEN = "a handwritten digit seven"
+GOOD = [SEVEN, 4, 4, 0, 1.0, "slow"]
+"""Values in the order of the offer's fields: prompt, steps, num, seed, guidance, view."""
+BUSY = re.compile("queue is full|busy", re.IGNORECASE)
+
+
+class Served:
+    """The app as a process; its address is known when it serves."""
+
+    def __init__(self, workdir, log, *options):
+        flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+        folder = log.parent / f"{log.stem}-tmp"
+        folder.mkdir()
+        env = {**os.environ, "XLA_FLAGS": " ".join(flags), "TMPDIR": str(folder)}
+        command = [sys.executable, "-m", "shortcut_jax.app", f"--workdir={workdir}", "--port=0", *options]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+        self.log, self.folder = log, folder
+        self.url = self._wait(r"the page is at (http://127\.0\.0\.1:\d+)")
+
+    def _wait(self, pattern, timeout=180):
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and self.process.poll() is None:
+            if found := re.search(pattern, self.log.read_text()):
+                return found[1]
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def ask(self, name, values, timeout=60):
+        """`complete` and what was answered, or `error` and the message, through the HTTP interface."""
+        body = json.dumps({"data": values}).encode()
+        where = f"{self.url}/gradio_api/call/{name}"
+        request = urllib.request.Request(where, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                event = json.load(reply)["event_id"]
+        except urllib.error.HTTPError as error:
+            return "error", error.read().decode()
+        with urllib.request.urlopen(f"{where}/{event}", timeout=timeout) as stream:
+            text = stream.read().decode()
+        kind, data = re.findall(r"event: (complete|error)\ndata: (.*)", text)[-1]
+        return kind, data
+
+    def end(self, which):
+        self.process.send_signal(which)
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def served(trained, tmp_path_factory):
+    app = Served(trained, tmp_path_factory.mktemp("app") / "log", "--nowarm_up")
+    yield app
+    if app.process.poll() is None:
+        app.process.kill()
+
+
+@pytest.fixture
+def page(served):
+    from playwright.sync_api import sync_playwright
+
+    with (
+        sync_playwright() as playwright,
+        contextlib.closing(
+            playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        ) as browser,
+    ):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(served.url)
+        page.wait_for_selector("button#sample")
+        yield page
+
+
+def _shown(page, selector, num):
+    """Waits until so many pictures are there, decoded."""
+    script = "([s, n]) => [...document.querySelectorAll(s)].filter(x => x.complete && x.naturalWidth > 0).length == n"
+    page.wait_for_function(script, arg=[selector, num])
+
+
+@needs_chromium
+def test_a_prompt_becomes_pictures_and_a_comparison(served, page):
+    page.fill("#prompt textarea", SEVEN)
+    page.click("button#sample")
+    _shown(page, "#gallery img", 4)
+    status = page.inner_text("#sample-status")
+    assert re.search(r"4 pictures in 4 steps: [\d.]+ m?s, [\d.]+ m?s each", status)
+    assert re.search(r"Compiled once in [\d.]+ m?s, which is not part of the times", status)
+    assert all(re.fullmatch(r"[\d.]+ m?s", x) for x in page.locator("#gallery .caption-label").all_inner_texts())
+    with urllib.request.urlopen(page.get_attribute("#gallery img", "src")) as reply:
+        picture = Image.open(io.BytesIO(reply.read()))
+    made_by = json.loads(picture.text["shortcut_jax"])
+    assert picture.size == (256, 256) and (made_by["prompt"], made_by["steps"], made_by["seed"]) == (SEVEN, 4, 0)
+    page.click("#random")
+    page.wait_for_function("document.querySelector('#seed-row input').value != '0'")
+    page.get_by_role("tab", name="Compare").click()
+    page.click("button#compare")
+    _shown(page, ".compared img", 4)
+    page.wait_for_function("document.querySelectorAll('.time .bar').length == 4")
+    for n in (1, 2, 4, 32):
+        assert re.fullmatch(rf"{n} steps? · [\d.]+ m?s", page.inner_text(f"#time-{n}").strip())
+    assert len({page.locator(".compared img").nth(i).get_attribute("src") for i in range(4)}) == 4
+    elsewhere = [url for url in page.asked if not url.startswith((served.url, "data:", "blob:"))]
+    assert elsewhere == []
+
+
+@needs_chromium
+def test_an_empty_prompt_is_told_and_the_page_goes_on(page):
+    page.fill("#prompt textarea", "  ")
+    page.click("button#sample")
+    page.get_by_text("the prompt is empty: say what the picture shall show").wait_for()
+    page.fill("#prompt textarea", SEVEN)
+    page.click("button#sample")
+    _shown(page, "#gallery img", 4)
+
+
+def test_what_a_browser_would_not_send_is_told_and_ends_nothing(served):
+    for place, value, message in (
+        (1, 1000, "steps is 1000, but must be 1 to 64"),
+        (0, "", "the prompt is empty"),
+        (0, {"a": [None]}, "but must be text"),
+        (2, 10**30, "num is a number of 100 bits"),
+        (4, float("nan"), "guidance is"),
+        (4, None, "guidance is None"),
+        (5, "../../x", "view is '../../x', but must be one of slow, online, fast"),
+    ):
+        values = [*GOOD[:place], value, *GOOD[place + 1 :]]
+        kind, data = served.ask("sample", values)
+        assert kind == "error" and message in data, data
+    assert served.ask("compare", ["", 0, 1.0, "slow"])[0] == "error"
+    assert "Traceback" not in served.log.read_text()
+    assert served.ask("sample", GOOD[:3])[0] == "error"
+    assert served.ask("sample", GOOD)[0] == "complete"
+
+
+@needs_chromium
+def test_fifty_at_once_are_answered_or_told_that_the_queue_is_full(served, page):
+    start = time.monotonic()
+    with ThreadPoolExecutor(50) as pool:
+        slow = [[SEVEN, 64, 4, seed, 1.0, "slow"] for seed in range(50)]
+        answers = list(pool.map(lambda values: served.ask("sample", values), slow))
+    assert time.monotonic() - start < 120
+    kinds = Counter("full" if BUSY.search(data) else kind for kind, data in answers)
+    assert kinds["complete"] >= 16 and kinds["full"] and sum(kinds.values()) == 50 == kinds["complete"] + kinds["full"]
+    # A visitor who clicks while it is full gets a message.
+    done = threading.Event()
+
+    def press():
+        while not done.is_set():
+            served.ask("sample", slow[0])
+
+    with ThreadPoolExecutor(40) as pool:
+        for _ in range(40):
+            pool.submit(press)
+        try:
+            time.sleep(1)
+            page.fill("#prompt textarea", SEVEN)
+            page.click("button#sample")
+            page.get_by_text(BUSY).first.wait_for()
+        finally:
+            done.set()
+    page.click("button#sample")
+    _shown(page, "#gallery img", 4)
+
+
+def test_sigterm_ends_it_while_it_works(served):
+    pool = ThreadPoolExecutor(4)
+    for _ in range(4):
+        pool.submit(served.ask, "sample", [SEVEN, 64, 16, 0, 1.0, "slow"])
+    time.sleep(0.3)
+    start = time.monotonic()
+    assert served.end(signal.SIGTERM) == 0
+    assert time.monotonic() - start < 15
+    pool.shutdown()
+    assert served.log.read_text().splitlines()[-1] == "stopped by SIGTERM"
+    assert not list(served.folder.glob("shortcut_jax_app_*"))
+
+
+def test_control_c_ends_it(trained, tmp_path):
+    app = Served(trained, tmp_path / "log", "--nowarm_up", "--views=online")
+    assert Path(f"/proc/{app.process.pid}").exists()
+    assert app.end(signal.SIGINT) == 130
+    assert app.log.read_text().splitlines()[-1] == "stopped by SIGINT"

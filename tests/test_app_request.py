@@ -1,0 +1,76 @@
+import math
+
+import pytest
+
+from shortcut_jax.app_request import FIELDS, MAX_SEED, Offer, Request, RequestError, make_request
+
+RUN = Offer("digits", (), 8, 8, views=("slow", "online", "fast"), min_guidance=1.0)
+PIPELINE = Offer("flux", (), 1024, 1024, max_size=1024, guidance=3.5, adapters=True)
+
+
+def _asked(offer=RUN, **values):
+    return make_request(offer, {"prompt": "a cat", **values})
+
+
+def test_what_is_missing_is_the_default_of_the_model():
+    assert _asked() == Request("a cat", 4, 4, 0, 1.0, "slow", 1.0, 8, 8)
+    assert _asked(PIPELINE) == Request("a cat", 4, 4, 0, 3.5, "", 1.0, 1024, 1024)
+    assert set(RUN.fields) == set(FIELDS) - {"lora_scale", "height", "width"}
+    assert set(PIPELINE.fields) == set(FIELDS) - {"view"}
+
+
+def test_values_within_the_bounds_become_plain_numbers():
+    request = _asked(prompt="  a \n cat ", steps=64.0, num=16, seed=MAX_SEED, guidance=2, view="fast")
+    assert request == Request("a cat", 64, 16, MAX_SEED, 2.0, "fast", 1.0, 8, 8)
+    assert [type(v) for v in (request.steps, request.seed, request.guidance)] == [int, int, float]
+    assert _asked(PIPELINE, height=16, width=1008, lora_scale=-4).width == 1008
+
+
+BAD = [
+    (dict(prompt=""), "the prompt is empty: say what"),
+    (dict(prompt=" \n\t"), "the prompt is empty"),
+    (dict(prompt=None), "the prompt is None, but must be text"),
+    (dict(prompt=["a"]), r"the prompt is \['a'\], but must be text"),
+    (dict(prompt="a" * 1001), "the prompt has 1,001 characters, but at most 1,000"),
+    (dict(prompt="a \ud800"), "no valid Unicode"),
+    (dict(steps=0), "steps is 0, but must be 1 to 64"),
+    (dict(steps=1000), "steps is 1000, but must be 1 to 64"),
+    (dict(steps=2.5), "steps is 2.5, but must be a whole number"),
+    (dict(steps=math.nan), "steps is nan, but must be 1 to 64"),
+    (dict(steps=math.inf), "steps is inf, but must be 1 to 64"),
+    (dict(steps="4"), "steps is '4', but must be a whole number"),
+    (dict(steps=True), "steps is True, but must be a whole number"),
+    (dict(steps=None), "steps is None, but must be a whole number"),
+    (dict(steps=10**5000), "steps is a number of 16610 bits, but must be 1 to 64"),
+    (dict(num=17), "num is 17, but must be 1 to 16"),
+    (dict(seed=-1), "seed is -1, but must be 0 to 2147483647"),
+    (dict(seed=2**31), "seed is 2147483648"),
+    (dict(guidance=0.5), "guidance is 0.5, but must be 1 to 30"),
+    (dict(guidance=math.nan), "guidance is nan"),
+    (dict(guidance=10**400), "guidance is a number of 1329 bits"),
+    (dict(guidance={"x": "y" * 99}), r"guidance is \{'x': 'y+\.\.\., but must be a number"),
+    (dict(view="middle"), "view is 'middle', but must be one of slow, online, fast"),
+    (dict(view=["slow"]), "view is "),
+    (dict(lora_scale=1.0), "lora_scale cannot be chosen for this model"),
+    (dict(height=64), "height cannot be chosen"),
+    (dict(colour="red"), "colour cannot be chosen"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=lambda x: None if isinstance(x, str) else next(iter(x)))
+def test_what_is_out_of_bounds_or_of_another_type_is_one_line(values, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        _asked(**values)
+    assert len(str(caught.value)) < 120 and "\n" not in str(caught.value)
+
+
+def test_sizes_are_multiples_of_sixteen_up_to_the_bound():
+    for values, message in (
+        (dict(height=100), "height is 100, but must be a multiple of 16: 96 or 112"),
+        (dict(width=1040), "width is 1040, but must be 16 to 1024"),
+        (dict(height=0), "height is 0, but must be 16 to 1024"),
+        (dict(lora_scale=4.5), "lora_scale is 4.5, but must be -4 to 4"),
+        (dict(view="slow"), "view cannot be chosen"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            _asked(PIPELINE, **values)
