@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.1
     c.optimizer.clip_norm = 1.0
     c.optimizer.warmup_steps = 1600
-    c.validation.every = 1000
+    c.validation.every_samples = 262_144
     c.validation.name, c.validation.rule, c.validation.images = "coco_latents_256", "mlperf", 29_696
     c.checkpoint_every = 1000
     c.sample_every = 1000

@@ -9,7 +9,7 @@ __all__ = ["Pipeline", "TextToImage", "__version__"]
 def __getattr__(name: str) -> Any:
     # Both are imported on first use, so that a main can configure JAX before anything imports it.
     if name == "Pipeline":
-        from shortcut_jax.sample import Pipeline
+        from shortcut_jax.pipeline import Pipeline
 
         return Pipeline
     if name == "TextToImage":

@@ -13,12 +13,11 @@ from shortcut_jax.app_request import MAX_STEPS, SIZE_UNIT, Offer, Request
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.data.format import DataError, PreparedSet
 from shortcut_jax.data.records import EMBEDDED, data_folder, is_prepared
-from shortcut_jax.data.words import count_words
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import rescaled
+from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.sharding import tree_shardings
-from shortcut_jax.sample import Pipeline
 from shortcut_jax.settings import Settings
 from shortcut_jax.sources import open_lora, param_shapes, place
 from shortcut_jax.steps.views import Adapted
@@ -134,11 +133,7 @@ class TrainedRun:
 
     def notes(self, request: Request) -> list[str]:
         """See `Model`."""
-        data = self._pipeline.settings.data
-        if data.text_encoder != "words" or count_words(request.prompt) <= data.text_tokens:
-            return []
-        kept = " ".join(request.prompt.split()[: data.text_tokens])
-        return [f"the model reads {data.text_tokens} words; the prompt is cut to “{kept}”"]
+        return self._pipeline.cuts([request.prompt])
 
     def _generator(self, num: int) -> Generator:
         return self._generators[1 if num == 1 else FEW]

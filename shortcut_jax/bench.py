@@ -1,6 +1,7 @@
 """Step times: `python -m shortcut_jax.bench --config=A [--vs=B | --vary=objective=flow,scfm] [--steps=20]`.
 
-Two variants are timed in turn, A B A B ..., in one process, so that their ratio holds where a lone time would not.
+Two variants are timed in turn, A B A B ..., in one process, so that their ratio holds where a lone time would not. With
+`--sample` it times sampling instead: see `bench_sampling`.
 """
 
 import ast
@@ -16,12 +17,15 @@ import numpy as np
 
 from shortcut_jax import command
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.bench_sampling import bench_sampling
 from shortcut_jax.command import UsageError
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.settings import Settings
 
-USAGE = "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm] [--steps=20]"
+USAGE = (
+    "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm | --sample] [--steps=20]"
+)
 
 
 class Contender:
@@ -60,7 +64,17 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("vary", None, "A field and two or more values: objective=flow,scfm.", flag_values=values)
     flags.DEFINE_integer("steps", 20, "Timed steps of each.", flag_values=values)
     flags.DEFINE_integer("stretch", 4, "Steps in a row before the other's turn.", flag_values=values)
+    flags.DEFINE_boolean("sample", False, "Time sampling instead; see `bench_sampling`.", flag_values=values)
+    flags.DEFINE_list("batches", ["1", "64"], "With --sample: pictures sampled at once.", flag_values=values)
+    flags.DEFINE_list("counts", ["1", "4", "32"], "With --sample: sampling step counts.", flag_values=values)
+    flags.DEFINE_integer("turns", 7, "With --sample: turns.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["config"])
+    if options.sample:
+        batches, counts = (_counts(name, getattr(options, name)) for name in ("batches", "counts"))
+        if options.turns < 1:
+            raise UsageError(f"--turns is {options.turns}, but must be at least 1")
+        print(bench_sampling(from_config(options.config), batches, counts, options.turns))
+        return 0
     steps, stretch = options.steps, options.stretch
     if min(steps, stretch) < 1:
         raise UsageError(f"--steps and --stretch are {steps} and {stretch}, but must be at least 1")
@@ -74,6 +88,12 @@ def main(argv: Sequence[str]) -> int:
             c.run(min(stretch, steps - done))
     print(table(contenders))
     return 0
+
+
+def _counts(name: str, texts: Sequence[str]) -> list[int]:
+    if not texts or not all(t.strip().isdigit() and int(t) >= 1 for t in texts):
+        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers of at least 1")
+    return [int(t) for t in texts]
 
 
 def _variants(options: Any) -> list[tuple[str, Settings]]:

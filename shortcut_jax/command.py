@@ -62,6 +62,16 @@ def define_config(values: flags.FlagValues, name: str, help_text: str, argv: Seq
     config_flags.DEFINE_config_file(name, None, help_text, flag_values=values, sys_argv=list(argv))
 
 
+def define_place(values: flags.FlagValues) -> None:
+    """Adds the flags that tell several processes of each other, where the environment does not."""
+    from shortcut_jax.runtime.joining import JOIN_TIMEOUT
+
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
+    flags.DEFINE_float("join_timeout", JOIN_TIMEOUT, "Seconds to wait for the others.", flag_values=values)
+
+
 def parse(
     values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str] = ()
 ) -> types.SimpleNamespace:

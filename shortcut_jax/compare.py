@@ -15,10 +15,10 @@ import numpy as np
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.records import open_source
+from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import Score, cell, count_label, grid_captions, make_reference, markdown, score
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
-from shortcut_jax.sample import Pipeline
 from shortcut_jax.steps.views import VIEWS
 
 USAGE = "usage: python -m shortcut_jax.compare --workdir=A --workdir=B [--steps=1,2,4] [--seeds=0,1] [--out=docs/x]"

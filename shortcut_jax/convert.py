@@ -33,8 +33,9 @@ from shortcut_jax.runtime.converted import (
     write_record,
 )
 from shortcut_jax.runtime.distributed import say, tell
-from shortcut_jax.runtime.tokenizers import check_tokenizer, copy_tokenizer
+from shortcut_jax.runtime.tokenizers import CLIP, check_tokenizer, copy_tokenizer
 from shortcut_jax.sources import (
+    JUDGES,
     Model,
     bases_of,
     holds_lora,
@@ -222,6 +223,8 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
     for name in exported.TOKENIZERS:
         given = getattr(options, name)
         beside = [s / name for s in sources if (s / name).is_dir()]
+        # A whole CLIP is released with its tokenizer in the same folder.
+        beside += [s for s in sources if name == CLIP and (s / "merges.txt").is_file()]
         if given or beside:
             found[name] = Path(given).expanduser() if given else beside[0]
             check_tokenizer(found[name], name)
@@ -239,6 +242,9 @@ def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path],
 
 
 def _check_format(job: Job, form: str) -> None:
+    judges = [kind for kind in job.models if kind in JUDGES]
+    if judges and form != "orbax":
+        raise UsageError(f"{', '.join(judges)} judges pictures and is no part of a pipeline: use --format=orbax")
     if job.lora and form == "bfl":
         raise UsageError("a LoRA is written as --format=diffusers (PEFT's names), comfy (kohya's names) or orbax")
     network = job.models.get("flux")

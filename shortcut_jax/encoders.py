@@ -18,7 +18,7 @@ from shortcut_jax.core.types import Array
 from shortcut_jax.data.records import to_latents, to_pixels
 from shortcut_jax.models.clip import ClipText
 from shortcut_jax.models.t5 import T5Encoder
-from shortcut_jax.models.vae import Autoencoder, Moments
+from shortcut_jax.models.vae import Autoencoder, Moments, latents_from
 from shortcut_jax.pipeline_folder import PipelineParts, open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.sharding import (
@@ -45,7 +45,7 @@ def local_mesh() -> tuple[Mesh, str]:
 
 def on_mesh(model: Model, mesh: Mesh, compute_dtype: str, **changes: Any) -> Model:
     """The model computed on a mesh, in a dtype; `changes` are of its config."""
-    if model.kind != "vae":
+    if hasattr(model.config, "constrain"):
         changes["constrain"] = make_constrain(mesh)
     return model._replace(config=dataclasses.replace(model.config, compute_dtype=compute_dtype, **changes))
 
@@ -164,6 +164,10 @@ class Halves:
         """Pictures, uint8 -> the Gaussian of their latents, one row a picture."""
         return self._run("encoder", pixels_BhwC)
 
+    def latents(self, pixels_BhwC: np.ndarray) -> np.ndarray:
+        """Pictures, uint8 -> their mean latents as the network sees them, float32."""
+        return np.asarray(latents_from(self.encode(pixels_BhwC), self.model.config))
+
     def images(self, latents_BhwC: Any) -> Array:
         """Latents as the network sees them -> images [B, H, W, 3], float32, about [-1, 1], whole on every device."""
         return self._run("decoder", latents_BhwC)
@@ -198,8 +202,8 @@ class Halves:
         return {"encoder": jax.jit(encode, out_shardings=whole), "decoder": jax.jit(decode, out_shardings=whole)}
 
 
-def load_decoder(folder: str | Path) -> Callable[[Any], np.ndarray]:
-    """A function from latents [B, h, w, C] as the network sees them to pictures [B, H, W, 3], uint8.
+def load_halves(folder: str | Path) -> Halves:
+    """An autoencoder on this process's devices.
 
     Args:
       folder: with an autoencoder: of a set (`PreparedSet.folder / VAE`), a converted or a PyTorch one.
@@ -214,7 +218,12 @@ def load_decoder(folder: str | Path) -> Callable[[Any], np.ndarray]:
     if model is None:
         raise ConvertedError(f"{folder} holds no autoencoder")
     mesh, dtype = local_mesh()
-    return Halves(on_mesh(model, mesh, dtype), mesh).decode
+    return Halves(on_mesh(model, mesh, dtype), mesh)
+
+
+def load_decoder(folder: str | Path) -> Callable[[Any], np.ndarray]:
+    """Latents [B, h, w, C] as the network sees them -> pictures [B, H, W, 3], uint8; see `load_halves`."""
+    return load_halves(folder).decode
 
 
 def load_text_encoder(

@@ -23,9 +23,10 @@ def training_ends(assembly: Assembly, data: TrainingData) -> Ends:
         ends = ends._replace(encode=stored_captions(data))
     prepared = data.sets[0].prepared
     if prepared and prepared.info.latents:
-        from shortcut_jax.encoders import load_decoder
+        from shortcut_jax.encoders import load_halves
 
-        ends = ends._replace(decode=load_decoder(prepared.folder / VAE))
+        halves = load_halves(prepared.folder / VAE)
+        ends = ends._replace(decode=halves.decode, latents=halves.latents)
     return ends
 
 
@@ -42,10 +43,11 @@ def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
             raise ConfigError("encoders are for runs on latents: this one reads words and makes pixels")
         return pixel_ends(assembly)
     if encoders is not None:
-        from shortcut_jax.encoders import load_decoder, load_text_encoder
+        from shortcut_jax.encoders import load_halves, load_text_encoder
 
         folder = Path(encoders).expanduser()
-        ends = Ends(text_encoder(assembly.settings, assembly.model), load_decoder(folder))
+        halves = load_halves(folder)
+        ends = Ends(text_encoder(assembly.settings, assembly.model), halves.decode, halves.latents)
         if data.text_encoder == "words":
             return ends
         # A grid asks for the same captions at every step count.

@@ -1,6 +1,7 @@
 """Captions to pictures, in batches of one compiled shape on any mesh: what sample grids, reports and `sample` share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,24 @@ import numpy as np
 from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import EncodeText
-from shortcut_jax.data.records import stride_of, to_pixels, unfold
+from shortcut_jax.data.records import fold, stride_of, to_latents, to_pixels, unfold
 from shortcut_jax.runtime.sharding import batch_sharding, replicated
-from shortcut_jax.steps.sampling import draw_noise, make_sampler
+from shortcut_jax.steps.editing import EditPlan, make_editor
+from shortcut_jax.steps.sampling import make_sampler, noise_rows, seed_bits
 
 Decode = Callable[[np.ndarray], np.ndarray]
 """latents [B, h, w, c], float32, as the network leaves them -> pictures [B, height, width, channels], uint8."""
+
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""The other way round: pictures -> latents."""
+Draws = Sequence[tuple[int, int]]
+"""(seed, number in that seed) of each picture's noise."""
+
+
+def bound_of(steps: int) -> int:
+    """The longest grid of the program that takes `steps`: up to 64 share one, more the next power of two."""
+    return max(64, 1 << (steps - 1).bit_length())
 
 
 class Ends(NamedTuple):
@@ -23,17 +36,20 @@ class Ends(NamedTuple):
     Attributes:
       encode: of captions.
       decode: of latents.
+      latents: of pictures.
     """
 
     encode: EncodeText
     decode: Decode
+    latents: Encode
 
 
 def pixel_ends(assembly: Assembly) -> Ends:
     """Words in, pixels out: what a run on pixels needs, and nothing else."""
     stride = stride_of(assembly.settings.data)
     decode = lambda latents_BhwC: to_pixels(unfold(latents_BhwC, stride))
-    return Ends(text_encoder(assembly.settings, assembly.model), decode)
+    latents = lambda pixels_BhwC: np.stack([fold(x_hwC, stride) for x_hwC in to_latents(pixels_BhwC)])
+    return Ends(text_encoder(assembly.settings, assembly.model), decode, latents)
 
 
 class Generator:
@@ -46,25 +62,60 @@ class Generator:
 
         `ends` are those of a run on pixels by default.
         """
-        self._assembly = assembly
+        self._assembly, self._shift = assembly, shift
         self._ends = ends or pixel_ends(assembly)
         shards = assembly.mesh_shape.batch_shards
         self.batch_size = -(-batch_size // shards) * shards
         self.max_steps = max_steps
-        height, width = assembly.latent_size
-        finest = max(assembly.settings.student_steps)
-        sampler = make_sampler(assembly.model, height, width, max_steps, shift, finest)
-        noise = lambda seed, first: draw_noise(seed, first, self.batch_size, assembly.model, height, width)
+        self._finest = max(assembly.settings.student_steps)
 
-        def sample(params: Any, seed: Any, first: Any, *rest: Any) -> Any:
-            return sampler(params, noise(seed, first), *rest)
+    @cached_property
+    def _sample(self) -> Callable[..., Any]:
+        """Compiled once for each method, with and without classifier-free guidance, and for trajectories."""
+        cfg, size = self._assembly.model, self._assembly.latent_size
 
-        self._sample = jax.jit(sample, out_shardings=replicated(assembly.mesh))
+        @partial(
+            jax.jit, static_argnames=("method", "bound", "trajectory"), out_shardings=replicated(self._assembly.mesh)
+        )
+        def sample(
+            params: Any,
+            seed_B: Any,
+            index_B: Any,
+            shift: Any,
+            *rest: Any,
+            method: str,
+            bound: int,
+            trajectory: bool,
+        ) -> Any:
+            sampler = make_sampler(cfg, *size, bound, shift, self._finest, method, trajectory)
+            return sampler(params, noise_rows(seed_B, index_B, cfg, *size), *rest)
+
+        return sample
+
+    @cached_property
+    def _edit(self) -> Callable[..., Any]:
+        """Compiled once, and once more with classifier-free guidance."""
+        cfg, size = self._assembly.model, self._assembly.latent_size
+
+        @partial(jax.jit, out_shardings=replicated(self._assembly.mesh))
+        def edit(params: Any, shift: Any, *rest: Any) -> Any:
+            return make_editor(cfg, *size, self.max_steps, shift, self._finest)(params, *rest)
+
+        return edit
 
     def __call__(
-        self, params: Any, captions: Sequence[str], num_steps: int, seed: int = 0, guidance: float = 1.0
+        self,
+        params: Any,
+        captions: Sequence[str],
+        num_steps: int,
+        seed: int = 0,
+        guidance: float = 1.0,
+        *,
+        draws: Draws | None = None,
+        method: str = "euler",
+        shift: float | None = None,
     ) -> np.ndarray:
-        """Pictures [len(captions), h, w, c], uint8. Picture i depends on the seed, i and its caption only.
+        """Pictures [len(captions), h, w, c], uint8. Picture i depends on its draw and its caption only.
 
         Args:
           params: weights.
@@ -73,26 +124,153 @@ class Generator:
           seed: of the noise.
           guidance: guidance scale. A model with a guidance embedding is told it; for other models a scale other than 1
             means classifier-free guidance, at two evaluations a step.
+          draws: noise of each picture; by default the i-th of `seed`.
+          method: `euler` or `heun`.
+          shift: timestep shift; that of the generator by default.
 
         Raises:
-          ValueError: a step count that the sampler was not made for.
+          ValueError: a step count that the sampler was not made for, or another number of draws than captions.
         """
+        self._check(num_steps)
+        options: dict[str, Any] = dict(bound=self.max_steps, trajectory=False, method=method)
+        args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift
+        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in self._batches(*args, **options)])
+
+    def without_steps(self, params: Any, captions: Sequence[str]) -> np.ndarray:
+        """All the work of a call but its steps, which shows what they cost: captions, placing, noise, decoding."""
+        options: dict[str, Any] = dict(bound=self.max_steps, trajectory=False, method="euler")
+        batches = self._batches(params, captions, 0, numbered(None, 0, len(captions)), 1.0, None, **options)
+        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in batches])
+
+    def trajectory(
+        self,
+        params: Any,
+        captions: Sequence[str],
+        num_steps: int,
+        seed: int = 0,
+        guidance: float = 1.0,
+        *,
+        draws: Draws | None = None,
+        method: str = "euler",
+        shift: float | None = None,
+    ) -> np.ndarray:
+        """The pictures that each step aims at, and the result: [len(captions), num_steps + 1, h, w, c], uint8.
+
+        Arguments and errors are those of a call; see `core.flow.predictions`.
+        """
+        self._check(num_steps)
+        bound = min(bound_of(num_steps), self.max_steps)
+        args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift
+        parts = []
+        for kept, num in self._batches(*args, bound=bound, trajectory=True, method=method):
+            along = kept[: num_steps + 1, :num]
+            pictures = self._ends.decode(along.reshape(-1, *along.shape[2:]))
+            parts.append(pictures.reshape(*along.shape[:2], *pictures.shape[1:]).swapaxes(0, 1))
+        return np.concatenate(parts)
+
+    def edit(
+        self,
+        params: Any,
+        pictures_BhwC: np.ndarray,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        plan: EditPlan,
+        draws: Draws | None = None,
+        guidance: float = 1.0,
+        source_guidance: float = 1.0,
+        shift: float | None = None,
+    ) -> np.ndarray:
+        """Pictures, uint8, changed from what their `sources` say to what their `targets` say; see `steps.editing`.
+
+        Args:
+          params: weights.
+          pictures_BhwC: uint8, of the size that the model makes.
+          sources: one a picture.
+          targets: one a picture.
+          plan: of the edit.
+          draws: noise of each picture; by default the i-th of seed 0.
+          guidance: scale for the target.
+          source_guidance: scale for the source.
+          shift: timestep shift; that of the generator by default.
+
+        Raises:
+          ValueError: a plan of more steps than the generator was made for.
+        """
+        self._check(int(plan.steps))
+        draws, shift = numbered(draws, 0, len(targets)), self._shift if shift is None else shift
+        edited = []
+        for first in range(0, len(targets), self.batch_size):
+            rows = np.minimum(np.arange(first, first + self.batch_size), len(targets) - 1)
+            latents = self._place(self._ends.latents(pictures_BhwC[rows]))
+            source = self.condition([sources[i] for i in rows], source_guidance)
+            target = self.condition([targets[i] for i in rows], guidance)
+            args: tuple[Any, ...] = (
+                params,
+                float(shift),
+                latents,
+                *map(self._place, draw_arrays(draws, rows)),
+                source,
+                target,
+                plan,
+            )
+            if not self._assembly.model.guidance and (guidance, source_guidance) != (1.0, 1.0):
+                empty = self.condition([""] * self.batch_size, guidance)
+                args = (*args, empty, float(source_guidance), float(guidance))
+            with jax.set_mesh(self._assembly.mesh):
+                edited.append(self._ends.decode(np.asarray(self._edit(*args))))
+        return np.concatenate(edited)[: len(targets)]
+
+    def _batches(
+        self,
+        params: Any,
+        captions: Sequence[str],
+        num_steps: int,
+        draws: Draws,
+        guidance: float,
+        shift: float | None,
+        **options: Any,
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Latents of each batch, and how many of its rows are asked for."""
+        shift = self._shift if shift is None else shift
+        for first in range(0, len(captions), self.batch_size):
+            rows = np.minimum(np.arange(first, first + self.batch_size), len(captions) - 1)
+            condition = self.condition([captions[i] for i in rows], guidance)
+            args: tuple[Any, ...] = (
+                params,
+                *map(self._place, draw_arrays(draws, rows)),
+                float(shift),
+                condition,
+                num_steps,
+            )
+            if guidance != 1.0 and not self._assembly.model.guidance:
+                args = (*args, self.condition([""] * self.batch_size, guidance), float(guidance))
+            with jax.set_mesh(self._assembly.mesh):
+                yield np.asarray(self._sample(*args, **options)), min(len(captions) - first, self.batch_size)
+
+    def _check(self, num_steps: int) -> None:
         if not 1 <= num_steps <= self.max_steps:
             raise ValueError(f"asked for {num_steps} sampling steps, but must be 1 to {self.max_steps} (max_steps)")
-        pictures = []
-        for first in range(0, len(captions), self.batch_size):
-            chunk = list(captions[first : first + self.batch_size])
-            padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-            args: tuple[Any, ...] = (params, seed, first, self._condition(padded, guidance), num_steps)
-            if guidance != 1.0 and not self._assembly.model.guidance:
-                args = (*args, self._condition([""] * self.batch_size, guidance), guidance)
-            with jax.set_mesh(self._assembly.mesh):
-                latents = self._sample(*args)
-            pictures.append(self._ends.decode(np.asarray(latents))[: len(chunk)])
-        return np.concatenate(pictures)
 
-    def _condition(self, captions: Sequence[str], guidance: float) -> Condition:
+    def condition(self, captions: Sequence[str], guidance: float) -> Condition:
+        """Encoded captions on the mesh, as many as it takes whole."""
         txt, vec = (np.stack(x) for x in zip(*(self._ends.encode(c) for c in captions), strict=True))
         scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
-        sharding = batch_sharding(self._assembly.mesh)
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), Condition(txt, vec, scale))
+        return jax.tree.map(self._place, Condition(txt, vec, scale))
+
+    def _place(self, x_B: np.ndarray) -> Any:
+        return jax.device_put(x_B, batch_sharding(self._assembly.mesh))
+
+
+def numbered(draws: Draws | None, seed: int, num: int) -> Draws:
+    """The draws of `num` pictures: as given, or the first ones of a seed. Raises ValueError for another number."""
+    if draws is None:
+        return [(seed, i) for i in range(num)]
+    if len(draws) != num:
+        raise ValueError(f"there are {len(draws)} draws for {num} pictures, but it must be one for each")
+    return draws
+
+
+def draw_arrays(draws: Draws, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """seed_B and index_B of some of the draws."""
+    seed_B = np.array([seed_bits(draws[i][0]) for i in rows], np.uint32)
+    return seed_B, np.array([draws[i][1] for i in rows], np.int32)

@@ -74,6 +74,7 @@ def loop(
     placed = ahead(to_global(batch, rows, sharding, assembly.batch_size) for batch in read)
     progress = outputs.progress
     meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops, progress.watch)
+    validated_every = s.validation.interval(assembly.batch_size)
     profiler = Profiler(parse_steps(s.profile_steps), outputs.workdir / "profile", start)
     compiled: set[tuple[int, ...]] = set()
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
@@ -99,7 +100,7 @@ def loop(
             signal = interruptions.agreed()
             last = step == stop or signal is not None
             saves = last or _due(step, s.checkpoint_every)
-            validates = signal is None and (_due(step, s.validation.every) or step == s.steps)
+            validates = signal is None and (_due(step, validated_every) or step == s.steps)
             draws = _due(step, s.sample_every) and not last
             if saves or validates or draws:
                 record(*pending, s, outputs, meter, bar)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling, read_record
 from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer
-from shortcut_jax.sources import KINDS, Model, open_models
+from shortcut_jax.sources import PIPELINE_KINDS, Model, open_models
 
 
 class PipelineParts(NamedTuple):
@@ -24,7 +24,7 @@ class PipelineParts(NamedTuple):
     tokenizers: dict[str, Tokenizer]
 
 
-def open_pipeline(folder: Path, kinds: Sequence[str] = KINDS, purpose: str = "pictures need") -> PipelineParts:
+def open_pipeline(folder: Path, kinds: Sequence[str] = PIPELINE_KINDS, purpose: str = "pictures need") -> PipelineParts:
     """Opens a converted folder; nothing but headers and tokenizers is read.
 
     Args:
@@ -59,7 +59,7 @@ def open_pipeline(folder: Path, kinds: Sequence[str] = KINDS, purpose: str = "pi
 def _check(folder: Path, parts: PipelineParts) -> None:
     """Parts of different pipelines would give noise, or an error deep inside."""
     configs = {kind: model.config for kind, model in parts.models.items()}
-    if configs.keys() == set(KINDS):
+    if configs.keys() == set(PIPELINE_KINDS):
         flux, vae, t5, clip = (configs[kind] for kind in ("flux", "vae", "t5", "clip"))
         for name, wanted, whose, found in (
             ("text width", flux.text_width, "T5's", t5.width),

@@ -33,7 +33,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every"),
     *("rows.self_rows", "rows.flow_rows", "data.limit", "data.workers"),
-    *("validation.every", "validation.images", "validation.seed", "mesh.min_shard"),
+    *("validation.every", "validation.every_samples", "validation.images", "validation.seed", "mesh.min_shard"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
     *("spikes.factor", "spikes.after", "watchdog.seconds", "watchdog.slow_seconds", "watchdog.grace_seconds"),
 )
@@ -140,9 +140,6 @@ def _check_data(s: Settings) -> None:
         len(d.weights) in (0, len(sets)) and all(w > 0 for w in d.weights),
         f"data.weights is {d.weights}, but must be a positive number for each of {', '.join(sets)}, or none",
     )
-    for view in s.validation.views:
-        _one_of("validation.views", view, (*VIEWS, TEACHER) if s.has_base else VIEWS)
-    _require(bool(s.validation.views), "validation.views is empty: name at least one view")
 
 
 def _check_post_training(s: Settings) -> None:
@@ -226,8 +223,11 @@ def _check_evaluation(s: Settings) -> None:
     _require(bool(e.steps) and min(e.steps) >= 1, f"eval.steps is {e.steps}, but step counts must be at least 1")
     _require(bool(e.seeds), "eval.seeds is empty: name at least one noise seed")
     _require(min(e.seeds) >= 0, f"eval.seeds is {e.seeds}, but seeds must not be negative")
-    for view in e.views:
-        _one_of("eval.views", view, (*VIEWS, TEACHER) if s.has_base else VIEWS)
+    for name, views in (("eval.views", e.views), ("validation.views", s.validation.views)):
+        for view in views:
+            _one_of(name, view, (*VIEWS, TEACHER) if s.has_base else VIEWS)
+    _require(bool(s.validation.views), "validation.views is empty: name at least one view")
+    _require(0 in (s.validation.every, s.validation.every_samples), "give one of validation.every and .every_samples")
     _require(len(e.images) == len(e.views), f"eval.images {e.images} and eval.views {e.views} must have one entry each")
     _require(all(n == 0 or n >= 2 for n in e.images), f"eval.images is {e.images}: a view needs 0 (all) or at least 2")
 

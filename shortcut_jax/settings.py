@@ -134,6 +134,7 @@ class ValidationSettings:
 
     Attributes:
       every: steps between validations, the last step included; 0 means never.
+      every_samples: the same in samples (MLPerf's benchmark: 262,144); give this or `every`.
       name: the set; that of the training data by default.
       split: of it.
       rule: which times, a key of `steps.evals.RULES`: mlperf or midpoints.
@@ -143,12 +144,17 @@ class ValidationSettings:
     """
 
     every: int = 0
+    every_samples: int = 0
     name: str | None = None
     split: str = "validation"
     rule: str = "mlperf"
     images: int = 0
     views: tuple[str, ...] = ("slow",)
     seed: int = 0
+
+    def interval(self, batch_size: int) -> int:
+        """Steps of `batch_size` samples between validations; 0 means never."""
+        return self.every or -(-self.every_samples // batch_size)
 
 
 @dataclass(frozen=True)

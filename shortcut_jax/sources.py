@@ -11,14 +11,15 @@ import numpy as np
 from shortcut_jax.completed import Completed
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.models.clip import ClipText
+from shortcut_jax.models.clip import ClipPair, ClipText
 from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.inception import SIDE, InceptionV3
 from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.resolve import from_config, model_config
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
-from shortcut_jax.runtime.identify import Found, describe
+from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
@@ -29,7 +30,11 @@ from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
 from shortcut_jax.weights.params import Spec, shapes_of, specs_of
 from shortcut_jax.weights.rules import ConversionError, Converted, nest
 
-KINDS = ("flux", "vae", "clip", "t5")
+PIPELINE_KINDS = ("flux", "vae", "clip", "t5")
+"""What pictures are made with."""
+JUDGES = ("clip_score", "inception")
+"""What pictures are judged with: both towers of CLIP, and the InceptionV3 of FID."""
+KINDS = (*PIPELINE_KINDS, *JUDGES)
 
 
 class Model(NamedTuple):
@@ -66,6 +71,12 @@ def abstract_params(kind: str, config: Any) -> dict[str, Any]:
         side = config.factor
         example: Any = np.zeros((1, side, side, config.channels), np.float32)
         return jax.eval_shape(Autoencoder(config).init, key, example)["params"]
+    if kind == "inception":
+        picture = np.zeros((1, SIDE, SIDE, 3), np.float32)
+        return jax.eval_shape(lambda k: InceptionV3(config).init(k, picture, classify=True), key)["params"]
+    if kind == "clip_score":
+        picture = np.zeros((1, config.side, config.side, 3), np.float32)
+        return jax.eval_shape(ClipPair(config).init, key, picture, tokens)["params"]
     module: Any = T5Encoder(config) if kind == "t5" else ClipText(config)
     return jax.eval_shape(module.init, key, tokens)["params"]
 

@@ -1,6 +1,6 @@
 """Prompts to pictures with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from shortcut_jax.converted_editor import Editor
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
+from shortcut_jax.generate import Draws, bound_of, draw_arrays, numbered
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
 from shortcut_jax.sources import open_lora
-from shortcut_jax.steps.sampling import draw_noise, make_sampler
+from shortcut_jax.steps.sampling import draw_noise, make_sampler, noise_rows
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.params import shapes_of
 
@@ -127,14 +129,15 @@ class TextToImage:
         seed: int = 0,
         text_tokens: int | None = None,
         shift: float | None = None,
+        **options: Any,
     ) -> np.ndarray:
         """Pictures [len(prompts) * num, height, width, 3], uint8, those of a prompt together.
 
-        Picture i depends on the seed, i and its prompt only.
+        Picture i depends on its draw (the seed and i, by default) and its prompt only.
 
         Args:
           prompts: one or several; what does not fit is cut (`cuts` tells).
-          steps: sampling steps (Euler), at least 1.
+          steps: sampling steps, at least 1.
           guidance: guidance scale. A model with a guidance embedding is told it (3.5 by default); for other models a
             scale other than 1 (none by default) means classifier-free guidance, at two evaluations a step.
           height: of a picture in pixels.
@@ -143,26 +146,68 @@ class TextToImage:
           seed: of the noise.
           text_tokens: length that prompts are padded or cut to for T5; the pipeline's by default.
           shift: timestep shift; the pipeline's for this size by default.
+          **options: `draws`, the (seed, number in that seed) of each picture's noise, by default the i-th of `seed`;
+            `method`, `euler` or `heun`; `batch_size`, pictures sampled at once, by default one a device.
 
         Raises:
           ValueError: an argument is out of range (see `check`).
           ConvertedError: the weights cannot be read.
         """
+        asked = (steps, guidance, height, width, num, seed, text_tokens, shift)
+        return np.concatenate([self.pictures(x)[:n] for x, n in self._batches(prompts, *asked, **options)])
+
+    def trajectory(self, prompts: str | Sequence[str], steps: int = 4, **options: Any) -> np.ndarray:
+        """The pictures that each step aims at, and the result: [pictures, steps + 1, height, width, 3], uint8.
+
+        Arguments and errors are those of a call; see `core.flow.predictions`.
+        """
+        parts = []
+        for kept, num in self._batches(prompts, steps, trajectory=True, **options):
+            along = kept[: steps + 1, :num]
+            parts.append(np.stack([self.pictures(latents) for latents in along], axis=1))
+        return np.concatenate(parts)
+
+    def _batches(
+        self,
+        prompts: str | Sequence[str],
+        steps: int,
+        guidance: float | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num: int = 1,
+        seed: int = 0,
+        text_tokens: int | None = None,
+        shift: float | None = None,
+        draws: Draws | None = None,
+        method: str = "euler",
+        batch_size: int | None = None,
+        trajectory: bool = False,
+    ) -> Iterator[tuple[Array, int]]:
+        """Latents of each batch, and how many of its rows are asked for."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.check(prompts, steps, guidance, height, width, num, text_tokens, shift)
         scale = self.guidance(guidance).scale
-        rows = [p for p in prompts for _ in range(num)]
-        batch = self.mesh.devices.size
+        texts = [p for p in prompts for _ in range(num)]
+        draws = numbered(draws, seed, len(texts))
+        batch = self.rounded(batch_size)
         negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
-        pictures = []
-        for first in range(0, len(rows), batch):
-            chunk = rows[first : first + batch]
-            padded = chunk + [chunk[-1]] * (batch - len(chunk))
-            condition = self.encode(padded, guidance, text_tokens)
-            noise_BNC = self.draw_noise(seed, first, batch, height, width)
-            latents = self.denoise(noise_BNC, condition, height, width, steps, shift, negative, scale)
-            pictures.append(to_pixels(np.asarray(self.decode(latents)))[: len(chunk)])
-        return np.concatenate(pictures)
+        for first in range(0, len(texts), batch):
+            rows = np.minimum(np.arange(first, first + batch), len(texts) - 1)
+            condition = self.encode([texts[i] for i in rows], guidance, text_tokens)
+            numbers = draw_arrays(draws, rows)
+            noise_BNC = noise_rows(*numbers, self.models["flux"].config, *self.latent_size(height, width))
+            asked = (height, width, steps, shift, negative, scale, method, trajectory)
+            latents = self.denoise(noise_BNC, condition, *asked)
+            yield latents, min(len(texts) - first, batch)
+
+    def rounded(self, batch_size: int | None) -> int:
+        """A batch size that divides over the devices; one picture a device by default."""
+        devices = self.mesh.devices.size
+        return -(-(batch_size or 1) // devices) * devices
+
+    def pictures(self, latents_BhwC: Array) -> np.ndarray:
+        """Pictures [B, height, width, 3], uint8, of latents."""
+        return to_pixels(np.asarray(self.decode(latents_BhwC)))
 
     def check(
         self,
@@ -217,8 +262,12 @@ class TextToImage:
 
     def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:
         """Noise [num, N, C] of pictures `first` ... of a seed, for pictures of `height` x `width` pixels."""
+        return draw_noise(seed, first, num, self.models["flux"].config, *self.latent_size(height, width))
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the latents of a picture of `height` x `width` pixels."""
         factor = self.models["vae"].config.factor
-        return draw_noise(seed, first, num, self.models["flux"].config, height // factor, width // factor)
+        return height // factor, width // factor
 
     def denoise(
         self,
@@ -230,8 +279,12 @@ class TextToImage:
         shift: float | None = None,
         negative: Condition | None = None,
         scale: float = 1.0,
+        method: str = "euler",
+        trajectory: bool = False,
     ) -> Array:
         """Latents [B, h, w, c] of pictures of `height` x `width` pixels, as the transformer leaves them.
+
+        With `trajectory` those that the steps aim at, [S + 1, B, h, w, c], S at least `steps`.
 
         Args:
           noise_BNC: the state at t = 1.
@@ -242,16 +295,18 @@ class TextToImage:
           shift: timestep shift; the pipeline's at this number of image tokens by default.
           negative: what classifier-free guidance leads away from; None for one evaluation a step.
           scale: of classifier-free guidance.
+          method: `euler` or `heun`.
+          trajectory: see above.
         """
         num, tokens = noise_BNC.shape[:2]
         if shift is None:
             shift = self.sampling.shift.at(tokens)
         rows = jax.tree.map(partial(split_rows, self.mesh), (noise_BNC, condition, negative))
         with jax.set_mesh(self.mesh):
-            bound = max(64, 1 << (steps - 1).bit_length())
-            args = (self.params["flux"], *rows, steps, shift, scale)
-            latents_BhwC = self._sample(*args, height=height, width=width, bound=bound)
-        return latents_BhwC[:num]
+            args = (self.params["flux"], *rows, steps, float(shift), float(scale))
+            size, bound = self.latent_size(height, width), bound_of(steps)
+            latents = self._sample(*args, size=size, bound=bound, method=method, trajectory=trajectory)
+        return latents[:, :num] if trajectory else latents[:num]
 
     def decode(self, latents_BhwC: Array) -> Array:
         """Images [B, height, width, 3] of latents, float32, about [-1, 1], whole on every device."""
@@ -259,10 +314,10 @@ class TextToImage:
 
     @cached_property
     def _sample(self) -> Callable[..., Array]:
-        """Compiled once for each size and bound of the step count."""
-        cfg, factor = self.models["flux"].config, self.models["vae"].config.factor
+        """Compiled once for each size, bound of the step count and method."""
+        cfg = self.models["flux"].config
 
-        @partial(jax.jit, static_argnames=("height", "width", "bound"))
+        @partial(jax.jit, static_argnames=("size", "bound", "method", "trajectory"))
         def sample(
             params: Any,
             noise_BNC: Array,
@@ -271,12 +326,18 @@ class TextToImage:
             steps: Array,
             shift: Array,
             scale: Array,
-            height: int,
-            width: int,
+            size: tuple[int, int],
             bound: int,
+            method: str,
+            trajectory: bool,
         ) -> Array:
             # A shortcut model is told its step size at every step count: the record does not say which it knows.
-            sampler = make_sampler(cfg, height // factor, width // factor, bound, shift, finest=bound)
+            sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory)
             return sampler(params, noise_BNC, condition, steps, negative, scale)
 
         return sample
+
+    @cached_property
+    def edit(self) -> Editor:
+        """Changes pictures: a function (pictures, source_prompt, prompt, ...) -> pictures."""
+        return Editor(self)

@@ -58,10 +58,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("target", None, "Devices of a dry run: cpu:8, gpu:h100:8x8, tpu:v5p:4x4x4.", flag_values=values)
     flags.DEFINE_boolean("explain", False, "Tell every collective of a dry run.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
-    flags.DEFINE_float("join_timeout", distributed.JOIN_TIMEOUT, "Seconds to wait for the others.", flag_values=values)
+    command.define_place(values)
     options = command.parse(values, argv, USAGE, required=["config"])
     if not options.dry_run:
         distributed.initialize(options.coordinator, options.num_processes, options.process_id, options.join_timeout)
@@ -150,7 +147,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         data = TrainingData(settings.data)
         check_data(settings, assembly.model, data)
         check_grid(settings, data)
-        validation = Validation(assembly) if settings.validation.every else None
+        validation = Validation(assembly) if settings.validation.interval(assembly.batch_size) else None
         initial = open_start(assembly, workdir)
         check_folder(workdir)
         log_in(workdir)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from shortcut_jax import bench, command, dry_run, train
+from shortcut_jax.bench_sampling import Timed, share
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.targets import TargetError
 from tests.helpers import tiny_config
@@ -31,6 +32,20 @@ def test_bench_times_two_values_in_turn_and_prints_their_ratio(one_device, capsy
     pattern = r"objective=\w+: [\d.]+ ms a step, [\d.]+ images/s, [\d.e+]+ FLOP a step, [\d.e+-]+ TFLOP/s"
     assert re.match(pattern, flow) and re.match(pattern, scfm)
     assert re.search(r"[\d.]+ x the time of objective=flow", scfm)
+
+
+def test_sampling_is_timed_at_every_batch_and_step_count(one_device, capsys):
+    assert bench.main(["bench", *TINY, "--sample", "--batches=1,3", "--counts=1,2", "--turns=2"]) == 0
+    _, _, head, _, one, three = capsys.readouterr().out.strip().splitlines()
+    assert re.search(r"1 step +\| 2 steps +\| \(time - fixed\) / share of 2 steps", head)
+    pattern = r" +\| [\d.]+ s +\| [\d.e+-]+ ms +(\| [\d.e+]+ ms, [\d.e+]+/s +){2}\| 1: -?[\d.]+ x"
+    assert re.match(r"\| 1" + pattern, one) and re.match(r"\| 3" + pattern, three)
+
+
+def test_a_step_is_judged_by_its_share_of_many_beside_the_fixed_part():
+    seconds = {n: [0.5 + n * s for s in (1.0, 2.0, 3.0)] for n in (4, 32)}
+    timed = Timed(1, 0.0, seconds, [0.5] * 3)
+    assert share(timed, 4, 32) == pytest.approx(8.0 / (64.5 / 8))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +98,8 @@ def test_two_configs_can_be_compared_and_exactly_the_steps_asked_for_are_timed(
         (["--vary=model=1,2"], "'model' cannot be set to '1'"),
         (["--vs=configs/digits.py", "--vary=seed=0,1"], "give --vs or --vary, not both"),
         (["--steps=0"], "must be at least 1"),
+        (["--sample", "--counts=0"], "--counts=0, but must be whole numbers"),
+        (["--sample", "--turns=0"], "--turns is 0"),
         (["--vary=objective=flow,magic"], "objective is 'magic'"),
     ],
 )

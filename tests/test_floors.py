@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "steps": {"core", "models"},
     "runtime": {"core", "models", "weights"},
     "data": {"core"},
-    "": {"core", "models", "weights", "steps", "runtime", "data"},
+    "evaluation": {"core", "models", "weights", "steps", "runtime", "data", ""},
+    "": {"core", "models", "weights", "steps", "runtime", "data", "evaluation"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

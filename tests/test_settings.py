@@ -8,7 +8,7 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.differences import compare, flatten
 from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
-from shortcut_jax.settings import ConfigError, Settings, complete, default_config, to_dict
+from shortcut_jax.settings import ConfigError, Settings, ValidationSettings, complete, default_config, to_dict
 from tests.helpers import tiny_assembly, tiny_config
 
 
@@ -174,6 +174,11 @@ def test_a_stored_config_older_than_a_field_has_its_default():
         ({"watchdog__grace_seconds": -1.0}, r"watchdog\.grace_seconds is -1\.0, but must not be negative"),
         ({"watchdog__seconds": 9000.0}, r"watchdog\.seconds is 9000, more than watchdog\.slow_seconds=7200"),
         ({"peer_timeout": 100.0}, r"peer_timeout is 100, but must be in \[2, 90\]"),
+        (
+            {"validation__every": 5, "validation__every_samples": 9},
+            "give one of validation.every and",
+        ),
+        ({"validation__every_samples": -1}, r"validation\.every_samples is -1, but must not be negative"),
         ({"save_attempts": 0}, "save_attempts is 0, but must be at least 1"),
     ],
 )
@@ -188,3 +193,10 @@ def test_what_a_run_survives_may_change_when_it_is_resumed():
     differences = compare(old, to_dict(from_config(new)))
     assert differences["identity"] == []
     assert len(differences["free"]) == 3 and len(differences["schedule"]) == 2
+
+
+def test_validations_are_due_by_steps_or_by_samples():
+    assert ValidationSettings(every=7).interval(batch_size=100) == 7
+    assert ValidationSettings(every_samples=262_144).interval(batch_size=2_048) == 128
+    assert ValidationSettings(every_samples=250).interval(batch_size=100) == 3
+    assert ValidationSettings().interval(batch_size=100) == 0

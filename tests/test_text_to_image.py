@@ -12,6 +12,7 @@ from PIL import Image
 from shortcut_jax import TextToImage, command, sample
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.pictures_out import read_records
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.weights.lora_files import to_peft
@@ -140,6 +141,47 @@ def test_one_program_serves_every_number_of_steps_and_pictures_and_every_shift(d
     assert dev.ours._sample._cache_size() == before + 1
 
 
+def test_draws_batches_methods_and_trajectories_of_a_pipeline(dev):
+    prompts, draws = ["a cat", "a dog", "seven"], [(4, 0), (0, 1), (4, 0)]
+    drawn = dev.ours(prompts, STEPS, draws=draws, batch_size=2, **SMALL)
+    np.testing.assert_allclose(drawn[0].astype(int), dev.ours("a cat", STEPS, seed=4, **SMALL)[0], atol=1)
+    np.testing.assert_allclose(drawn[1].astype(int), dev.ours(prompts, STEPS, **SMALL)[1], atol=1)
+    along = dev.ours.trajectory(prompts, STEPS, draws=draws, batch_size=2, **SMALL)
+    assert along.shape == (3, STEPS + 1, HEIGHT, WIDTH, 3)
+    np.testing.assert_allclose(along[:, -1].astype(int), drawn, atol=1)
+    one, two = (dev.ours("a cat", n, method="heun", **SMALL).astype(int) for n in (1, 2))
+    np.testing.assert_allclose(one, dev.ours("a cat", 1, **SMALL), atol=1)
+    assert np.abs(two - dev.ours("a cat", 2, **SMALL)).max() > 1
+
+
+def test_an_edit_between_equal_prompts_is_what_the_autoencoder_makes_of_the_picture(dev):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, HEIGHT, WIDTH, 3), np.uint8)
+    through = dev.ours.halves.decode(dev.ours.halves.latents(pictures))
+    small = dict(steps=3, skip=1, text_tokens=TEXT_TOKENS)
+    edit = lambda target, **options: dev.ours.edit(pictures, "a cat", target, **small, **options)
+    np.testing.assert_array_equal(edit("a cat"), through)
+    dog = edit("a dog")
+    assert dog.shape == pictures.shape and not np.array_equal(dog, through)
+    np.testing.assert_array_equal(edit("a dog", draws=[(0, 0), (0, 1)]), dog)
+    assert not np.array_equal(edit("a dog", draws=[(1, 0), (0, 1)])[0], dog[0])
+    assert not np.array_equal(edit("a cat", source_guidance=1.0), through)
+    with pytest.raises(ValueError, match="30 x 40, but both must be multiples of 4"):
+        dev.ours.edit(np.zeros((1, 30, 40, 3), np.uint8), "a cat", "a dog")
+
+
+def test_classifier_free_guidance_enters_an_edit_on_both_sides(schnell):
+    pictures = np.random.default_rng(0).integers(0, 256, (1, HEIGHT, WIDTH, 3), np.uint8)
+
+    def edit(target, guidance, source_guidance):
+        scales = dict(guidance=guidance, source_guidance=source_guidance)
+        return schnell.ours.edit(pictures, "a cat", target, 2, text_tokens=TEXT_TOKENS, **scales)
+
+    through = edit("a cat", None, None)
+    np.testing.assert_array_equal(edit("a cat", 2.0, 2.0), through)
+    assert not np.array_equal(edit("a cat", 2.0, 1.0), through)
+    assert not np.array_equal(edit("a dog", 2.0, 1.0), edit("a dog", 1.0, 2.0))
+
+
 @pytest.mark.slow
 def test_eight_devices_with_padded_rows_equal_one(dev, converted_folder, highest_precision):
     eight = TextToImage(converted_folder)
@@ -264,6 +306,19 @@ def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(c
     assert "4 pictures" in capfd.readouterr().err
     with Image.open(out) as sheet:
         assert sheet.width > 2 * WIDTH and sheet.height > 2 * HEIGHT
+
+
+def test_the_command_edits_a_photo_at_a_size_that_the_pipeline_can_make(converted_folder, tmp_path, capfd):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (25, 39, 3), np.uint8)).save(tmp_path / "in.png")
+    argv = ["sample", f"--checkpoint={converted_folder}", f"--edit={tmp_path}/in.png", "--source_prompt=a cat"]
+    argv += ["--prompt=a dog", "--steps=2", "--skip=1", "--text_tokens=12", f"--out={tmp_path}/out.png"]
+    assert sample.main(argv) == 0
+    assert "the picture of 25 x 39 is resized and cut to 24 x 40" in capfd.readouterr().err
+    with Image.open(tmp_path / "out.png") as picture:
+        assert (picture.height, picture.width) == (24, 40)
+    (made,) = read_records(tmp_path / "out.png")
+    assert (made["source_prompt"], made["skip"], made["guidance"], made["lora"]) == ("a cat", 1, 3.5, [])
+    assert (made["height"], made["width"]) == (24, 40)
 
 
 def test_bad_input_to_the_command_is_one_clear_line(converted_folder, pipeline_folder, tmp_path, capfd, monkeypatch):

@@ -76,6 +76,10 @@ class Checkpoints:
         """The steps that have a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
+    def holding(self, item: str) -> list[int]:
+        """Those of them that have an item."""
+        return [step for step in self.steps() if (self.folder / str(step) / item).is_dir()]
+
     def save(self, step: int, items: dict[str, Any], meta: dict[str, Any], surely: bool = False) -> None:
         """Starts writing a step in the background. The arrays may be donated as soon as this returns.
 

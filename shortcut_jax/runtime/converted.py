@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from shortcut_jax.core.schedules import ShiftRule
-from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
 from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.inception import InceptionConfig
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.runtime.safetensors import remove
@@ -29,7 +30,14 @@ RECORD = "models.json"
 FORMAT_VERSION = 1
 _BATCH_BYTES = 2**27  # a save of Orbax has a cost of its own
 _CHUNK_BYTES = 2**26
-CONFIGS: dict[str, type] = {"flux": FluxConfig, "vae": VaeConfig, "t5": T5Config, "clip": ClipConfig}
+CONFIGS: dict[str, type] = {
+    "flux": FluxConfig,
+    "vae": VaeConfig,
+    "t5": T5Config,
+    "clip": ClipConfig,
+    "clip_score": ClipPairConfig,
+    "inception": InceptionConfig,
+}
 
 
 class ConvertedError(RuntimeError):
@@ -68,7 +76,7 @@ class Stored(NamedTuple):
     """One model of a converted checkpoint.
 
     Attributes:
-      kind: `flux`, `vae`, `t5`, `clip` or `lora`.
+      kind: `flux`, `vae`, `t5`, `clip`, `clip_score`, `inception` or `lora`.
       config: its geometry; `LoraInfo` for adapters.
       origin: what it was made from.
       folder: the Orbax pytree.

@@ -46,11 +46,16 @@ def platform_of(device: Any) -> str:
 
 def agree(value: bool) -> bool:
     """Process 0's answer to a question about the disk, the same for all of them."""
+    return bool(agree_on(int(value)))
+
+
+def agree_on(value: int) -> int:
+    """Process 0's number, below 2^31, the same for all of them."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
 
 
 def say(message: str) -> None:

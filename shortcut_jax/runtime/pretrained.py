@@ -30,13 +30,15 @@ RELATIVES = {
 """Relatives of Flux by what the names of their files, folders or pipelines hold; some have its very shapes."""
 
 UNUSED = {
-    "position_ids": "a buffer of CLIP's text tower that counts its tokens",
+    "position_ids": "a buffer of CLIP that counts its tokens",
     "text_projection.weight": "CLIP's projection, which Flux does not use",
-    "logit_scale": "CLIP's temperature, which Flux does not use; ComfyUI writes one for T5 too",
+    "logit_scale": "CLIP's temperature, which is not used here; ComfyUI writes one for T5 too",
+    "num_batches_tracked": "a counter of batches in training",
 }
 """Ends of the names of what is no part of the models but lies beside them, and what it is."""
 
 _EMBEDDING, _TWIN = "shared.weight", "encoder.embed_tokens.weight"  # T5's, under either name or both
+_IMAGE_PROJECTION = "visual_projection.weight"
 
 
 class Pretrained(NamedTuple):
@@ -141,7 +143,10 @@ def _table_names(tensors: LazyTensors) -> dict[str, str]:
         names = {
             f"{tower}text_model.{n.removeprefix(tower)}" if n.startswith(tower) else n: o for n, o in names.items()
         }
-    return {n: o for n, o in names.items() if not n.endswith(tuple(UNUSED))}
+    # A whole CLIP is there to score pictures, and projects both of its towers.
+    pairs = [n.removesuffix(_IMAGE_PROJECTION) for n in names if n.endswith(_IMAGE_PROJECTION)]
+    needed = {f"{prefix}text_projection.weight" for prefix in pairs}
+    return {n: o for n, o in names.items() if n in needed or not n.endswith(tuple(UNUSED))}
 
 
 def _refuse_relatives(name: str) -> None:

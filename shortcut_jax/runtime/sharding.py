@@ -52,6 +52,10 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*/a|.*/b", P()),
     # The autoencoder is small: its convolutions are whole.
     (r"(.*/)?(encoder|decoder)/.*kernel", P()),
+    # So are those of the networks that judge pictures.
+    (r"(conv2d|mixed)_.*/(kernel|mean|variance)|fc/kernel", P()),
+    (r"image/(patch_embedding/kernel|class_embedding)", P()),
+    (r"(image|text)_projection/kernel", P("fsdp", None)),
     # Ends.
     (r"(.*/)?token_embedding", P(None, "fsdp")),
     (r"(.*/)?position_(bias|embedding)", P()),

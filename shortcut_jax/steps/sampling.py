@@ -1,15 +1,16 @@
-"""Sampling: Euler's method on a shifted uniform grid, one compiled program for every step count."""
+"""Sampling: Euler's or Heun's method on a shifted uniform grid, one compiled program for every step count."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from shortcut_jax.core.flow import euler
+from shortcut_jax.core.flow import integrate, predictions
 from shortcut_jax.core.latents import PATCH, unpatchify
 from shortcut_jax.core.schedules import sampling_grid
-from shortcut_jax.core.types import Array, Condition
+from shortcut_jax.core.types import Array, Condition, Leaf
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.views import guided, make_velocity
 
@@ -17,7 +18,14 @@ Sampler = Callable[..., Array]
 
 
 def make_sampler(
-    cfg: FluxConfig, height: int, width: int, max_steps: int, shift: Array | float = 1.0, finest: int = 0
+    cfg: FluxConfig,
+    height: int,
+    width: int,
+    max_steps: int,
+    shift: Array | float = 1.0,
+    finest: int = 0,
+    method: str = "euler",
+    trajectory: bool = False,
 ) -> Sampler:
     """A function (params, noise_BNC, condition, num_steps) -> latents [B, height, width, c].
 
@@ -29,6 +37,9 @@ def make_sampler(
       shift: timestep shift of the grid.
       finest: for models with a step-size input, the largest step count they were trained for; finer grids tell them
         d = 0, the instantaneous velocity.
+      method: `euler` or `heun`, which averages instantaneous velocities and always tells d = 0.
+      trajectory: whether it returns the clean images that it aims at on its way, [max_steps + 1, B, height, width, c];
+        see `core.flow.predictions`.
     """
     velocity_of = make_velocity(cfg, height, width)
 
@@ -44,16 +55,37 @@ def make_sampler(
         if unconditional is not None:
             velocity = guided(velocity, velocity_of(params, unconditional), scale)
         times = sampling_grid(num_steps, max_steps, shift)
-        sizes = jnp.where(num_steps <= finest, times[:-1] - times[1:], 0.0) if cfg.step_size else None
-        x_BNC = euler(velocity, noise_BNC, times, num_steps, sizes)
-        return unpatchify(x_BNC, height, width)
+        sizes = told_sizes(cfg, times, num_steps, finest if method == "euler" else 0)
+        if not trajectory:
+            return unpatchify(integrate(velocity, noise_BNC, times, num_steps, sizes, method), height, width)
+        kept = predictions(velocity, noise_BNC, times, num_steps, sizes, method)
+        return jax.vmap(lambda x_BNC: unpatchify(x_BNC, height, width))(kept)
 
     return sample
 
 
+def told_sizes(cfg: FluxConfig, times: Array, num_steps: Array, finest: int) -> Array | None:
+    """What the network is told at each step of a grid, [S]: d up to `finest` steps, else 0; None if it has no input."""
+    return jnp.where(num_steps <= finest, times[:-1] - times[1:], 0.0) if cfg.step_size else None
+
+
 def draw_noise(seed: Array | int, first: Array | int, num: int, cfg: FluxConfig, height: int, width: int) -> Array:
     """Noise of samples `first` ... `first + num - 1` of a seed, [num, N, C]: sample i never depends on the batch."""
-    key = jax.random.key(seed)
+    seed_B = jnp.broadcast_to(seed_bits(seed) if isinstance(seed, int) else seed, (num,))
+    return noise_rows(seed_B, first + jnp.arange(num), cfg, height, width)
+
+
+def noise_rows(seed_B: Leaf, index_B: Leaf, cfg: FluxConfig, height: int, width: int) -> Array:
+    """Noise [B, N, C] of rows that are sample `index_B` of seed `seed_B` each."""
     shape = (height // PATCH * (width // PATCH), cfg.channels)
-    one = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
-    return jax.vmap(one)(first + jnp.arange(num))
+    return jax.vmap(lambda seed, index: jax.random.normal(sample_key(seed, index), shape))(seed_B, index_B)
+
+
+def sample_key(seed: Leaf, index: Leaf) -> Array:
+    """The random key of one sample of a seed."""
+    return jax.random.fold_in(jax.random.key(seed), index)
+
+
+def seed_bits(seed: int) -> np.uint32:
+    """A seed as the 32 bits that a random key reads of it; negative ones wrap."""
+    return np.uint32(seed % 2**32)

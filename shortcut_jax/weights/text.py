@@ -1,7 +1,7 @@
-"""The tables of the text encoders in `transformers` checkpoints: T5's encoder and CLIP's text tower."""
+"""The tables of encoders in `transformers` checkpoints: T5's encoder, CLIP's text tower, and both towers of CLIP."""
 
 from shortcut_jax.weights.rules import Rule, linear, norm
-from shortcut_jax.weights.transforms import array, kernel, vector
+from shortcut_jax.weights.transforms import array, conv, kernel, vector
 
 _T5 = "encoder.block.{i}.layer"
 _ATTENTION = f"{_T5}.0.SelfAttention"
@@ -21,18 +21,41 @@ T5_RULES: tuple[Rule, ...] = (
     Rule(("encoder.final_layer_norm.weight",), ("final_norm/scale",), vector()),
 )
 
-_CLIP = "text_model.encoder.layers.{i}"
+
+def _clip_blocks(source: str, target: str = "") -> list[Rule]:
+    """The rows of a tower's blocks."""
+    layer, blocks = f"{source}.encoder.layers.{{i}}", f"{target}encoder_blocks"
+    return [
+        Rule(tuple(f"{layer}.self_attn.{n}_proj.weight" for n in "qkv"), (f"{blocks}/qkv/kernel",), kernel(parts=3)),
+        Rule(tuple(f"{layer}.self_attn.{n}_proj.bias" for n in "qkv"), (f"{blocks}/qkv/bias",), vector(parts=3)),
+        *norm(f"{layer}.layer_norm1", f"{blocks}/attn_norm"),
+        *linear(f"{layer}.self_attn.out_proj", f"{blocks}/attn_out", in_dims=2),
+        *norm(f"{layer}.layer_norm2", f"{blocks}/mlp_norm"),
+        *linear(f"{layer}.mlp.fc1", f"{blocks}/mlp_in"),
+        *linear(f"{layer}.mlp.fc2", f"{blocks}/mlp_out"),
+    ]
 
 
-CLIP_RULES: tuple[Rule, ...] = (
-    Rule(("text_model.embeddings.token_embedding.weight",), ("token_embedding",), array()),
-    Rule(("text_model.embeddings.position_embedding.weight",), ("position_embedding",), array()),
-    Rule(tuple(f"{_CLIP}.self_attn.{n}_proj.weight" for n in "qkv"), ("encoder_blocks/qkv/kernel",), kernel(parts=3)),
-    Rule(tuple(f"{_CLIP}.self_attn.{n}_proj.bias" for n in "qkv"), ("encoder_blocks/qkv/bias",), vector(parts=3)),
-    *norm(f"{_CLIP}.layer_norm1", "encoder_blocks/attn_norm"),
-    *linear(f"{_CLIP}.self_attn.out_proj", "encoder_blocks/attn_out", in_dims=2),
-    *norm(f"{_CLIP}.layer_norm2", "encoder_blocks/mlp_norm"),
-    *linear(f"{_CLIP}.mlp.fc1", "encoder_blocks/mlp_in"),
-    *linear(f"{_CLIP}.mlp.fc2", "encoder_blocks/mlp_out"),
-    *norm("text_model.final_layer_norm", "final_norm"),
+def _clip_text(target: str = "") -> tuple[Rule, ...]:
+    embeddings = "text_model.embeddings"
+    return (
+        Rule((f"{embeddings}.token_embedding.weight",), (f"{target}token_embedding",), array()),
+        Rule((f"{embeddings}.position_embedding.weight",), (f"{target}position_embedding",), array()),
+        *_clip_blocks("text_model", target),
+        *norm("text_model.final_layer_norm", f"{target}final_norm"),
+    )
+
+
+CLIP_RULES: tuple[Rule, ...] = _clip_text()
+
+CLIP_PAIR_RULES: tuple[Rule, ...] = (
+    *_clip_text("text/"),
+    Rule(("vision_model.embeddings.class_embedding",), ("image/class_embedding",), vector()),
+    Rule(("vision_model.embeddings.patch_embedding.weight",), ("image/patch_embedding/kernel",), conv()),
+    Rule(("vision_model.embeddings.position_embedding.weight",), ("image/position_embedding",), array()),
+    *norm("vision_model.pre_layrnorm", "image/first_norm"),  # misspelt in the release
+    *_clip_blocks("vision_model", "image/"),
+    *norm("vision_model.post_layernorm", "image/final_norm"),
+    Rule(("visual_projection.weight",), ("image_projection/kernel",), kernel()),
+    Rule(("text_projection.weight",), ("text_projection/kernel",), kernel()),
 )

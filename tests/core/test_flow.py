@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.core.flow import euler, interpolate, per_row, velocity_target
+from shortcut_jax.core.flow import euler, heun, interpolate, per_row, predictions, velocity_target
 from shortcut_jax.core.schedules import sampling_grid
 
 
@@ -76,3 +76,63 @@ def test_the_model_is_told_the_step_sizes_it_is_given():
     seen = []
     euler(lambda x, t, d: seen.append(d) or x, jnp.zeros((2, 1, 1)), times, 2, None)
     assert set(seen) == {None}
+
+
+def _error(integrator, num_steps):
+    """Of x' = -x run from t = 1 to 0, where x(0) = e x(1)."""
+    times = sampling_grid(num_steps, 64)
+    x = integrator(lambda x, t, d: -x, jnp.ones((1, 1, 1)), times, num_steps, None)
+    return abs(float(x[0, 0, 0]) - np.e)
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    for n in (4, 8, 16):
+        assert 1.7 < _error(euler, n) / _error(euler, 2 * n) < 2.1
+        assert 3.5 < _error(heun, n) / _error(heun, 2 * n) < 4.2
+    assert _error(heun, 1) == _error(euler, 1)
+
+
+@pytest.mark.parametrize("integrator", [euler, heun])
+def test_a_constant_field_is_followed_exactly(integrator):
+    times = jnp.array([1.0, 0.75, 0.5, 0.0])
+    x = integrator(lambda x, t, d: jnp.full_like(x, 3.0), jnp.ones((2, 1, 1)), times, 3, None)
+    np.testing.assert_array_equal(x, np.full((2, 1, 1), -2.0))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_heun_is_that_of_diffusers(num_steps):
+    import torch
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=1.7)
+    scheduler.set_timesteps(num_steps)
+    field = lambda x, t: (1.0 + t) * x - 2.0 * t**2
+    x = torch.full((1, 2, 1), 0.3)
+    for t in scheduler.timesteps:
+        x = scheduler.step(field(x, t / 1000), t, x).prev_sample
+    first = np.unique(scheduler.sigmas.numpy())[::-1].copy()
+    times = jnp.concatenate([jnp.asarray(first), jnp.full(3, jnp.nan)])
+    ours = heun(lambda x, t, d: field(x, t[:, None, None]), jnp.full((1, 2, 1), 0.3), times, num_steps, None)
+    np.testing.assert_allclose(ours, x.numpy(), atol=2e-5)  # it divides by small sigmas
+
+
+def test_heun_evaluates_twice_a_step_but_for_the_last():
+    seen = []
+    velocity = lambda x, t, d: jax.debug.callback(lambda t: seen.append(float(t)), t[0], ordered=True) or x
+    heun(velocity, jnp.ones((1, 1, 1)), jnp.array([1.0, 0.5, 0.25, 0.0]), 3, None).block_until_ready()
+    jax.effects_barrier()
+    assert seen == [1.0, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_predictions_are_what_each_step_aims_at_and_then_the_result(pair, method):
+    x0, noise = pair
+    times = sampling_grid(3, 5, 2.0)
+    aimed = predictions(lambda x, t, d: velocity_target(x0, noise), noise, times, 3, None, method)
+    np.testing.assert_allclose(aimed[:4], np.stack([x0] * 4), atol=1e-5)
+    assert not aimed[4:].any() and len(aimed) == 6
+    curved = lambda x, t, d: t[:, None, None] * x
+    aimed = predictions(curved, noise, times, 3, None, method)
+    result = {"euler": euler, "heun": heun}[method](curved, noise, times, 3, None)
+    np.testing.assert_allclose(aimed[3], result, rtol=1e-6)
+    np.testing.assert_allclose(aimed[0], 0.0, atol=1e-6)  # x - 1 x

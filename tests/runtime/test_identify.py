@@ -2,18 +2,26 @@ import re
 
 import pytest
 
-from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
+from shortcut_jax.models.inception import InceptionConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.runtime.identify import identify
-from shortcut_jax.weights import flux_bfl, flux_diffusers
+from shortcut_jax.sources import param_shapes
+from shortcut_jax.weights import flux_bfl, flux_diffusers, inception
 from shortcut_jax.weights.rules import ConversionError, torch_shapes
-from shortcut_jax.weights.text import CLIP_RULES, T5_RULES
+from shortcut_jax.weights.text import CLIP_PAIR_RULES, CLIP_RULES, T5_RULES
 from shortcut_jax.weights.vae import bfl_rules, diffusers_rules
-from tests.weights.test_full_size import CASES, _flux
+from tests.weights.test_full_size import _flux
 
-CONFIGS = {"vae": VaeConfig(), "t5": T5Config(), "clip": ClipConfig()}
+CONFIGS = {
+    "vae": VaeConfig(),
+    "t5": T5Config(),
+    "clip": ClipConfig(),
+    "clip_score": ClipPairConfig(),
+    "inception": InceptionConfig(),
+}
 TABLES = {
     "bfl": flux_bfl.RULES,
     "diffusers": flux_diffusers.RULES,
@@ -21,11 +29,15 @@ TABLES = {
     "vae-diffusers": diffusers_rules(4, 2),
     "t5": T5_RULES,
     "clip": CLIP_RULES,
+    "clip_score": CLIP_PAIR_RULES,
+    "inception": inception.RULES,
 }
 
 
 def _theirs(kind, table):
-    return torch_shapes(_flux(kind) if kind.startswith("flux") else CASES[kind]()[1], TABLES[table])
+    if kind.startswith("flux"):
+        return torch_shapes(_flux(kind), TABLES[table])
+    return torch_shapes(param_shapes(kind, CONFIGS[kind]), TABLES[table])
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-600m", "flux-30m"])
@@ -36,7 +48,7 @@ def test_a_transformer_is_known_by_its_names_and_its_geometry_by_its_shapes(name
     assert found.config == preset(name)
 
 
-@pytest.mark.parametrize("table", ["vae-bfl", "vae-diffusers", "t5", "clip"])
+@pytest.mark.parametrize("table", ["vae-bfl", "vae-diffusers", "t5", "clip", "clip_score", "inception"])
 def test_encoders_are_known_with_the_geometry_of_their_release(table):
     kind = table.split("-")[0]
     (found,) = identify(_theirs(kind, table))
@@ -87,6 +99,8 @@ def test_what_a_geometry_is_read_from_is_named_where_it_is_missing_or_misshapen(
         ("vae-bfl", "vae", "encoder.conv_in.weight", "missing from the checkpoint: encoder.conv_in.weight"),
         ("t5", "t5", "shared.weight", "missing from the checkpoint: shared.weight"),
         ("clip", "clip", "text_model.embeddings.position_embedding.weight", "missing from the checkpoint: text_model"),
+        ("clip_score", "clip_score", "visual_projection.weight", "missing from the checkpoint: visual_projection"),
+        ("inception", "inception", "fc.weight", "missing from the checkpoint: fc.weight"),
     ):
         shapes = _theirs(kind, table)
         without = {k: v for k, v in shapes.items() if k != name}
@@ -123,6 +137,7 @@ def test_the_name_a_model_is_known_by_and_further_inputs_are_named():
         ("vae-diffusers", "vae", "encoder.mid_block.attentions.0.to_q.weight"),
         ("t5", "t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         ("clip", "clip", "text_model.embeddings.token_embedding.weight"),
+        ("inception", "inception", "Mixed_5b.branch1x1.conv.weight"),
     ):
         shapes = {f"prefix.{k}": v for k, v in _theirs(kind, table).items() if k != sign}
         with pytest.raises(ConversionError, match=re.escape(f"missing from the checkpoint: {sign} (nearest")):
@@ -159,6 +174,28 @@ def test_a_config_that_says_more_or_less_than_is_there_is_refused(kind, table, r
         ConversionError, match=re.escape(f"config.json says {name} {value!r}, but the checkpoint holds")
     ):
         identify(shapes, wrong)
+
+
+def test_the_config_of_a_whole_clip_tells_of_each_tower():
+    shapes = _theirs("clip_score", "clip_score")
+    towers = {
+        "text_config": {"num_hidden_layers": 12, "eos_token_id": 49407},
+        "vision_config": {"num_hidden_layers": 24, "num_attention_heads": 8},
+    }
+    config = identify(shapes, {"model_type": "clip", "projection_dim": 768, **towers})[0].config
+    assert (config.end_token, config.image_heads, config.text_heads) == (49407, 8, 12)
+    for hints, message in (
+        (
+            {"vision_config": {"num_hidden_layers": 25}},
+            "says num_hidden_layers 25 of vision_config, but the checkpoint",
+        ),
+        ({"text_config": {"num_hidden_layers": 11}}, "says num_hidden_layers 11 of text_config, but the checkpoint"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "says hidden_act 'gelu', but only 'quick_gelu' is supported"),
+        ({"projection_dim": 512}, "says projection_dim 512, but the checkpoint holds 768"),
+        ({"text_config": [1]}, "text_config and vision_config in config.json are not both JSON objects"),
+    ):
+        with pytest.raises(ConversionError, match=re.escape(message)):
+            identify(shapes, hints)
 
 
 def test_the_config_of_a_neighbour_and_names_of_two_models_tell_nothing():

@@ -154,7 +154,7 @@ def test_names_outside_the_models_of_a_file_are_refused_unless_known_to_be_of_no
     save(tmp_path / "x.safetensors", {**tensors, **unused})
     (model,) = open_pretrained(tmp_path / "x.safetensors")
     assert model.notes == (
-        "left out: clip_l.logit_scale (CLIP's temperature, which Flux does not use; ComfyUI writes one for T5 too)",
+        "left out: clip_l.logit_scale (CLIP's temperature, which is not used here; ComfyUI writes one for T5 too)",
         "left out: clip_l.text_projection.weight (CLIP's projection, which Flux does not use)",
     )
     save(tmp_path / "x.safetensors", {**tensors, **unused, "model.difusion_model.img_in.bias": np.ones(3, "f")})
@@ -183,3 +183,19 @@ def test_a_config_that_is_not_utf_8_is_one_clear_line(tmp_path, params):
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(ConversionError, match=r"config\.json is not JSON"):
         open_models(tmp_path / "x.safetensors")
+
+
+def test_a_whole_clip_is_one_model_that_keeps_its_projections(tmp_path):
+    from tests.weights.test_text import PAIR, _weights, clip_pair
+
+    weights = _weights(clip_pair(PAIR))
+    buffers = {f"{tower}_model.embeddings.position_ids": np.arange(20)[None] for tower in ("text", "vision")}
+    save(tmp_path / "model.safetensors", {**weights, **buffers})
+    (tmp_path / "config.json").write_text(
+        json.dumps({"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 4}})
+    )
+    (model,) = open_models(tmp_path)
+    assert (model.kind, model.config) == ("clip_score", PAIR)
+    assert [note.split()[2] for note in model.notes] == ["logit_scale", *sorted(buffers)]
+    projected = [name for name in model.params if name.endswith("projection/kernel")]
+    assert projected == ["image_projection/kernel", "text_projection/kernel"]

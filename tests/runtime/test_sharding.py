@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
+from shortcut_jax.models.inception import InceptionConfig
 from shortcut_jax.models.presets import PRESETS
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
@@ -229,7 +230,14 @@ def test_every_parameter_of_every_preset_has_a_rule_and_large_ones_are_split(nam
             assert local * (8 if "modulation" in path else 4) == leaf.size, path
 
 
-RELEASED = {"flux": PRESETS["flux-dev"], "vae": VaeConfig(), "t5": T5Config(), "clip": ClipConfig()}
+RELEASED = {
+    "flux": PRESETS["flux-dev"],
+    "vae": VaeConfig(),
+    "t5": T5Config(),
+    "clip": ClipConfig(),
+    "clip_score": ClipPairConfig(),
+    "inception": InceptionConfig(),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,11 +247,11 @@ def test_every_parameter_of_a_released_pipeline_has_a_rule_and_large_ones_are_sp
     shardings = flat_paths(tree_shardings(mesh, shapes))
     for path, leaf in flat_paths(shapes).items():
         parts = leaf.size // math.prod(shardings[path].shard_shape(leaf.shape))
-        if kind == "vae" or path.endswith(("scale", "position_bias", "position_embedding")):
+        if kind in ("vae", "inception") or path.endswith(("scale", "position_bias", "position_embedding")):
             assert parts == 1, path
         elif path.endswith("token_embedding"):
             assert shardings[path].shard_shape(leaf.shape) == (leaf.shape[0], leaf.shape[1] // 4)
-        elif path.startswith("encoder_blocks/") and path.endswith("kernel"):
+        elif "encoder_blocks/" in path and path.endswith("kernel"):
             assert parts == 8, path
     if kind == "t5":
         kernel, shard = flat_paths(shapes)["encoder_blocks/mlp_gate/kernel"].shape, (24, 1024, 5120)

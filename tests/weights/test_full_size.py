@@ -6,13 +6,14 @@ import pytest
 
 from shortcut_jax.assemble import init_params
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.models.clip import ClipConfig, ClipText
+from shortcut_jax.models.clip import ClipConfig, ClipPairConfig, ClipText
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config, T5Encoder
 from shortcut_jax.models.vae import Autoencoder, VaeConfig
+from shortcut_jax.sources import param_shapes
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import check, torch_shapes
-from shortcut_jax.weights.text import CLIP_RULES, T5_RULES
+from shortcut_jax.weights.text import CLIP_PAIR_RULES, CLIP_RULES, T5_RULES
 from shortcut_jax.weights.vae import bfl_rules, diffusers_rules
 
 
@@ -56,6 +57,16 @@ def _clip():
     return {f"text_model.{k}": v for k, v in _meta(lambda: CLIPTextModel(CLIPTextConfig(**geometry))).items()}
 
 
+def _clip_pair():
+    """CLIP ViT-L/14; the scores do without its temperature."""
+    from transformers import CLIPConfig, CLIPModel
+
+    words = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    image = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+    config = CLIPConfig(text_config=words, vision_config=image, projection_dim=768)
+    return {k: v for k, v in _meta(lambda: CLIPModel(config)).items() if k != "logit_scale"}
+
+
 def _ours(init, *args):
     return {k: tuple(v.shape) for k, v in flat_paths(jax.eval_shape(init, *args)).items()}
 
@@ -78,6 +89,7 @@ CASES = {
     ),
     "t5": lambda: (_t5(), _initialized(T5Encoder(T5Config()), np.zeros((1, 4), np.int32)), T5_RULES),
     "clip": lambda: (_clip(), _initialized(ClipText(ClipConfig()), np.zeros((1, 4), np.int32)), CLIP_RULES),
+    "clip_score": lambda: (_clip_pair(), param_shapes("clip_score", ClipPairConfig()), CLIP_PAIR_RULES),
 }
 
 

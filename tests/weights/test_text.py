@@ -3,14 +3,30 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.models.clip import ClipConfig, ClipText
+from shortcut_jax.models.clip import ClipConfig, ClipPair, ClipPairConfig, ClipText
 from shortcut_jax.models.t5 import T5Config, T5Encoder
+from shortcut_jax.sources import param_shapes
 from shortcut_jax.weights.rules import nest, to_flax, to_torch
-from shortcut_jax.weights.text import CLIP_RULES, T5_RULES
+from shortcut_jax.weights.text import CLIP_PAIR_RULES, CLIP_RULES, T5_RULES
 from tests.helpers import relative
 
 T5 = T5Config(vocab=60, width=32, blocks=3, heads=4, head_size=6, hidden=40)
 CLIP = ClipConfig(vocab=80, width=32, blocks=2, heads=4, hidden=64, max_tokens=20)
+PAIR = ClipPairConfig(
+    joint=24,
+    side=28,
+    patch=7,
+    image_width=48,
+    image_blocks=3,
+    image_heads=4,
+    image_hidden=40,
+    vocab=80,
+    text_width=32,
+    text_blocks=2,
+    text_heads=4,
+    text_hidden=64,
+    max_tokens=20,
+)
 
 
 def _randomize(model):
@@ -38,6 +54,19 @@ def _clip(end_token):
     geometry = dict(vocab_size=CLIP.vocab, hidden_size=CLIP.width, intermediate_size=CLIP.hidden)
     depth = dict(num_hidden_layers=CLIP.blocks, num_attention_heads=CLIP.heads, max_position_embeddings=CLIP.max_tokens)
     return _randomize(CLIPTextModel(CLIPTextConfig(**geometry, **depth, bos_token_id=0, eos_token_id=end_token)))
+
+
+def clip_pair(cfg, end_token=2):
+    """transformers' CLIPModel with random weights; the released one says 2 for its end token."""
+    from transformers import CLIPConfig, CLIPModel
+
+    words = dict(vocab_size=cfg.vocab, hidden_size=cfg.text_width, intermediate_size=cfg.text_hidden)
+    words |= dict(num_hidden_layers=cfg.text_blocks, num_attention_heads=cfg.text_heads)
+    words |= dict(max_position_embeddings=cfg.max_tokens, bos_token_id=0, eos_token_id=end_token)
+    image = dict(hidden_size=cfg.image_width, intermediate_size=cfg.image_hidden, num_hidden_layers=cfg.image_blocks)
+    image |= dict(num_attention_heads=cfg.image_heads, image_size=cfg.side, patch_size=cfg.patch)
+    config = CLIPConfig(text_config=words, vision_config=image, projection_dim=cfg.joint)
+    return _randomize(CLIPModel(config))
 
 
 def _weights(model, prefix=""):
@@ -83,6 +112,27 @@ def test_clip_states_and_pooled_vector_equal_the_reference(end_token, highest_pr
     assert relative(actual.states_BMD, expected.last_hidden_state.numpy()) <= 1e-5
     assert relative(actual.pooled_BD, expected.pooler_output.numpy()) <= 1e-5
     np.testing.assert_array_equal(actual.pooled_BD, actual.states_BMD[[0, 1], [5, 9]])
+
+
+def test_embeddings_of_both_clip_towers_equal_the_reference(highest_precision):
+    import torch
+
+    reference, shapes = clip_pair(PAIR), param_shapes("clip_score", PAIR)
+    weights = _weights(reference)
+    weights.pop("logit_scale")
+    params = nest(to_flax(weights, CLIP_PAIR_RULES, shapes))
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((2, PAIR.side, PAIR.side, 3), np.float32)
+    ids = rng.integers(3, PAIR.vocab - 1, (2, 12))
+    ids[0, 5:], ids[1, 9:] = PAIR.vocab - 1, PAIR.vocab - 1
+    with torch.no_grad():
+        image = reference.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).pooler_output.numpy()
+        words = reference.get_text_features(torch.from_numpy(ids)).pooler_output.numpy()
+    images, texts = ClipPair(PAIR).apply({"params": params}, pixels, ids)
+    assert images.shape == texts.shape == (2, PAIR.joint)
+    assert relative(images, image) <= 1e-5 and relative(texts, words) <= 1e-5
+    back = to_torch(to_flax(weights, CLIP_PAIR_RULES, shapes), CLIP_PAIR_RULES)
+    assert back.keys() == weights.keys() and all(np.array_equal(back[k], weights[k]) for k in weights)
 
 
 @pytest.mark.parametrize("name", ["t5", "clip"])

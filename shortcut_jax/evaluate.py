@@ -1,0 +1,189 @@
+"""Evaluation: `python -m shortcut_jax.evaluate --workdir=W`, or of a converted pipeline with `--checkpoint=FOLDER`.
+
+Writes `evaluation.html` and `evaluation.json`. The first view is judged in full, the others at fewer step counts and on
+fewer pictures. What is cut off goes on where it was when the same command is given again.
+"""
+
+import math
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shortcut_jax import command
+from shortcut_jax.command import UsageError
+from shortcut_jax.core.stats import clip_score
+from shortcut_jax.data.resize import RESIZES
+from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
+from shortcut_jax.evaluation.reference import open_reference, save_reference
+from shortcut_jax.evaluation.run import EXTRAS, Plan, entries_of, evaluate
+from shortcut_jax.evaluation.sampling import Classify, Judges
+from shortcut_jax.evaluation.subject import CHECKPOINT, CaptionedSet, ConvertedSubject, RunSubject, Subject
+from shortcut_jax.evaluation.writing import write
+from shortcut_jax.report import make_reference
+from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.compiling import keep_programs
+from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.shared_folder import check_folder
+
+USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
+FEATURES = ("auto", "inception", "pixels", "random")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line, makes and judges the pictures, and writes the page."""
+    options = command.parse(_flags(), argv, USAGE)
+    steps, other_steps = (_numbers(name, getattr(options, name)) for name in ("steps", "other_steps"))
+    _check(options)
+    place = options.coordinator, options.num_processes, options.process_id, options.join_timeout
+    distributed.initialize(*place)
+    say(f"compiled programs are kept in {keep_programs()}")
+    if options.save_reference is not None:
+        features = choose_features(options, None)
+        folder = Path(options.save_reference).parent
+        reference = open_reference(options.reference, None, features, folder)
+        save_reference(Path(options.save_reference), reference, features)
+        say(f"{features.name} of {reference.num_pictures:,} {reference.source}: {options.save_reference}")
+        return 0
+    out = Path(options.out or _default_out(options))
+    top = max(*steps, *other_steps, options.teacher_steps)
+    subjects = [open_subject(options, path, top) for path in options.workdir or [options.checkpoint]]
+    teacher = open_subject(options, options.teacher, top) if options.teacher else None
+    views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
+    images = options.images, other_steps, options.other_images
+    plan = Plan(views, steps, *images, options.teacher_steps, options.seed, options.extras)
+    entries = entries_of(subjects, teacher, plan)
+    check_folder(out)
+    own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
+    features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
+    judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
+    reference = open_reference(options.reference, own, features, out)
+    write(evaluate(entries, plan, judges, reference, out), out)
+    return 0
+
+
+def _flags() -> Any:
+    from absl import flags
+
+    values = command.new_flags()
+    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    flags.DEFINE_multi_string("workdir", None, "Folder of a training run; several side by side.", flag_values=values)
+    text("checkpoint", None, "Converted pipeline, instead of a workdir.", flag_values=values)
+    flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "32"], "Sampling step counts.", flag_values=values)
+    flags.DEFINE_list("views", None, "Weights: slow,online,fast; the first one in full.", flag_values=values)
+    number("images", 0, "Pictures of a cell; 0: as many as there are captions.", flag_values=values)
+    flags.DEFINE_list("other_steps", ["1", "4", "32"], "Step counts of the views but the first.", flag_values=values)
+    number("other_images", 512, "Pictures of their cells; 0: as of the first.", flag_values=values)
+    text("teacher", None, "Workdir or pipeline to compare with; a run's own by default.", flag_values=values)
+    number("teacher_steps", 32, "Sampling steps of the teacher.", flag_values=values)
+    flags.DEFINE_enum("features", "auto", FEATURES, "What the distance is computed on.", flag_values=values)
+    text("inception", None, "Converted InceptionV3 (pt_inception-2015-12-05), for FID.", flag_values=values)
+    flags.DEFINE_enum("resize", RESIZES[0], RESIZES, "How pictures get Inception's size.", flag_values=values)
+    text("clip", None, "Converted CLIP with both towers, for the CLIP score.", flag_values=values)
+    text("reference", None, "Statistics (.npz), or a folder of pictures; else the run's set.", flag_values=values)
+    text("save_reference", None, "Only write the statistics of --reference to this .npz.", flag_values=values)
+    text("prompts", None, "With --checkpoint: file with a prompt a line.", flag_values=values)
+    flags.DEFINE_list("extras", list(EXTRAS), "What is asked besides.", flag_values=values)
+    number("seed", 0, "Seed of the noise.", flag_values=values)
+    number("batch_size", 256, "Pictures made at once.", flag_values=values)
+    flags.DEFINE_float("guidance", None, "Guidance scale; by default that of the run.", flag_values=values)
+    flags.DEFINE_float("shift", None, "Timestep shift; by default that of the run.", flag_values=values)
+    for name in ("height", "width", "text_tokens"):
+        number(name, None, "With --checkpoint, as in sample.", flag_values=values)
+    text("base", None, "Base of a run's adapters, where it has moved.", flag_values=values)
+    text("encoders", None, "Pipeline of a run on latents.", flag_values=values)
+    text("data_dir", None, "Folder of the sets; the run's own by default.", flag_values=values)
+    text("out", None, "Folder to write; WORKDIR/evaluation by default.", flag_values=values)
+    command.define_place(values)
+    return values
+
+
+def _check(options: types.SimpleNamespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    if options.save_reference is not None:
+        if options.reference is None or options.workdir or options.checkpoint:
+            raise UsageError("--save_reference goes with --reference=FOLDER, without a workdir or checkpoint")
+        if options.features == "auto" and options.inception is None:
+            raise UsageError("--save_reference needs --inception=FOLDER, or --features=random")
+        return
+    if bool(options.workdir) == (options.checkpoint is not None):
+        raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
+    if options.checkpoint and not options.prompts:
+        raise UsageError("--checkpoint needs --prompts=FILE, a prompt a line")
+    for name in ("height", "width", "text_tokens", "prompts"):
+        if options.workdir and getattr(options, name) is not None:
+            raise UsageError(f"--{name} goes with --checkpoint, not with --workdir")
+    for name, least in (("images", 0), ("other_images", 0), ("teacher_steps", 1), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least {least}")
+    unknown = [name for name in options.extras if name not in EXTRAS]
+    if unknown:
+        raise UsageError(f"--extras has {unknown[0]!r}, but must be of {', '.join(EXTRAS)}")
+    if 1 in (options.images, options.other_images):
+        raise UsageError("a distance needs at least 2 pictures: raise --images and --other_images, or give 0 for all")
+    if options.features == "inception" and options.inception is None:
+        raise UsageError(
+            "--features=inception needs --inception=FOLDER: convert pt_inception-2015-12-05 with "
+            "python -m shortcut_jax.convert --from=FILE.safetensors --to=FOLDER"
+        )
+
+
+def _numbers(name: str, texts: Sequence[str]) -> list[int]:
+    if not texts or not all(t.strip().isdigit() and 1 <= int(t) <= 1000 for t in texts):
+        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers from 1 to 1000")
+    return sorted({int(t) for t in texts})
+
+
+def _default_out(options: types.SimpleNamespace) -> Path:
+    if options.checkpoint:
+        return Path("runs") / f"evaluation-{Path(options.checkpoint).resolve().name}"
+    if len(options.workdir) > 1:
+        raise UsageError("several workdirs need --out=FOLDER")
+    return Path(options.workdir[0]) / "evaluation"
+
+
+def choose_features(options: types.SimpleNamespace, shape: tuple[int, ...] | None) -> Features:
+    """The features of the distance: Inception's where its weights are given, else pixels or a random network."""
+    if options.inception is not None and options.features in ("auto", "inception"):
+        return inception(options.inception, options.resize)
+    if options.features == "random" or (options.features == "auto" and (not shape or math.prod(shape) > MAX_PIXELS)):
+        return random_network(0)
+    if shape is None:
+        raise UsageError("--features=pixels is for a workdir, whose pictures have one size: take --features=random")
+    return pixels(shape)
+
+
+def open_subject(options: types.SimpleNamespace, path: str, max_steps: int) -> Subject:
+    """A workdir, or a converted pipeline."""
+    if (Path(path) / "checkpoints").is_dir() or not options.prompts:
+        return RunSubject(
+            *(path, max_steps, options.batch_size, options.guidance, options.shift),
+            *(options.base, options.encoders, options.data_dir),
+        )
+    file = Path(options.prompts or "")
+    if not file.is_file():
+        raise UsageError(f"--prompts={options.prompts}: a pipeline needs a file with a prompt a line")
+    prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts={options.prompts} is empty: it needs a prompt a line")
+    names = ("height", "width", "guidance", "shift", "text_tokens")
+    return ConvertedSubject(path, prompts, options.batch_size, {n: getattr(options, n) for n in names})
+
+
+def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
+    """Pictures and captions -> the CLIP score of each pair."""
+    clip = load_clip(folder)
+    return lambda pictures, captions: clip_score(clip.images(pictures), clip.texts(captions))
+
+
+def classifier(own: CaptionedSet | None) -> Classify | None:
+    """Pictures -> classes, fitted on the training set where it has labels; see `report.make_reference`."""
+    if own is None or "label" not in own.records[0]:
+        return None
+    return make_reference(own.records).classify
+
+
+if __name__ == "__main__":
+    command.run(main)

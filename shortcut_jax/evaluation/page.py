@@ -1,0 +1,217 @@
+"""`evaluation.html`: tables, curves and pictures in one file that needs neither network nor JavaScript."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from shortcut_jax.core.paths import CONSISTENCY_STEPS
+from shortcut_jax.report import count_label
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d8dce3; --soft: #667085; --page: #f6f7f9; --card: #fff; --ink: #1c2430;
+  --best: #e3f4e8; }
+@media (prefers-color-scheme: dark) { :root { --line: #333b47; --soft: #98a2b3; --page: #14181e; --card: #1c222b;
+  --ink: #e6eaf0; --best: #1e3d2a; } }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.3rem;
+  margin-top: 1.1rem; overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .2rem 0 .4rem; }
+caption { text-align: left; font-weight: 600; padding: .5rem 0 .3rem; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
+td.best { background: var(--best); font-weight: 600; }
+p, li, dd { color: var(--soft); margin: .2rem 0; max-width: 75ch; }
+dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; margin: .6rem 0 0; }
+dt { font-weight: 600; } dd { margin: 0; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; } .plot { background: #fff; border-radius: 8px; padding: .4rem; }
+.plot svg, img { max-width: 100%; height: auto; } img { border-radius: 6px; image-rendering: pixelated; }
+.warn { color: #b54708; } @media (prefers-color-scheme: dark) { .warn { color: #fdb022; } }
+"""
+
+ABSENT = "-"
+"""In a table, for what is not known."""
+
+
+class Metric(NamedTuple):
+    """A figure of a cell.
+
+    Attributes:
+      key: in a row.
+      title: of its table.
+      form: of a number, for `format`.
+      best: min or max, whichever is better; empty for neither.
+    """
+
+    key: str
+    title: str
+    form: str
+    best: str = ""
+
+
+def metrics_of(distance: str) -> tuple[Metric, ...]:
+    """The figures of a cell in the order of the page; `distance` is what the Frechet distance is called."""
+    return (
+        Metric("distance", f"{distance} (lower is better)", ".3g", "min"),
+        Metric("accuracy", "Caption accuracy", ".3f", "max"),
+        Metric("clip_score", "CLIP score", ".2f", "max"),
+        Metric("kid", "KID (unbiased)", ".3g", "min"),
+        Metric("precision", "Precision", ".3f", "max"),
+        Metric("recall", "Recall", ".3f", "max"),
+        Metric("abs_gap", f"Gap to the teacher: |difference of {distance}|", ".3g", "min"),
+        Metric("to_teacher", f"{distance} to the teacher's own pictures", ".3g", "min"),
+        Metric("images_per_second", "Images a second, in batches", ".3g", ""),
+    )
+
+
+Pivot = dict[str, dict[int, Any]]
+"""label -> steps -> value."""
+
+
+def pivot(rows: Sequence[dict[str, Any]], key: str) -> Pivot:
+    """The values of a figure by label and steps; None where it is not known."""
+    result: Pivot = {}
+    for row in rows:
+        result.setdefault(row["label"], {})[row["steps"]] = row.get(key)
+    return result
+
+
+def known(rows: Sequence[dict[str, Any]], key: str) -> bool:
+    """Whether any row has the figure."""
+    return any(row.get(key) is not None for row in rows)
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]], caption: str = "", best: str = "") -> str:
+    """An HTML table; with `best` (min or max) the best number of each column is marked."""
+    number = lambda text: float(m[0]) if (m := re.match(r"-?[\d.]+(e[+-]?\d+)?", text)) else None
+    marked = {}
+    for column in range(1, len(head)) if best and len(body) > 1 else ():
+        values = [(v, i) for i, row in enumerate(body) if (v := number(row[column])) is not None]
+        if values:
+            marked[column] = {min: min, max: max}[{"min": min, "max": max}[best]](values)[0]
+    cells = lambda i, row: "".join(
+        f"<td{' class=best' if j in marked and number(c) == marked[j] else ''}>{html.escape(c)}</td>"
+        for j, c in enumerate(row)
+    )
+    lines = [f"<caption>{html.escape(caption)}</caption>" if caption else ""]
+    lines.append("<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>")
+    lines += [f"<tr>{cells(i, row)}</tr>" for i, row in enumerate(body)]
+    return "<table>" + "".join(lines) + "</table>"
+
+
+def metric_table(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
+    """Rows are labels, columns step counts. `*` marks pictures too few for the features."""
+    values, steps = pivot(rows, metric.key), sorted({row["steps"] for row in rows})
+    few = {(row["label"], row["steps"]) for row in rows if row["few_images"]}
+    images = {row["label"]: row["images"] for row in rows}
+
+    def cell(label: str, n: int) -> str:
+        value = values[label].get(n)
+        if value is None:
+            return ABSENT
+        star = " *" if metric.key in ("distance", "abs_gap", "to_teacher") and (label, n) in few else ""
+        return format(value, metric.form) + star
+
+    labels = [label for label in values if any(v is not None for v in values[label].values())]
+    body = [[f"{label} ({images[label]:,})", *(cell(label, n) for n in steps)] for label in labels]
+    return table(["weights (images)", *map(count_label, steps)], body, metric.title, metric.best)
+
+
+def plot(draw: Callable[[Any], None], size: tuple[float, float] = (5.0, 3.2)) -> str:
+    """An SVG that `draw(axes)` makes, inline."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "shortcut_jax", "font.size": 9}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    svg = out.getvalue()
+    return f'<div class="plot">{svg[svg.index("<svg") :]}</div>'
+
+
+def quality_plot(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
+    """A figure against steps, a line a label."""
+
+    def draw(axes: Any) -> None:
+        steps = sorted({row["steps"] for row in rows})
+        for label, values in pivot(rows, metric.key).items():
+            points = [(n, v) for n, v in sorted(values.items()) if v is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.4, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(steps, [str(n) for n in steps])
+        axes.minorticks_off()
+        if metric.key in ("distance", "to_teacher", "abs_gap"):
+            axes.set_yscale("log")
+        axes.set(xlabel="sampling steps", title=metric.title)
+
+    return plot(draw)
+
+
+def path_section(paths: dict[str, Any], times: Sequence[float]) -> str:
+    """How straight the fields are: curves of change, and the self-consistency error by step size."""
+
+    def change(axes: Any) -> None:
+        for label, measured in paths.items():
+            axes.plot(times, measured["change"], linewidth=1.4, label=label)
+        axes.invert_xaxis()
+        axes.set(xlabel="t (1 is noise)", yscale="log", title="relative change of velocity along the path")
+
+    def consistency(axes: Any) -> None:
+        for label, measured in paths.items():
+            axes.plot(CONSISTENCY_STEPS, measured["consistency"], marker="o", markersize=3.5, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(CONSISTENCY_STEPS, [f"1/{m}" if m > 1 else "1" for m in CONSISTENCY_STEPS])
+        axes.minorticks_off()
+        axes.set(xlabel="step size", yscale="log", title="one step against two of half its size")
+
+    head = ["weights", "mean change", *(f"step 1/{m}" if m > 1 else "step 1" for m in CONSISTENCY_STEPS)]
+    body = [
+        [label, f"{sum(m['change']) / len(m['change']):.3g}", *(f"{v:.3g}" for v in m["consistency"])]
+        for label, m in paths.items()
+    ]
+    text = (
+        f"Euler's path from noise in {len(times) + 1} steps. Change: |v_k - v_(k-1)| / |v_(k-1)|. Self-consistency: "
+        "where one step ends against where two of half its size end, over the length of the two; this is what SCFM "
+        "minimises."
+    )
+    return f"<p>{html.escape(text)}</p><div class=pair>{plot(change)}{plot(consistency)}</div>" + table(
+        head, body, best="min"
+    )
+
+
+def picture(image: Image.Image, alt: str) -> str:
+    """A picture inside the page."""
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=True)
+    data = base64.b64encode(out.getvalue()).decode("ascii")
+    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def section(title: str, *parts: str) -> str:
+    """A card of the page."""
+    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def page(title: str, subtitle: str, facts: dict[str, str], sections: Sequence[str]) -> str:
+    """The whole document."""
+    listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main><h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p><dl>{listed}</dl>"
+        f"{''.join(sections)}</main></body></html>\n"
+    )

@@ -1,0 +1,157 @@
+"""The real pictures that samples are judged against: statistics of their features, made once and kept."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from tqdm import tqdm
+
+from shortcut_jax.core.stats import Gaussian, gaussian_of
+from shortcut_jax.data.format import DataError
+from shortcut_jax.data.images import BadImage, decode
+from shortcut_jax.evaluation.features import Features
+from shortcut_jax.evaluation.subject import CaptionedSet
+from shortcut_jax.evaluation.tally import Tally, add, no_tally, of_all_processes
+from shortcut_jax.runtime import distributed, key_value
+from shortcut_jax.settings import ConfigError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+HOW = "make them with python -m shortcut_jax.evaluate --save_reference=FILE.npz --reference=FOLDER_OF_PICTURES"
+BATCH = 256
+
+
+class Reference(NamedTuple):
+    """Statistics of real pictures.
+
+    Attributes:
+      gaussian: of their features.
+      features: of a sample of them, [S, F], S at most `tally.RESERVOIR`; None where the file has the Gaussian only.
+      source: where they come from.
+      num_pictures: 0 where that is not known.
+    """
+
+    gaussian: Gaussian
+    features: np.ndarray | None
+    source: str
+    num_pictures: int
+
+
+def open_reference(given: str | None, own: CaptionedSet | None, features: Features, cache: Path) -> Reference:
+    """The reference of an evaluation.
+
+    Args:
+      given: statistics (`.npz` with mu and sigma), or a folder of pictures; None for the subject's training set.
+      own: that set.
+      features: of pictures.
+      cache: folder where statistics that are computed here are kept.
+
+    Raises:
+      ConfigError: there are none, or they are of other features; the message says how to make some.
+    """
+    if given is None:
+        if own is None:
+            raise ConfigError(f"reference statistics are missing: give --reference=FILE.npz, or {HOW}")
+        return _kept(cache, own.identity, features, lambda: _pictures_of_set(own), len(own), "the training set")
+    path = Path(given).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+        if len(files) < 2:
+            raise ConfigError(f"--reference={given} has {len(files)} pictures ({', '.join(ENDINGS)}): give at least 2")
+        newest = max(p.stat().st_mtime_ns for p in files)
+        identity = f"{path.resolve()} {len(files)} {newest}"
+        return _kept(cache, identity, features, lambda: _pictures_of_files(files), len(files), f"pictures of {given}")
+    if not path.is_file():
+        raise ConfigError(f"reference statistics {given} are not there: {HOW}")
+    return load_reference(path, features)
+
+
+def load_reference(path: Path, features: Features) -> Reference:
+    """Statistics as the tools for FID write them: `mu` [F] and `sigma` [F, F]; those of `save_reference` have more.
+
+    Raises:
+      ConfigError: it is no such file, or of other features.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            held = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ConfigError(f"reference statistics {path} cannot be read ({error}): {HOW}") from None
+    if "mu" not in held or "sigma" not in held:
+        raise ConfigError(f"{path} has no mu and sigma, but {', '.join(held) or 'nothing'}: {HOW}")
+    if held["mu"].shape != (features.size,) or held["sigma"].shape != (features.size, features.size):
+        raise ConfigError(
+            f"{path} has statistics of {held['mu'].size} features, but {features.name} has {features.size}: {HOW}"
+        )
+    name = str(held.get("label", features.name))
+    if name != features.name:
+        raise ConfigError(f"{path} is for {name}, but {features.name} is asked for: {HOW}")
+    gaussian = Gaussian(held["mu"].astype(np.float64), held["sigma"].astype(np.float64))
+    return Reference(gaussian, held.get("features"), str(held.get("source", path.name)), int(held.get("count", 0)))
+
+
+def save_reference(path: Path, reference: Reference, features: Features) -> None:
+    """Writes statistics that also other tools for FID read."""
+    mean, covariance = reference.gaussian
+    more: Any = {} if reference.features is None else {"features": reference.features}
+    more |= {"label": features.name, "source": reference.source, "count": reference.num_pictures}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, mu=mean, sigma=covariance, **more)
+    partial.replace(path)
+
+
+def _kept(
+    cache: Path,
+    identity: str,
+    features: Features,
+    pictures: Callable[[], Iterable[np.ndarray]],
+    total: int,
+    source: str,
+) -> Reference:
+    """Statistics of `total` pictures known by `identity`, from a file in `cache`, which is made where it is absent."""
+    name = hashlib.sha256(f"{features.name} {identity}".encode()).hexdigest()[:12]
+    path = cache / f"reference-{name}.npz"
+    if not distributed.agree(path.is_file()):
+        tally = of_all_processes(_tally(pictures(), features, total))
+        reference = Reference(gaussian_of(tally.moments), tally.reservoir.features_SF, source, tally.done)
+        if key_value.process_id() == 0:
+            save_reference(path, reference, features)
+        return reference
+    return load_reference(path, features)
+
+
+def _tally(batches: Iterable[np.ndarray], features: Features, total: int) -> Tally:
+    """Of this process's share of the pictures."""
+    tally, done = no_tally(features.size), 0
+    rank, processes = key_value.process_id(), key_value.num_processes()
+    with tqdm(total=total, desc="reference", unit="picture", disable=rank > 0, leave=False) as bar:
+        for pictures in batches:
+            mine = np.arange(rank, len(pictures), processes)
+            indices, done = done + mine, done + len(pictures)
+            tally = add(tally, indices, features(pictures[mine]), {}, done) if len(mine) else tally._replace(done=done)
+            bar.update(len(pictures))
+    return tally
+
+
+def _pictures_of_set(own: CaptionedSet) -> Iterator[np.ndarray]:
+    for first in range(0, len(own), BATCH):
+        yield own.pictures(range(first, min(first + BATCH, len(own))))
+
+
+def _pictures_of_files(files: list[Path]) -> Iterator[np.ndarray]:
+    """Pictures in their order, those of one size together as long as they follow each other."""
+    waiting: list[np.ndarray] = []
+    for path in files:
+        try:
+            pixels = np.asarray(decode(path.read_bytes()).convert("RGB"))
+        except (BadImage, OSError) as error:
+            raise DataError(f"the picture {path} cannot be read: {error}") from None
+        if waiting and (waiting[0].shape != pixels.shape or len(waiting) == BATCH):
+            yield np.stack(waiting)
+            waiting = []
+        waiting.append(pixels)
+    yield np.stack(waiting)

@@ -1,0 +1,116 @@
+"""Making the pictures of an evaluation: cell by cell, in batches over all devices, kept as it goes."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from shortcut_jax.evaluation.features import Features
+from shortcut_jax.evaluation.judge import Cell
+from shortcut_jax.evaluation.subject import Asked, Subject
+from shortcut_jax.evaluation.tally import Tally, add, load, no_tally, of_all_processes, save
+from shortcut_jax.runtime import distributed
+
+SAVE_SECONDS = 30.0
+
+
+Classify = Callable[[np.ndarray], np.ndarray]
+"""Pictures [S, h, w, c], uint8 -> classes [S]."""
+
+
+class Judges(NamedTuple):
+    """What looks at each picture.
+
+    Attributes:
+      features: of pictures.
+      clip: (pictures, captions) -> the CLIP score of each; None without CLIP.
+      classify: pictures -> classes; None where the data has none.
+    """
+
+    features: Features
+    clip: Callable[[np.ndarray, Sequence[str]], np.ndarray] | None = None
+    classify: Classify | None = None
+
+
+def sample_cell(
+    subject: Subject, weights: Callable[[], Any], cell: Cell, seed: int, judges: Judges, path: Path, bar: tqdm
+) -> Tally:
+    """Makes the pictures of a cell, or those that an earlier run of it has not made.
+
+    Picture i has caption i and noise i of the seed, whatever the devices and the batch. Each process looks at its share
+    of every batch; what all have seen is written to `path` now and then, and at the end.
+
+    Args:
+      subject: what is judged.
+      weights: called only where pictures are left to be made.
+      cell: which weights, steps and how many.
+      seed: of the noise.
+      judges: what looks at them.
+      path: of the cell's file.
+      bar: progress, in network evaluations.
+    """
+    rank, processes = jax.process_index(), jax.process_count()
+    key = f"{subject.identity} | {cell} | {cell.images} images | seed {seed} | {judges.features.name}"
+    stored = load(path, key)
+    done = distributed.agree_on(stored.done if stored else 0)
+    empty = no_tally(judges.features.size)._replace(done=done)
+    # What is stored is of all processes: one of them goes on with it.
+    tally = stored if stored and rank == 0 else empty
+    bar.update(done * cell.steps)
+    if done == cell.images:
+        return of_all_processes(tally)
+    on_device, saved = weights(), time.monotonic()
+    for first in range(done, cell.images, subject.batch_size):
+        indices = np.arange(first, min(first + subject.batch_size, cell.images))
+        asked = subject.ask(indices.tolist(), cell.images)
+        begin = time.perf_counter()
+        pictures = subject.pictures(on_device, asked, cell.steps, seed, first)
+        seconds = (time.perf_counter() - begin) * (rank == 0)
+        mine = np.arange(rank, len(indices), processes)
+        sums = {"seconds": seconds, **_look(judges, asked, pictures, mine)}
+        done = int(indices[-1]) + 1
+        features = judges.features(pictures[mine]) if len(mine) else np.zeros((0, judges.features.size), np.float32)
+        tally = add(tally, indices[mine], features, sums, done)
+        bar.update(len(indices) * cell.steps)
+        if done < cell.images and distributed.agree(time.monotonic() - saved > SAVE_SECONDS):
+            tally, saved = _keep(tally, empty, path, key), time.monotonic()
+    return _keep(tally, None, path, key)
+
+
+def _keep(tally: Tally, empty: Tally | None, path: Path, key: str) -> Tally:
+    """Writes what all processes have seen. Process 0 goes on with it, the others with `empty`; all, where None."""
+    whole = of_all_processes(tally)
+    if jax.process_index() == 0:
+        save(path, whole, key)
+    if empty is None or jax.process_index() == 0:
+        return whole
+    return empty._replace(done=whole.done)
+
+
+def _look(judges: Judges, asked: Asked, pictures: np.ndarray, mine: np.ndarray) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    if not len(mine):
+        return sums
+    if judges.classify and asked.labels is not None:
+        hits = judges.classify(pictures[mine]) == asked.labels[mine]
+        sums |= {"classified": float(hits.sum()), "labelled": float(len(mine))}
+    if judges.clip:
+        scores = judges.clip(pictures[mine], [asked.captions[i] for i in mine])
+        sums |= {"clip": float(scores.sum()), "captioned": float(len(mine))}
+    return sums
+
+
+def latencies(make: Callable[[int], np.ndarray], steps: Sequence[int], repeats: int = 3) -> dict[int, float]:
+    """Seconds of `make(steps)`, the median of some calls in turns, after one that may compile."""
+    times: dict[int, list[float]] = {n: [] for n in steps}
+    make(1)
+    for _ in range(repeats):
+        for n in steps:
+            begin = time.perf_counter()
+            make(n)
+            times[n].append(time.perf_counter() - begin)
+    return {n: float(np.median(values)) for n, values in times.items()}

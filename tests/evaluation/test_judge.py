@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from shortcut_jax.core.stats import fit_gaussian
+from shortcut_jax.evaluation.features import pixels
+from shortcut_jax.evaluation.judge import Cell, against_teacher, figures, public_names
+from shortcut_jax.evaluation.reference import Reference
+from shortcut_jax.evaluation.tally import add, no_tally
+
+FEATURES = pixels((2, 2, 1))
+
+
+def _cell(label, steps, samples, **sums):
+    tally = add(no_tally(4), np.arange(len(samples)), samples, {"seconds": 2.0, **sums}, len(samples))
+    return Cell(label, steps, len(samples)), tally
+
+
+def _normal(num, mean, seed=0):
+    return np.random.default_rng(seed).normal(mean, 1.0, (num, 4)).astype(np.float32)
+
+
+REFERENCE = Reference(fit_gaussian(_normal(500, 0.0)), _normal(500, 0.0), "real", 500)
+
+
+def test_the_same_samples_are_at_no_distance_and_cover_each_other():
+    row = figures(*_cell("slow", 4, _normal(500, 0.0)), REFERENCE, FEATURES)
+    assert row["distance"] == pytest.approx(0.0, abs=1e-8) and row["precision"] == row["recall"] == 1.0
+    assert row["kid"] < 0 and row["images_per_second"] == 250.0 and row["accuracy"] is None
+    assert not row["few_images"] and figures(*_cell("slow", 4, _normal(4, 0.0)), REFERENCE, FEATURES)["few_images"]
+
+
+def test_a_shifted_normal_is_at_the_square_of_the_shift():
+    sums = dict(classified=3.0, labelled=4.0, clip=60.0, captioned=3.0)
+    cell, tally = _cell("slow", 1, _normal(500, 0.0) + np.float32(2.0), **sums)
+    row = figures(cell, tally, REFERENCE, FEATURES)
+    assert row["distance"] == pytest.approx(16.0, rel=1e-5) and row["accuracy"] == 0.75 and row["clip_score"] == 20.0
+
+
+def test_a_reference_without_features_has_no_kid():
+    row = figures(*_cell("slow", 4, _normal(500, 0.0)), REFERENCE._replace(features=None), FEATURES)
+    assert row["kid"] is row["precision"] is row["recall"] is None and row["distance"] < 1e-8
+
+
+def test_the_gap_is_of_distances_and_the_distance_to_the_teacher_is_of_pictures():
+    shifted = lambda by: _normal(500, 0.0) + np.float32(by)
+    (cell, student), (_, teacher) = _cell("slow", 1, shifted(2.0)), _cell("teacher", 32, shifted(-1.0))
+    rows = [figures(cell, t, REFERENCE, FEATURES) for t in (student, teacher)]
+    row = against_teacher(rows[0], student, rows[1], teacher)
+    assert row["abs_gap"] == pytest.approx(16.0 - 4.0, rel=1e-5)
+    assert row["to_teacher"] == pytest.approx(4 * 9.0, rel=1e-5)
+
+
+def test_only_inception_makes_it_an_fid():
+    row = {"label": "slow", "distance": 1.0, "abs_gap": 2.0, "to_teacher": 3.0}
+    assert public_names(row, "FID") == {"label": "slow", "fid": 1.0, "abs_fid_gap": 2.0, "fid_to_teacher": 3.0}
+    assert set(public_names(row, FEATURES.name)) == {
+        *("label", "frechet_distance", "abs_frechet_gap", "frechet_to_teacher")
+    }

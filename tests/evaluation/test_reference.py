@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax.core.stats import fit_gaussian
+from shortcut_jax.evaluation.features import pixels, random_network
+from shortcut_jax.evaluation.reference import load_reference, open_reference, save_reference
+from shortcut_jax.settings import ConfigError
+
+FEATURES = pixels((2, 3, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures" / "sub").mkdir(parents=True)
+    for i in range(9):
+        name = tmp_path / "pictures" / ("sub" if i % 2 else ".") / f"{i}.png"
+        Image.fromarray(rng.integers(0, 255, (2, 3, 3), np.uint8)).save(name)
+    return tmp_path / "pictures"
+
+
+def test_a_folder_gives_the_statistics_of_its_pictures_and_they_are_kept(folder, tmp_path):
+    made = open_reference(str(folder), None, FEATURES, tmp_path / "cache")
+    all_pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(folder.rglob("*.png"))])
+    expected = fit_gaussian(FEATURES(all_pixels))
+    np.testing.assert_allclose(made.gaussian.mean, expected.mean, atol=1e-12)
+    np.testing.assert_allclose(made.gaussian.covariance, expected.covariance, atol=1e-12)
+    assert made.num_pictures == 9 and made.features.shape == (9, 18)
+    (kept,) = (tmp_path / "cache").iterdir()
+    before = kept.stat().st_mtime_ns
+    again = open_reference(str(folder), None, FEATURES, tmp_path / "cache")
+    np.testing.assert_array_equal(again.gaussian.covariance, made.gaussian.covariance)
+    assert kept.stat().st_mtime_ns == before and again.num_pictures == 9
+
+
+def test_statistics_of_other_tools_are_read_and_ours_have_their_names(tmp_path):
+    mean, covariance = np.arange(18.0), np.eye(18)
+    np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance)
+    theirs = load_reference(tmp_path / "theirs.npz", FEATURES)
+    assert theirs.features is None and theirs.num_pictures == 0
+    np.testing.assert_array_equal(theirs.gaussian.mean, mean)
+    save_reference(tmp_path / "ours.npz", theirs, FEATURES)
+    with np.load(tmp_path / "ours.npz") as arrays:
+        np.testing.assert_array_equal(arrays["mu"], mean)
+        np.testing.assert_array_equal(arrays["sigma"], covariance)
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [
+        (lambda path: None, r"are not there: make them with python -m shortcut_jax.evaluate --save_reference"),
+        (lambda path: path.write_bytes(b"no"), "cannot be read"),
+        (lambda path: np.savez(path, mean=np.zeros(18)), "has no mu and sigma, but mean"),
+        (lambda path: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"statistics of 4 features, but .* has 18"),
+        (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(18), label="FID"), "is for FID, but Frechet"),
+    ],
+)
+def test_what_is_no_reference_is_told_with_how_to_make_one(make, pattern, tmp_path):
+    path = tmp_path / "x.npz"
+    make(path)
+    with pytest.raises(ConfigError, match=pattern) as error:
+        open_reference(str(path), None, FEATURES, tmp_path)
+    assert "--save_reference=FILE.npz" in str(error.value)
+
+
+def test_no_reference_at_all_and_too_few_pictures(folder, tmp_path):
+    with pytest.raises(ConfigError, match="reference statistics are missing"):
+        open_reference(None, None, FEATURES, tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="has 0 pictures"):
+        open_reference(str(empty), None, FEATURES, tmp_path)
+
+
+def test_pictures_of_several_sizes_have_features_each(folder, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(folder / "large.png")
+    Image.new("L", (8, 8)).save(folder / "grey.png")
+    assert open_reference(str(folder), None, random_network(0, 8), tmp_path).num_pictures == 11

@@ -1,0 +1,183 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from shortcut_jax import command, evaluate
+from shortcut_jax.evaluation.subject import RunSubject
+from tests.processes import start
+
+ARGUMENTS = ["--steps=1,2", "--other_steps=2", "--images=40", "--other_images=16", "--batch_size=16"]
+
+
+def _evaluate(workdir, out, data_dir, *extra):
+    argv = ["evaluate", f"--workdir={workdir}", f"--out={out}", f"--data_dir={data_dir}", *ARGUMENTS, *extra]
+    assert evaluate.main(argv) == 0
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def _cells(record, *names):
+    return {
+        (c["label"], c["steps"]): [c[n] for n in names or ("frechet_distance", "accuracy")] for c in record["cells"]
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, data_dir, made_once, one_device_of_module):
+    """The folder of an uninterrupted evaluation of the small run."""
+    return made_once("evaluated", lambda folder: _evaluate(trained, folder, data_dir))
+
+
+@pytest.fixture(scope="module")
+def one_device_of_module():
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        device = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: device)
+        patch.setattr(jax, "local_devices", lambda *args, **options: device)
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+def test_views_steps_and_what_is_asked_besides(evaluated):
+    record = json.loads((evaluated / "evaluation.json").read_text())
+    images = {(c["label"], c["steps"]): c["images"] for c in record["cells"]}
+    assert images == {("slow", 1): 40, ("slow", 2): 40, ("online", 2): 16, ("fast", 2): 16}
+    assert all(np.isfinite(c["frechet_distance"]) and 0 <= c["accuracy"] <= 1 for c in record["cells"])
+    assert (
+        all(c["few_images"] for c in record["cells"])
+        and "fewer pictures" in (evaluated / "evaluation.html").read_text()
+    )
+    assert set(record["paths"]) == {"times", "slow", "online", "fast"}
+    assert len(record["paths"]["slow"]["change"]) == len(record["paths"]["times"]) == 31
+    assert len(record["paths"]["slow"]["consistency"]) == 5
+    losses = record["validation"]["slow"]
+    (whole,) = [name for name in losses if "/" not in name]
+    assert whole == "mlperf loss (training pictures)" and len(losses) == 9
+    assert set(record["latency_seconds"]) == {"slow"}
+    assert {p.name for p in evaluated.iterdir()} >= {"evaluation.html", "evaluation.json", "tensorboard", "cells"}
+
+
+SAMPLES_ONLY = ("--extras=", "--views=slow", "--steps=2")
+
+
+@pytest.mark.slow
+def test_two_processes_and_eight_devices_say_the_same(evaluated, trained, data_dir, tmp_path):
+    want = json.loads((evaluated / "evaluation.json").read_text())
+    argv = ["-m", "shortcut_jax.evaluate", f"--workdir={trained}", f"--data_dir={data_dir}", *ARGUMENTS, *SAMPLES_ONLY]
+    together = start(2, [*argv, f"--out={tmp_path / 'two'}"], devices=1)
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    line = [sys.executable, *argv, f"--out={tmp_path / 'eight'}"]
+    alone = subprocess.Popen(line, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True)
+    for process in (*together, alone):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    for name in ("two", "eight"):
+        got = json.loads((tmp_path / name / "evaluation.json").read_text())
+        names = ("frechet_distance", "kid", "accuracy", "images")
+        found = _cells(got, *names)
+        # Other programs round otherwise, and a pixel's value with it.
+        np.testing.assert_allclose(found["slow", 2], _cells(want, *names)["slow", 2], rtol=2e-3, atol=1e-3)
+        assert "2 x cpu" in got["facts"]["made"] or "8 x cpu" in got["facts"]["made"]
+
+
+KILLED = """
+import os, signal, sys
+from shortcut_jax import evaluate
+from shortcut_jax.evaluation import sampling
+
+sampling.SAVE_SECONDS = 0.0
+count, add = 0, sampling.add
+
+def killed(*args):
+    global count
+    count += 1
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return add(*args)
+
+sampling.add = killed
+evaluate.main(["evaluate", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_what_was_killed_goes_on_where_it_was(
+    evaluated, trained, data_dir, tmp_path, monkeypatch, one_device_of_module
+):
+    argv = [f"--workdir={trained}", f"--out={tmp_path}", f"--data_dir={data_dir}", *ARGUMENTS, *SAMPLES_ONLY]
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv], env={**os.environ, **flags}, stderr=subprocess.DEVNULL
+    )
+    assert ended.returncode == -signal.SIGKILL and not (tmp_path / "evaluation.json").exists()
+    # Of 40 pictures in batches of 16, the first 16 are on the disk.
+    made = []
+    pictures = RunSubject.pictures
+
+    def counted(self, weights, asked, steps, seed, first):
+        made.append((steps, first))
+        return pictures(self, weights, asked, steps, seed, first)
+
+    monkeypatch.setattr(RunSubject, "pictures", counted)
+    got = _evaluate(trained, tmp_path, data_dir, *SAMPLES_ONLY)
+    assert [m for m in made if m[0] == 2] == [(2, 16), (2, 32)]
+    want = json.loads((evaluated / "evaluation.json").read_text())
+    np.testing.assert_allclose(_cells(got)["slow", 2], _cells(want)["slow", 2], rtol=1e-6)
+    made.clear()
+    assert _cells(_evaluate(trained, tmp_path, data_dir, *SAMPLES_ONLY)) == _cells(got)
+    assert {n for n, _ in made} == {1}  # to compile; nothing was sampled anew
+
+
+def test_adapters_are_judged_against_their_teacher(distilled, data_dir, tmp_path, one_device_of_module):
+    extra = ("--views=slow", "--teacher_steps=2", "--images=16", "--extras=")
+    record = _evaluate(distilled, tmp_path, data_dir, *extra)
+    cells = {(c["label"], c["steps"]): c for c in record["cells"]}
+    assert set(cells) == {("teacher", 2), ("slow", 1), ("slow", 2)}
+    teacher = cells["teacher", 2]["frechet_distance"]
+    for steps in (1, 2):
+        cell = cells["slow", steps]
+        assert cell["abs_frechet_gap"] == pytest.approx(abs(cell["frechet_distance"] - teacher))
+        assert cell["frechet_to_teacher"] > 0
+    assert "abs_frechet_gap" not in cells["teacher", 2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "pattern"),
+    [
+        ([], "give one of --workdir and --checkpoint"),
+        (["--workdir=x", "--checkpoint=y"], "give one of --workdir and --checkpoint"),
+        (["--workdir=x", "--steps=0"], "--steps=0, but must be whole numbers from 1 to 1000"),
+        (["--workdir=x", "--extras=speed"], "--extras has 'speed', but must be of grid, field, validation, latency"),
+        (["--workdir=x", "--images=1"], "a distance needs at least 2 pictures"),
+        (["--workdir=x", "--prompts=p"], "--prompts goes with --checkpoint"),
+        (["--checkpoint=x"], "--checkpoint needs --prompts=FILE"),
+        (["--workdir=x", "--features=inception"], "convert pt_inception-2015-12-05 with"),
+        (["--workdir=a", "--workdir=b"], "several workdirs need --out"),
+        (["--workdir=nowhere"], "no checkpoint in nowhere"),
+        (["--save_reference=x.npz"], "--save_reference goes with --reference=FOLDER"),
+    ],
+)
+def test_bad_input_is_one_clear_line(argv, pattern, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command.run(evaluate.main, ["evaluate", *argv])
+    assert stop.value.code == 1
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert pattern in lines[-1] and lines[-1].startswith("error: ")
+
+
+def test_a_view_that_is_not_there_and_a_reference_that_is_not(trained, data_dir, tmp_path, capfd, one_device_of_module):
+    for extra, pattern in (
+        ("--views=teacher", "has no view 'teacher': it has online, fast, slow"),
+        ("--reference=none.npz", "are not there: make them with"),
+    ):
+        with pytest.raises(SystemExit):
+            argv = ["evaluate", f"--workdir={trained}", f"--out={tmp_path}", f"--data_dir={data_dir}", *ARGUMENTS]
+            command.run(evaluate.main, [*argv, extra])
+        assert pattern in capfd.readouterr().err

@@ -1,0 +1,274 @@
+"""The sample command beyond a contact sheet: prompts, seeds, metadata, the prompt line, trajectories, edits."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import Pipeline, command, sample
+from shortcut_jax.interactive import interact
+from shortcut_jax.pictures_out import Output, parameters, read_records
+from shortcut_jax.runtime.checkpoint import CheckpointError
+from shortcut_jax.sample_models import RunModel, Wanted, grid_times
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+SEVEN, TWO = "a handwritten digit seven", "a handwritten digit two"
+
+
+def _run(*argv):
+    assert sample.main(["sample", *argv]) == 0
+
+
+def _fails(capfd, *argv):
+    with pytest.raises(SystemExit) as stop:
+        command.run(sample.main, ["sample", *argv])
+    assert stop.value.code == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def _pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """What a file of two prompts leaves in a folder, two pictures of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        import jax
+
+        device = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: device)
+        folder = tmp_path_factory.mktemp("sampled")
+        (folder / "prompts.txt").write_text(f"\n{SEVEN}\n   \nein Bär\n", encoding="utf-8-sig")
+        options = ["--num=2", "--steps=2", "--seed=5", "--guidance=2", "--shift=1.5", "--view=fast", "--trajectory"]
+        _run(f"--workdir={trained}", f"--prompts={folder / 'prompts.txt'}", *options, f"--out={folder}/out/")
+    return folder / "out"
+
+
+def test_a_folder_gets_a_picture_a_file_and_a_sheet_with_what_they_were_made_by(folder):
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [f"0000{i}{kind}.png" for i in range(4) for kind in ("", "_trajectory")] + ["sheet.png"]
+    )
+    made = [read_records(folder / f"0000{i}.png") for i in range(4)]
+    assert [len(m) for m in made] == [1] * 4
+    expected = [(SEVEN, 5, 0), (SEVEN, 5, 1), ("ein Bär", 5, 2), ("ein Bär", 5, 3)]
+    assert [(m["prompt"], m["seed"], m["index"]) for (m,) in made] == expected
+    told = dict(steps=2, method="euler", guidance=2.0, shift=1.5, height=8, width=8, view="fast", checkpoint_step=4)
+    assert {k: made[0][0][k] for k in told} == told and made[0][0]["objective"] == "scfm"
+    assert read_records(folder / "sheet.png") == [m for (m,) in made]
+    with Image.open(folder / "00002.png") as picture:
+        lines = picture.text["parameters"].splitlines()
+    assert lines[0] == "ein Bär"
+    assert lines[1].startswith("Steps: 2, Sampler: Euler, CFG scale: 2.0, Seed: 5, Size: 8x8, Model: run, Shift: 1.5, ")
+
+
+def test_the_same_pixels_come_back_from_the_metadata(folder, trained):
+    for name in ("00000.png", "00003.png"):
+        (made,) = read_records(folder / name)
+        pipeline = Pipeline(trained, view=made["view"], batch_size=made["batch_size"])
+        options = dict(draws=[(made["seed"], made["index"])], method=made["method"], shift=made["shift"])
+        again = pipeline(made["prompt"], made["steps"], guidance=made["guidance"], **options)
+        np.testing.assert_array_equal(again[0, ..., 0], _pixels(folder / name))
+
+
+def test_values_with_commas_are_quoted_as_readers_of_parameters_expect():
+    made = dict(prompt="x", steps=1, method="heun", guidance=1.0, seed=0, width=8, height=8, shift=1.0, version="0")
+    assert "Sampler: Heun, " in parameters([{**made, "model": "a, b"}])
+    assert 'Model: "a, b", ' in parameters([{**made, "model": "a, b"}])
+
+
+def test_a_trajectory_ends_in_the_picture_and_names_its_times(folder, trained):
+    pipeline = Pipeline(trained, view="fast", batch_size=4)
+    options = dict(steps=2, num=2, seed=5, guidance=2.0, shift=1.5)
+    along, pictures = pipeline.trajectory(SEVEN, **options), pipeline(SEVEN, **options)
+    assert along.shape == (2, 3, 8, 8, 1)
+    np.testing.assert_array_equal(along[:, -1], pictures)
+    assert not np.array_equal(along[:, 0], along[:, 1])
+    np.testing.assert_array_equal(pictures[0, ..., 0], _pixels(folder / "00000.png"))
+    with Image.open(folder / "00000_trajectory.png") as strip:
+        assert strip.width > 3 * 48 and json.loads(strip.text["shortcut_jax"])["pictures"]
+
+
+def test_every_seed_of_a_list_gives_the_picture_it_gives_alone(trained, tmp_path):
+    argv = [f"--workdir={trained}", f"--prompt={TWO}", "--steps=2", f"--out={tmp_path}/"]
+    _run(*argv, "--seeds=7,3,7,4294967295")
+    together = [_pixels(tmp_path / f"0000{i}.png") for i in range(4)]
+    np.testing.assert_array_equal(together[0], together[2])
+    pipeline = Pipeline(trained, batch_size=4)
+    for seed, picture in zip((7, 3, 7, 4294967295), together, strict=True):
+        np.testing.assert_array_equal(pipeline(TWO, steps=2, seed=seed)[0, ..., 0], picture)
+    assert [read_records(tmp_path / f"0000{i}.png")[0]["seed"] for i in range(4)] == [7, 3, 7, 4294967295]
+    with pytest.raises(ValueError, match="there are 1 draws for 2 pictures"):
+        pipeline([TWO, SEVEN], draws=[(0, 0)])
+
+
+def test_heun_is_another_way_to_the_picture_and_says_so(trained, tmp_path, capfd):
+    out = tmp_path / "x.png"
+    argv = [f"--workdir={trained}", f"--prompt={TWO}", "--num=2", "--batch=4", "--steps=3", f"--out={out}"]
+    _run(*argv, "--method=heun")
+    assert "2 pictures of scfm (slow, step 4) in 3 steps by heun" in capfd.readouterr().err
+    assert [r["method"] for r in read_records(out)] == ["heun", "heun"]
+    pipeline = Pipeline(trained, batch_size=4)
+    heun, euler = (pipeline(TWO, 3, 2, method=method) for method in ("heun", "euler"))
+    assert not np.array_equal(heun, euler)
+    np.testing.assert_array_equal(pipeline(TWO, 1, 2, method="heun"), pipeline(TWO, 1, 2))
+
+
+LINES = [
+    SEVEN,
+    ":steps 2",
+    TWO,
+    ":seed 9",
+    ":num 2",
+    ":shift 2",
+    "a handwritten digit one",
+    ":guidance 2",
+    SEVEN,
+    ":guidance 3.5",
+    ":steps 5",
+    "a b c d e f g h i",
+    "",
+    ":help",
+    ":size 512x512",
+    ":size big",
+    ":steps -1",
+    ":steps 1001",
+    ":colour red",
+    TWO,
+    ":quit",
+    "never read",
+]
+
+
+def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings(trained, tmp_path, capfd):
+    model = RunModel(_options(trained), pictures=2)
+    (tmp_path / "00006.png").write_bytes(b"")
+    lines = iter(LINES)
+    interact(
+        model, Wanted((), num=1, steps=1), Output(f"{tmp_path}/", plain=False, count_on=True), ask=lambda _: next(lines)
+    )
+    assert list(lines) == ["never read"]
+    err = capfd.readouterr().err
+    for text in (
+        "error: this run makes pictures of 8 x 8 pixels only",
+        "error: :size big: cannot be read",
+        "error: --steps is -1",
+        "error: --steps is 1001, but must be at most 1000",
+        "error: there is no setting :colour",
+        ":guidance 3.5     guidance scale",
+        "has 9 words, the model reads 8",
+    ):
+        assert text in err
+    numbers = range(7, 7 + 1 + 1 + 2 + 2 + 2 + 2)
+    assert sorted(p.stem for p in tmp_path.glob("000*.png")) == [f"{i:05d}" for i in (6, *numbers)]
+    assert read_records(tmp_path / "00009.png")[0]["seed"] == 9
+    # Without guidance and with it: no prompt, step count, seed, scale, shift or number compiles anything again.
+    assert model.pipeline.generate._sample._cache_size() == 2
+
+
+def _options(workdir, **changes):
+    from types import SimpleNamespace
+
+    names = ("lora_scale", "batch", "base", "encoders")
+    return SimpleNamespace(**{**dict.fromkeys(names), "batch": 4, "view": "slow", "workdir": str(workdir), **changes})
+
+
+def test_interactive_ends_at_the_end_of_input(trained, tmp_path, monkeypatch):
+    def end(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    monkeypatch.setattr("shortcut_jax.sample.interact", lambda *args: interact(*args, ask=end))
+    _run(f"--workdir={trained}", "--interactive", f"--out={tmp_path}/new/")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_times_of_a_trajectory_are_those_of_the_shifted_grid(trained):
+    model = RunModel(_options(trained), pictures=1)
+    np.testing.assert_allclose(grid_times(model, Wanted((TWO,), 1, 2, shift=3.0)), [1.0, 0.75])
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    path = tmp_path_factory.mktemp("edit") / "grey.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path, pixels
+
+
+def test_an_edit_between_equal_prompts_is_the_picture_and_otherwise_changes_it(trained, grey, tmp_path):
+    path, pixels = grey
+    out = tmp_path / "edited.png"
+    argv = [
+        f"--workdir={trained}",
+        f"--edit={path}",
+        f"--source_prompt={SEVEN}",
+        "--steps=4",
+        "--skip=1",
+        f"--out={out}",
+    ]
+    _run(*argv, f"--prompt={SEVEN}")
+    np.testing.assert_array_equal(_pixels(out), pixels)
+    _run(*argv, f"--prompt={TWO}")
+    assert not np.array_equal(_pixels(out), pixels)
+    (made,) = read_records(out)
+    told = dict(prompt=TWO, source_prompt=SEVEN, steps=4, skip=1, plain=0, average=1, seed=0, index=0)
+    assert {k: made[k] for k in told} == told
+    again = Pipeline(trained, batch_size=1).edit(pixels[None, ..., None], SEVEN, TWO, 4, 1)
+    np.testing.assert_array_equal(again[0, ..., 0], _pixels(out))
+    _run(*argv, f"--prompt={TWO}", "--seeds=4,0", "--batch=1", f"--out={tmp_path}/two/", "--average=2")
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["00000.png", "00001.png", "sheet.png"]
+
+
+def test_a_picture_of_another_size_is_fitted_and_it_is_told(trained, tmp_path, capfd):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "big.jpg")
+    out = tmp_path / "x.png"
+    argv = [f"--workdir={trained}", f"--edit={tmp_path}/big.jpg", f"--source_prompt={SEVEN}", "--steps=1"]
+    _run(*argv, f"--prompt={SEVEN}", f"--out={out}")
+    assert "the picture of 20 x 30 is resized and cut to 8 x 8" in capfd.readouterr().err
+    assert _pixels(out).shape == (8, 8)
+
+
+def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
+    run = (f"--workdir={trained}", f"--out={tmp_path}/x.png")
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "latin.txt").write_bytes("Bär".encode("latin-1"))
+    (tmp_path / "torn.png").write_bytes(grey[0].read_bytes()[:60])
+    fails = lambda *argv: _fails(capfd, *run, *argv)
+    assert "--prompts=no.txt cannot be read: No such file" in fails("--prompts=no.txt")
+    assert "has no prompt: write one a line" in fails(f"--prompts={tmp_path}/empty.txt")
+    assert "is not UTF-8: byte 1 is 0xe4" in fails(f"--prompts={tmp_path}/latin.txt")
+    assert "--seeds=1,x, but must be whole numbers" in fails("--prompt=x", "--seeds=1,x")
+    assert "--num is 3, but there are 2 --seeds" in fails("--prompt=x", "--seeds=1,2", "--num=3")
+    assert "the seed 4294967296 is out of range" in fails("--prompt=x", "--seeds=4294967296")
+    assert "--shift is 0, but must be positive" in fails("--prompt=x", "--shift=0")
+    assert "--batch is 0" in fails("--prompt=x", "--batch=0")
+    assert "method" in fails("--prompt=x", "--method=rk4")
+    assert "--interactive needs a folder" in fails("--interactive")
+    assert "give --interactive or prompts, not both" in fails("--interactive", "--prompt=x")
+    assert "--source_prompt is missing" in fails("--prompt=x", "--edit=a.png")
+    edit = ("--prompt=x", "--source_prompt=y")
+    assert "--edit=a.png cannot be read: No such file" in fails(*edit, "--edit=a.png")
+    assert "torn.png cannot be read as a picture: " in fails(*edit, f"--edit={tmp_path}/torn.png")
+    assert "latin.txt cannot be read as a picture: unsupported format" in fails(*edit, f"--edit={tmp_path}/latin.txt")
+    assert "an edit of 4 steps, 4 of them skipped" in fails(*edit, f"--edit={grey[0]}", "--skip=4")
+    assert "--edit takes one --prompt" in fails(*edit, f"--edit={grey[0]}", "--prompt=z")
+    assert "--edit goes neither with --method=heun" in fails(*edit, f"--edit={grey[0]}", "--method=heun")
+    with pytest.raises(command.UsageError, match="does not say how it was made"):
+        read_records(grey[0])
+    with pytest.raises(command.UsageError, match="cannot be read as a picture"):
+        read_records(tmp_path / "latin.txt")
+
+
+def test_a_view_that_the_checkpoint_lacks_is_named_with_those_it_has(trained, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    for step in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(step / "slow")
+    with pytest.raises(CheckpointError, match="lack the view 'slow': choose online or fast"):
+        Pipeline(tmp_path)
+    assert Pipeline(tmp_path, view="fast").step == 4
