@@ -13,9 +13,9 @@ from shortcut_jax.app_models import FEW, ConvertedPipeline, TrainedRun, captions
 from shortcut_jax.app_request import MAX_STEPS, Offer, Request, RequestError, make_request
 from shortcut_jax.app_studio import COMPARED, Studio
 from shortcut_jax.command import UsageError
+from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.sample import Pipeline
 from shortcut_jax.sources import param_shapes
 from shortcut_jax.weights.lora_files import to_peft
 from tests.weights.lora_cases import random_modules
