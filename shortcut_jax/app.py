@@ -20,6 +20,7 @@ from shortcut_jax.app_models import ConvertedPipeline, Model, TrainedRun
 from shortcut_jax.app_request import SIZE_UNIT, make_request
 from shortcut_jax.app_studio import Studio
 from shortcut_jax.command import UsageError
+from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.joining import find_place
 from shortcut_jax.steps.views import VIEWS
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     if find_place() is not None:
         raise UsageError("the web page is served by one process, but this is one of several: start it alone")
     port = free_port(options.host, options.port)
+    folder = keep_programs()
+    say("compiled programs are not kept" if folder is None else f"compiled programs are kept in {folder}")
     studio = Studio(_open(options))
     if options.warm_up:
         _warm_up(studio)

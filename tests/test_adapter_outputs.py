@@ -100,7 +100,7 @@ def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path,
     height, width = student.assembly.latent_size
     noise = draw_noise(0, 0, 2, student.assembly.model, height, width)
     sampler = jax.jit(make_sampler(student.assembly.model, height, width, 2))
-    condition = student.generate._condition(["a handwritten digit two"] * 2, 3.0)
+    condition = student.generate.condition(["a handwritten digit two"] * 2, 3.0)
     whole = nest({k: jnp.asarray(merged.params[k]) for k in merged.params})
     with jax.default_matmul_precision("highest"):
         one, two = (sampler(weights, noise, condition, 2) for weights in (student.params, whole))
@@ -137,9 +137,9 @@ def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffu
 
     pipeline = Pipeline(distilled, max_steps=4)
     captions, steps = ["a handwritten digit seven", "a handwritten digit two"], 4
-    condition = pipeline.generate._condition(captions, 1.0)
-    height, width = pipeline._assembly.latent_size
-    noise = np.array(draw_noise(0, 0, len(captions), pipeline._assembly.model, height, width))
+    condition = pipeline.generate.condition(captions, 1.0)
+    height, width = pipeline.assembly.latent_size
+    noise = np.array(draw_noise(0, 0, len(captions), pipeline.assembly.model, height, width))
     times = np.asarray(sampling_grid(steps, steps))
     x = torch.from_numpy(noise)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffu
                 return_dict=False,
             )
             x = x - float(t - after) * v
-    sampler = jax.jit(make_sampler(pipeline._assembly.model, height, width, steps))
+    sampler = jax.jit(make_sampler(pipeline.assembly.model, height, width, steps))
     sampled = lambda weights: patchify(sampler(weights, jnp.asarray(noise), condition, steps))
     ours = sampled(pipeline.params)
     assert relative(ours, x.numpy()) <= 1e-4

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from shortcut_jax import TextToImage, app, app_studio, command
-from shortcut_jax.app_models import ConvertedPipeline, TrainedRun, captions_of
-from shortcut_jax.app_request import Offer, Request, RequestError, make_request
+from shortcut_jax.app_models import FEW, ConvertedPipeline, TrainedRun, captions_of
+from shortcut_jax.app_request import MAX_STEPS, Offer, Request, RequestError, make_request
 from shortcut_jax.app_studio import COMPARED, Studio
 from shortcut_jax.command import UsageError
+from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.sample import Pipeline
 from shortcut_jax.sources import param_shapes
 from shortcut_jax.weights.lora_files import to_peft
 from tests.weights.lora_cases import random_modules
@@ -41,6 +41,11 @@ def _close(actual, expected):
     return np.abs(actual.astype(int) - expected).max() <= 1
 
 
+def _reference(workdir, batch_size=FEW, **options):
+    """What is compiled for it is what the page's models compile too."""
+    return Pipeline(workdir, max_steps=MAX_STEPS, batch_size=batch_size, **options)
+
+
 def _programs(run):
     return [g._sample._cache_size() for g in run._generators.values()]
 
@@ -57,7 +62,7 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
             drawn = run.pictures(request, 2)
             assert len(drawn) == num and _close(drawn, pictures.setdefault(view, drawn)[:num])
     assert reads == ["slow", "params", "fast"] and _programs(run) == [1, 1]
-    expected = Pipeline(trained)
+    expected = _reference(trained)
     for view, drawn in pictures.items():
         weights = Pipeline(trained, view=view).params
         assert _close(drawn, expected.generate(weights, [SEVEN] * 3, 2, 5)), view
@@ -68,7 +73,7 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
 
 
 def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, reads):
-    references = {scale: Pipeline(distilled, lora_scale=scale) for scale in (1.0, 0.0, 1.5)}
+    references = {scale: _reference(distilled, lora_scale=scale) for scale in (1.0, 0.0, 1.5)}
     run = TrainedRun(distilled, views=["slow"])
     before = len(reads)
     for scale, reference in references.items():
@@ -125,7 +130,7 @@ def test_pictures_side_by_side_start_from_the_same_noise(trained):
     assert [a.steps for a in answers] == list(COMPARED) and all(len(a.pictures) == 1 for a in answers)
     assert answers[0].compiling > 0 and not any(a.compiling for a in answers[1:])
     assert all(0 < a.seconds < answers[0].compiling for a in answers)
-    pipeline = Pipeline(trained)
+    pipeline = _reference(trained, batch_size=1)
     for answer in answers:
         assert _close(answer.pictures, pipeline(SEVEN, steps=answer.steps, seed=3)), answer.steps
     first, second = studio.sample(request), studio.sample(request)
