@@ -85,7 +85,7 @@ def _open(options: SimpleNamespace, wanted: Wanted) -> SampleModel:
         converted.tell()
         begin = time.perf_counter()
         _ = converted.pipeline.params
-    say(f"weights read in {time.perf_counter() - begin:.1f} s")
+    say(f"weights read in {time.perf_counter() - begin:.1f} s; the first pictures of a size wait for their program")
     return model
 
 

@@ -219,8 +219,11 @@ def test_an_edit_between_equal_prompts_is_the_picture_and_otherwise_changes_it(t
     (made,) = read_records(out)
     told = dict(prompt=TWO, source_prompt=SEVEN, steps=4, skip=1, plain=0, average=1, seed=0, index=0)
     assert {k: made[k] for k in told} == told
-    again = Pipeline(trained, batch_size=1).edit(pixels[None, ..., None], SEVEN, TWO, 4, 1)
+    pipeline = Pipeline(trained, batch_size=1)
+    again = pipeline.edit(pixels[None, ..., None], SEVEN, TWO, 4, 1)
     np.testing.assert_array_equal(again[0, ..., 0], _pixels(out))
+    pipeline.edit(pixels[None, ..., None], TWO, SEVEN, 3, 0, plain=1, average=2, draws=[(7, 3)], shift=2.0)
+    assert pipeline.generate._edit._cache_size() == 1
     _run(*argv, f"--prompt={TWO}", "--seeds=4,0", "--batch=1", f"--out={tmp_path}/two/", "--average=2")
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["00000.png", "00001.png", "sheet.png"]
 

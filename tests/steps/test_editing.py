@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.core.types import Condition
+from shortcut_jax.steps import editing
 from shortcut_jax.steps.editing import EditPlan, flow_edit, make_editor, make_plan
 from tests.helpers import tiny_assembly
 
@@ -59,19 +59,17 @@ def test_velocities_are_taken_at_the_noisy_picture_and_at_it_moved_as_far_as_the
     np.testing.assert_allclose(edited, z, atol=1e-5)
 
 
-def test_the_editor_of_a_network_keeps_a_picture_whose_prompts_are_equal_and_one_program_serves_every_plan():
-    assembly = tiny_assembly()
-    cfg = assembly.model
-    params = jax.tree.map(lambda x: x + 0.05, init_params(cfg, jax.random.key(0)))
-    editor = jax.jit(make_editor(cfg, 4, 4, 8))
-    latents = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
-    text = lambda value: Condition(jnp.full((2, 3, cfg.text_width), value), jnp.full((2, cfg.pooled_width), value))
-    numbers = np.array([5, 5], np.uint32), np.array([0, 1], np.int32)
-    edit = lambda source, target, plan: editor(params, latents, *numbers, text(source), text(target), plan)
-    np.testing.assert_array_equal(edit(1.0, 1.0, EditPlan(4, 1)), latents)
-    moved = edit(1.0, -1.0, EditPlan(2, 0, 0, 2)) - latents
-    assert np.abs(moved).min(axis=(1, 2, 3)).max() > 0
-    assert editor._cache_size() == 1
+def test_the_editor_guides_both_sides_away_from_the_unconditional_velocity(monkeypatch):
+    made = lambda cfg, height, width: lambda params, condition: lambda x, t, d: x * 0 + condition.vec_BV[:, :, None]
+    monkeypatch.setattr(editing, "make_velocity", made)
+    latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    says = lambda value: Condition(jnp.zeros((2, 1, 1)), jnp.full((2, 1), value))
+    seed_B, index_B = np.array([5, 5], np.uint32), np.array([0, 1], np.int32)
+    editor = make_editor(tiny_assembly().model, 4, 4, 8, shift=3.0)
+    edit = lambda *scales: editor(None, latents, seed_B, index_B, says(0.5), says(2.0), EditPlan(2, 1), *scales)
+    np.testing.assert_allclose(edit(), latents - 0.75 * 1.5, atol=1e-6)  # t = 1/2 is shifted to 3/4
+    guided = (0.25 + 3.0 * 1.75) - (0.25 + 2.0 * 0.25)
+    np.testing.assert_allclose(edit(says(0.25), 2.0, 3.0), latents - 0.75 * guided, atol=1e-5)
 
 
 @pytest.mark.parametrize("numbers", [(0,), (4, -1), (4, 4), (4, 2, 2), (4, 0, -1), (4, 0, 0, 0)])
