@@ -29,7 +29,7 @@ POINTS = {
         ("gpu:h100:8x8", 80, ("FSDP", "HSDP", "FSDP x TP")),
         ("gpu:h100:32x8", 80, ("HSDP", "FSDP x TP")),
     ],
-    "tpu": [("tpu:v5p:2x2x2", 95, ("FSDP",)), ("tpu:v5p:4x4x4", 95, ("HSDP", "FSDP"))],
+    "tpu": [("tpu:v5p:2x2x2", 95, ("FSDP",)), ("tpu:v5p:4x4x4", 95, ("HSDP",))],
 }
 
 
