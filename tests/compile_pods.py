@@ -60,9 +60,9 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
             return f"all-gather in {line.dtype} of {line.what}"
         if "gradients" in line.what and line.dtype != "f32":
             return f"{line.kind} in {line.dtype} of {line.what}"
-        # Under tensor parallelism those of modulations and of the ends are added up whole (docs/pods.md).
+        # Under tensor parallelism and on TPUs those of modulations and the ends may be added up whole (docs/pods.md).
         ends = "blocks/" not in line.what
-        scattered = mesh.tensor == 1 or not ("modulation" in line.what or ends)
+        scattered = (mesh.tensor == 1 and not on_tpu) or not ("modulation" in line.what or ends)
         if line.kind == "all-reduce" and "gradients" in line.what and "fsdp" in line.axes and scattered:
             return f"gradients are not scattered: {line.what}"
     names = " ".join(explanation.attention)
