@@ -1,7 +1,7 @@
 import json
-import time
 import os
 import socket
+import time
 
 import jax
 import pytest
