@@ -87,16 +87,23 @@ def known(rows: Sequence[dict[str, Any]], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]], caption: str = "", best: str = "") -> str:
-    """An HTML table; with `best` (min or max) the best number of each column is marked."""
-    number = lambda text: float(m[0]) if (m := re.match(r"-?[\d.]+(e[+-]?\d+)?", text)) else None
+def table(
+    head: Sequence[str],
+    body: Sequence[Sequence[str]],
+    caption: str = "",
+    best: str = "",
+    among: Sequence[int] | None = None,
+) -> str:
+    """An HTML table; with `best` (min or max) the best number of each column is marked, `among` these rows (all)."""
+    number = lambda text: float(m[0]) if (m := re.match(r"-?[\d.]+(e[+-]?\d+)?", text.replace(",", ""))) else None
+    among = range(len(body)) if among is None else among
     marked = {}
-    for column in range(1, len(head)) if best and len(body) > 1 else ():
-        values = [(v, i) for i, row in enumerate(body) if (v := number(row[column])) is not None]
+    for column in range(1, len(head)) if best and len(among) > 1 else ():
+        values = [(v, i) for i in among if (v := number(body[i][column])) is not None]
         if values:
             marked[column] = {min: min, max: max}[{"min": min, "max": max}[best]](values)[0]
     cells = lambda i, row: "".join(
-        f"<td{' class=best' if j in marked and number(c) == marked[j] else ''}>{html.escape(c)}</td>"
+        f"<td{' class=best' if j in marked and i in among and number(c) == marked[j] else ''}>{html.escape(c)}</td>"
         for j, c in enumerate(row)
     )
     lines = [f"<caption>{html.escape(caption)}</caption>" if caption else ""]
@@ -106,7 +113,10 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], caption: str = "",
 
 
 def metric_table(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
-    """Rows are labels, columns step counts. `*` marks pictures too few for the features."""
+    """Rows are labels, columns step counts. `*` marks pictures too few for the features.
+
+    The best is marked among the rows of most pictures: those of fewer do not compare with them.
+    """
     values, steps = pivot(rows, metric.key), sorted({row["steps"] for row in rows})
     few = {(row["label"], row["steps"]) for row in rows if row["few_images"]}
     images = {row["label"]: row["images"] for row in rows}
@@ -116,11 +126,13 @@ def metric_table(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
         if value is None:
             return ABSENT
         star = " *" if metric.key in ("distance", "abs_gap", "to_teacher") and (label, n) in few else ""
-        return format(value, metric.form) + star
+        return (format(value, metric.form) if abs(value) < 1000 else f"{value:,.0f}") + star
 
     labels = [label for label in values if any(v is not None for v in values[label].values())]
     body = [[f"{label} ({images[label]:,})", *(cell(label, n) for n in steps)] for label in labels]
-    return table(["weights (images)", *map(count_label, steps)], body, metric.title, metric.best)
+    most = max(images[label] for label in labels)
+    among = [i for i, label in enumerate(labels) if images[label] == most]
+    return table(["weights (images)", *map(count_label, steps)], body, metric.title, metric.best, among)
 
 
 def plot(draw: Callable[[Any], None], size: tuple[float, float] = (5.0, 3.2)) -> str:
@@ -134,8 +146,12 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float] = (5.0, 3.2)) ->
         draw(axes)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        lines = len(axes.get_legend_handles_labels()[0])
+        if lines:
+            beside: dict[str, Any] = (
+                {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 7} if lines > 4 else {}
+            )
+            axes.legend(frameon=False, **beside)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()

@@ -86,3 +86,7 @@ def test_the_best_of_each_column_is_marked():
     text = table(["weights", "1 step", "2 steps"], [["a", "3.0", "1e-3"], ["b", "2.0 *", "-"]], best="min")
     assert re.findall(r"<td class=best>([^<]*)</td>", text) == ["1e-3", "2.0 *"]
     assert "best" not in table(["weights", "1 step"], [["a", "3.0"]], best="min")
+    rows = [["a", "3,000"], ["b", "2,000"], ["c", "1"]]
+    assert re.findall(r"<td class=best>([^<]*)</td>", table(["weights", "1"], rows, best="min", among=[0, 1])) == [
+        "2,000"
+    ]
