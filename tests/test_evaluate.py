@@ -6,11 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from shortcut_jax import command, evaluate
 from shortcut_jax.evaluation.subject import RunSubject
+from tests.evaluation import test_features as judges
 from tests.processes import start
 
+inception_folder, clip_release = judges.inception_folder, judges.clip_release
 ARGUMENTS = ["--steps=1,2", "--other_steps=2", "--images=40", "--other_images=16", "--batch_size=16"]
 
 
@@ -181,3 +184,29 @@ def test_a_view_that_is_not_there_and_a_reference_that_is_not(trained, data_dir,
             argv = ["evaluate", f"--workdir={trained}", f"--out={tmp_path}", f"--data_dir={data_dir}", *ARGUMENTS]
             command.run(evaluate.main, [*argv, extra])
         assert pattern in capfd.readouterr().err
+
+
+def test_a_converted_pipeline_is_judged_on_a_file_of_prompts_against_a_folder(
+    converted_folder,
+    inception_folder,
+    clip_release,
+    tmp_path,
+    one_device_of_module,
+):
+    (tmp_path / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text("a red fox\n\na lighthouse\na bowl\n")
+    argv = [f"--checkpoint={converted_folder}", f"--prompts={tmp_path / 'prompts.txt'}", "--height=32", "--width=32"]
+    argv += [f"--reference={tmp_path / 'real'}", f"--out={tmp_path / 'out'}", "--steps=1,2", "--batch_size=2"]
+    clip = clip_release[0].parent / "converted"
+    argv += [f"--inception={inception_folder}", f"--clip={clip}", "--extras=grid"]
+    assert evaluate.main(["evaluate", *argv]) == 0
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["distance"] == "Frechet distance (InceptionV3 of 1/16 width)"
+    assert all(0 <= c["clip_score"] <= 100 and c["few_images"] for c in record["cells"])
+    assert [(c["label"], c["steps"], c["images"]) for c in record["cells"]] == [("checkpoint", n, 3) for n in (1, 2)]
+    assert all(np.isfinite(c["frechet_distance"]) for c in record["cells"]) and set(record["paths"]) == {"times"}
+    assert record["facts"]["prompts"] == "3, pictures of 32 x 32"
+    assert "Samples of checkpoint" in (tmp_path / "out" / "evaluation.html").read_text()
