@@ -1,11 +1,13 @@
 """From captioned pictures to latents, to a trained model, to pictures of it: nothing between them is made up."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import Pipeline, command, prepare, train
+from shortcut_jax import Pipeline, command, evaluate, prepare, train
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.data.format import VAE, PreparedSet
 from shortcut_jax.data.training import TrainingData
@@ -89,6 +91,17 @@ def test_a_run_is_sampled_with_its_sets_prompts_or_with_a_pipelines_encoders(tra
     encoded_now = Pipeline(trained_on_latents, encoders=converted_folder)
     assert np.abs(encoded_now(prompt, steps=2, num=2).astype(int) - stored).max() <= 2
     assert encoded_now("a whale with green", steps=2, num=2).shape == stored.shape
+
+
+def test_a_run_is_evaluated_with_the_stored_states_of_its_captions(trained_on_latents, tmp_path):
+    argv = ["evaluate", f"--workdir={trained_on_latents}", f"--out={tmp_path}", "--views=slow", "--steps=1"]
+    assert evaluate.main([*argv, "--images=4", "--batch_size=8", "--features=random", "--extras=validation"]) == 0
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    (cell,) = record["cells"]
+    assert np.isfinite(cell["frechet_distance"]) and cell["images"] == 4 and cell["accuracy"] is None
+    # The run's own validation set, the same as in training.
+    logged = read_metrics(trained_on_latents / "metrics.jsonl")[4]["validation/mlperf/slow"]
+    assert record["validation"]["slow"]["mlperf loss"] == pytest.approx(logged, rel=1e-4)
 
 
 def test_encoders_give_the_states_that_the_set_has_stored(prepared, converted_folder):
