@@ -5,7 +5,6 @@ Needs gradio: `pip install ".[app]"`.
 
 import importlib.util
 import ipaddress
-import math
 import os
 import signal
 import socket
@@ -59,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if find_place() is not None:
         raise UsageError("the web page is served by one process, but this is one of several: start it alone")
     port = free_port(options.host, options.port)
-    folder = keep_programs()
-    say("compiled programs are not kept" if folder is None else f"compiled programs are kept in {folder}")
+    keep_programs()
     studio = Studio(_open(options))
     if options.warm_up:
         _warm_up(studio)
@@ -74,24 +72,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(options: types.SimpleNamespace) -> None:
     """Raises UsageError for options that do not go together."""
-    if (options.workdir is None) == (options.checkpoint is None):
-        raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
-    kind, other = ("workdir", "checkpoint") if options.checkpoint is None else ("checkpoint", "workdir")
-    for name in ONLY_WITH[other]:
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name} goes with --{other}, not with --{kind}")
-    views, loras = options.views or ("slow", "online", "fast"), options.lora or []
+    command.which_model(options, ONLY_WITH, USAGE)
+    views = options.views or ("slow", "online", "fast")
     if set(views) - set(VIEWS) or len(set(views)) < len(views):
         raise UsageError(f"--views is {','.join(views)}, but must be some of {', '.join(VIEWS)}, each once")
-    scales = options.lora_scale or [1.0] * len(loras)
-    if len(scales) != len(loras):
-        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
-    if not all(map(math.isfinite, scales)):
-        raise UsageError(f"--lora_scale is {', '.join(map(str, scales))}, but must be finite")
+    loras = command.adapters(options)
+    command.check_finite("lora_scale", options.lora_scale or ())
     size = 1024 if options.max_size is None else options.max_size
     if size < SIZE_UNIT or size % SIZE_UNIT:
         raise UsageError(f"--max_size is {size}, but must be a positive multiple of {SIZE_UNIT}")
-    options.views, options.max_size, options.loras = views, size, list(zip(loras, scales, strict=True))
+    options.views, options.max_size, options.loras = views, size, loras
 
 
 def free_port(host: str, port: int) -> int:

@@ -27,6 +27,8 @@ from shortcut_jax.app_request import (
 )
 from shortcut_jax.app_studio import COMPARED, REPEATS, SHORT, Answer, Studio
 from shortcut_jax.command import EXPECTED_ERRORS
+from shortcut_jax.pictures_out import to_image
+from shortcut_jax.report import count_label
 from shortcut_jax.runtime.distributed import say
 
 QUEUE = 16
@@ -248,8 +250,7 @@ def told() -> Iterator[None]:
 
 def displayed(pixels_hwc: np.ndarray, request: Request, steps: int, index: int) -> Image.Image:
     """A picture as it is shown and downloaded: enlarged where it is small, with what it was made by in its metadata."""
-    pixels = pixels_hwc[..., 0] if pixels_hwc.shape[-1] == 1 else pixels_hwc
-    picture = Image.fromarray(pixels)
+    picture = to_image(pixels_hwc)
     factor = max(DISPLAYED // max(picture.size), 1)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     made_by = {"prompt": request.prompt, "steps": steps, "seed": request.seed, "index": index}
@@ -267,16 +268,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def counted(num: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{num} {noun}" + ("s" if num != 1 else "")
-
-
 def summary(answer: Answer) -> str:
     """What an answer is and what it cost."""
     num = len(answer.pictures)
     each = f", {duration(answer.seconds / num)} each" if num > 1 else ""
-    line = f"<b>{counted(num, 'picture')} in {counted(answer.steps, 'step')}: {duration(answer.seconds)}</b>{each}"
+    line = f"<b>{count_label(num, 'picture')} in {count_label(answer.steps)}: {duration(answer.seconds)}</b>{each}"
     return "<br>".join([line, *costs([answer])])
 
 
@@ -291,7 +287,7 @@ def bars(answers: Sequence[Answer]) -> list[str]:
     """The time of each answer, and a bar as long as it is beside the longest."""
     longest = max(a.seconds for a in answers)
     return [
-        f"<b>{counted(a.steps, 'step')}</b> · {duration(a.seconds)}"
+        f"<b>{count_label(a.steps)}</b> · {duration(a.seconds)}"
         f'<div class="track"><div class="bar" style="width: {max(a.seconds / longest, 0.02):.0%}"></div></div>'
         for a in answers
     ]

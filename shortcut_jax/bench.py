@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("turns", 7, "With --sample: turns.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["config"])
     if options.sample:
-        batches, counts = (_counts(name, getattr(options, name)) for name in ("batches", "counts"))
+        batches, counts = (command.whole_numbers(name, getattr(options, name), 1) for name in ("batches", "counts"))
         if options.turns < 1:
             raise UsageError(f"--turns is {options.turns}, but must be at least 1")
         print(bench_sampling(from_config(options.config), batches, counts, options.turns))
@@ -88,12 +88,6 @@ def main(argv: Sequence[str]) -> int:
             c.run(min(stretch, steps - done))
     print(table(contenders))
     return 0
-
-
-def _counts(name: str, texts: Sequence[str]) -> list[int]:
-    if not texts or not all(t.strip().isdigit() and int(t) >= 1 for t in texts):
-        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers of at least 1")
-    return [int(t) for t in texts]
 
 
 def _variants(options: Any) -> list[tuple[str, Settings]]:

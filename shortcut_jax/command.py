@@ -1,10 +1,12 @@
 """Command lines: absl flags and an ml_collections config, parsed without global state; errors as one line."""
 
+import math
 import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -70,6 +72,69 @@ def define_place(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
     flags.DEFINE_float("join_timeout", JOIN_TIMEOUT, "Seconds to wait for the others.", flag_values=values)
+
+
+def which_model(options: types.SimpleNamespace, only_with: Mapping[str, Iterable[str]], usage: str) -> str:
+    """`workdir` or `checkpoint`, whichever is given.
+
+    Args:
+      options: with both, None where absent.
+      only_with: for each of the two the options that go with it only, None where absent.
+      usage: of the command.
+
+    Raises:
+      UsageError: neither or both are given, or an option that goes with the other one.
+    """
+    if (options.workdir is None) == (options.checkpoint is None):
+        raise UsageError(f"give one of --workdir and --checkpoint; {usage}")
+    kind, other = ("workdir", "checkpoint") if options.checkpoint is None else ("checkpoint", "workdir")
+    for name in only_with[other]:
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} goes with --{other}, not with --{kind}")
+    return kind
+
+
+def adapters(options: types.SimpleNamespace) -> list[tuple[str, float]]:
+    """Each `--lora` and its `--lora_scale`, 1 by default. Raises UsageError for unequal numbers of them."""
+    loras = options.lora or []
+    scales = options.lora_scale or [1.0] * len(loras)
+    if len(scales) != len(loras):
+        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
+    return list(zip(loras, scales, strict=True))
+
+
+def check_finite(name: str, numbers: Iterable[float]) -> None:
+    """Raises UsageError where one of an option's numbers is not finite."""
+    numbers = list(numbers)
+    if not all(map(math.isfinite, numbers)):
+        raise UsageError(f"--{name} is {', '.join(map(str, numbers))}, but must be finite")
+
+
+def whole_numbers(name: str, texts: Sequence[str], least: int, most: int | None = None) -> list[int]:
+    """An option's list of whole numbers, at least one. Raises UsageError for anything else, or out of bounds."""
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    if not texts or not all(t.strip().isdigit() and least <= int(t) <= (most or int(t)) for t in texts):
+        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers {bounds}")
+    return [int(t) for t in texts]
+
+
+def read_prompts(name: str, path: str) -> list[str]:
+    """The lines of an option's UTF-8 file that are not blank.
+
+    Raises:
+      UsageError: it is not there, not UTF-8, or has none.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UsageError(f"--{name}={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#x}"
+        raise UsageError(f"--{name}={path} is not UTF-8: {found}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"--{name}={path} has no prompt: write one a line")
+    return prompts
 
 
 def parse(

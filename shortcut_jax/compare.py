@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from shortcut_jax import command
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.records import open_source
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import Score, cell, count_label, grid_captions, make_reference, markdown, score
@@ -38,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("data_dir", None, "Folder of TFDS sets; the runs' own by default.", flag_values=values)
     flags.DEFINE_string("out", "comparison", "Files to write, without their endings.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["workdir"])
-    steps, seeds = _numbers("steps", options.steps, 1), _numbers("seeds", options.seeds, 0)
+    steps = command.whole_numbers("steps", options.steps, 1)
+    seeds = command.whole_numbers("seeds", options.seeds, 0)
     pipelines = [Pipeline(w, options.view, max_steps=max(steps), batch_size=256) for w in options.workdir]
     names = [p.settings.objective for p in pipelines]
     if len(set(names)) < len(names):
@@ -70,12 +70,6 @@ def main(argv: Sequence[str]) -> int:
     Path(f"{options.out}.md").write_text(body + "\n\n" + "\n".join(f"- {fact}" for fact in facts) + "\n")
     print(body)
     return 0
-
-
-def _numbers(name: str, texts: Sequence[str], least: int) -> list[int]:
-    if not texts or not all(t.strip().isdigit() and int(t) >= least for t in texts):
-        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers of at least {least}")
-    return [int(t) for t in texts]
 
 
 def table(scores: dict[str, list[Score]], steps: Sequence[int]) -> str:

@@ -137,7 +137,7 @@ class Output:
                 path = path.with_stem(f"{path.stem}_trajectory")
                 save_picture(path, strip([along[i]], [shown(record["prompt"])], times), [record])
                 written.append(path)
-            self._kept.append((_thumbnail(pixels), record))
+            self._kept.append((thumbnail(pixels), record))
             self._next += 1
         return written
 
@@ -149,7 +149,7 @@ class Output:
             by_prompt.setdefault(record["prompt"], []).append(pixels)
         rows, labels = [np.stack(row) for row in by_prompt.values()], [shown(prompt) for prompt in by_prompt]
         if source is not None:
-            rows.insert(0, (_thumbnail(source) if self.is_folder else source)[None])
+            rows.insert(0, (thumbnail(source) if self.is_folder else source)[None])
             labels.insert(0, "source")
         sheet = lambda: contact_sheet(rows, labels)
         if self.is_folder:
@@ -169,9 +169,10 @@ def shown(prompt: str) -> str:
     return textwrap.shorten(prompt, 40) or "(empty)"
 
 
-def _thumbnail(pixels_hwc: np.ndarray) -> np.ndarray:
-    if max(pixels_hwc.shape[:2]) <= _THUMBNAIL:
+def thumbnail(pixels_hwc: np.ndarray, side: int = _THUMBNAIL) -> np.ndarray:
+    """Pixels [h, w, 1 or 3], uint8, of at most `side` each way."""
+    if max(pixels_hwc.shape[:2]) <= side:
         return pixels_hwc
     small = to_image(pixels_hwc)
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.thumbnail((side, side))
     return np.asarray(small).reshape(small.height, small.width, -1)

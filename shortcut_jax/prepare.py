@@ -132,13 +132,11 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
 
     captions = read_prompts("eval_prompts", options.eval_prompts)
     prompts = read_prompts("prompts", options.prompts) or ()
-    loras, scales = options.lora or [], options.lora_scale or [1.0] * len(options.lora or [])
-    if len(loras) != len(scales):
-        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
+    loras = command.adapters(options)
     buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
     named = {n: getattr(options, n) for n in ("per_bucket", "steps", "guidance", "seed", "text_tokens", "text_dtype")}
     settings = TeacherSettings(prompts, buckets, per_device=options.batch or 1, unit=options.unit or 512, **named)
-    teacher = TeacherData(options.from_teacher, settings, list(zip(loras, scales, strict=True)))
+    teacher = TeacherData(options.from_teacher, settings, loras)
     cuts = teacher.text.cuts(prompts, options.text_tokens)
     for line in (*cuts[:3], *([f"{len(cuts):,} prompts are cut in all"] if len(cuts) > 3 else ())):
         distributed.say(line)

@@ -107,9 +107,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), line(["-" * w for w in widths]), *map(line, rows[1:])])
 
 
-def count_label(num_steps: int) -> str:
+def count_label(num: int, noun: str = "step") -> str:
     """`1 step`, `2 steps`."""
-    return f"{num_steps} step{'s' * (num_steps > 1)}"
+    return f"{num} {noun}{'s' * (num > 1)}"
 
 
 def cell(s: Score) -> str:

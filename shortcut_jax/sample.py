@@ -5,10 +5,8 @@ or, with `--interactive`, from the keyboard. `--edit=in.png` changes a picture i
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,15 +18,12 @@ from shortcut_jax.core.flow import METHODS
 from shortcut_jax.interactive import interact
 from shortcut_jax.painting import fit_picture, paint, read_picture, repaint
 from shortcut_jax.pictures_out import Output
-from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.sample_models import ConvertedModel, RunModel, SampleModel, Wanted
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.views import VIEWS
-
-__all__ = ["Pipeline", "main"]
 
 USAGE = (
     "usage: python -m shortcut_jax.sample --workdir=W|--checkpoint=FOLDER "
@@ -46,16 +41,14 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     wanted = _wanted(options)
     wanted.check()
-    if not all(map(math.isfinite, options.lora_scale or ())):
-        raise UsageError(f"--lora_scale is {', '.join(map(str, options.lora_scale))}, but must be finite")
+    command.check_finite("lora_scale", options.lora_scale or ())
     image = None if options.edit is None else _picture_to_edit(options)
     plain = options.checkpoint is not None or options.edit is not None
     output = Output(options.out, plain, count_on=options.interactive)
     if options.interactive and not output.is_folder:
         raise UsageError(f"--out={options.out}: --interactive needs a folder, such as --out=samples/")
     distributed.initialize()
-    folder = keep_programs()
-    say("compiled programs are not kept" if folder is None else f"compiled programs are kept in {folder}")
+    keep_programs()
     model = _open(options, wanted)
     if options.interactive:
         interact(model, wanted, output, options.trajectory)
@@ -96,13 +89,7 @@ def _parse(argv: Sequence[str]) -> SimpleNamespace:
       UsageError: neither or both of workdir and checkpoint, or an option that does not go with it.
     """
     options = command.parse(_flags(), argv, USAGE)
-    if (options.workdir is None) == (options.checkpoint is None):
-        raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
-    kind, other = ("workdir", "checkpoint") if options.checkpoint is None else ("checkpoint", "workdir")
-    for name in DEFAULTS[other]:
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name} goes with --{other}, not with --{kind}")
-        setattr(options, name, None)
+    kind = command.which_model(options, DEFAULTS, USAGE)
     for name, value in DEFAULTS[kind].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -157,7 +144,10 @@ def _flags() -> Any:
 
 def _wanted(options: SimpleNamespace) -> Wanted:
     """What the options ask for. Raises UsageError where they contradict each other."""
-    prompts = [*(options.prompt or ()), *(read_prompts(options.prompts) if options.prompts is not None else ())]
+    prompts = [
+        *(options.prompt or ()),
+        *(command.read_prompts("prompts", options.prompts) if options.prompts is not None else ()),
+    ]
     if not prompts and not options.interactive:
         raise UsageError(f"--prompt is missing; {USAGE}")
     if prompts and options.interactive:
@@ -172,26 +162,6 @@ def _wanted(options: SimpleNamespace) -> Wanted:
         raise UsageError(f"--batch is {options.batch}, but must be at least 1")
     same = ("num", "steps", "guidance", "seed", "method", "shift", "height", "width", "text_tokens")
     return Wanted(tuple(prompts), seeds=seeds, **{name: getattr(options, name) for name in same})
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a UTF-8 file that are not blank.
-
-    Raises:
-      UsageError: it is not there, not UTF-8, or has none.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UsageError(f"--prompts={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--prompts={path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"--prompts={path} has no prompt: write one a line")
-    return prompts
 
 
 def _picture_to_edit(options: SimpleNamespace) -> Image.Image:

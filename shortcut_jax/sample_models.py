@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from shortcut_jax import __version__
+from shortcut_jax import __version__, command
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.core.latents import PATCH
@@ -219,12 +219,7 @@ class ConvertedModel:
         Raises:
           UsageError, and those of `TextToImage`.
         """
-        scales = options.lora_scale or [1.0] * len(options.lora)
-        if len(scales) != len(options.lora):
-            raise UsageError(
-                f"--lora is given {len(options.lora)} times, --lora_scale {len(scales)}: give one for each"
-            )
-        self._loras = list(zip(options.lora, scales, strict=True))
+        self._loras = command.adapters(options)
         self._name = Path(options.checkpoint).resolve().name
         self.pipeline = TextToImage(options.checkpoint, loras=self._loras)
         self.batch_size = self.pipeline.rounded(options.batch)

@@ -8,23 +8,28 @@ from typing import Any
 import jax
 from jax import monitoring
 
+from shortcut_jax.runtime.distributed import say
+
 _STAGES = "/jax/core/compile/"
 _FOUND = "/jax/compilation_cache/cache_hits"
 
 
 def keep_programs() -> Path | None:
-    """Turns JAX's persistent compilation cache on; returns its folder, or None where the cache is disabled.
+    """Turns JAX's persistent compilation cache on, and says so; returns its folder, or None where it is disabled.
 
     The folder is `JAX_COMPILATION_CACHE_DIR` where that is set, else one in `XDG_CACHE_HOME` or `~/.cache`.
     `JAX_ENABLE_COMPILATION_CACHE=false` disables it.
     """
     config: Any = jax.config  # its fields are made when JAX is imported, unseen by type checkers
     if not config.jax_enable_compilation_cache:
+        say("compiled programs are not kept")
         return None
     if not config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         config.update("jax_compilation_cache_dir", str(cache / "shortcut_jax" / "programs"))
-    return Path(config.jax_compilation_cache_dir)
+    folder = Path(config.jax_compilation_cache_dir)
+    say(f"compiled programs are kept in {folder}")
+    return folder
 
 
 class CompileClock:
