@@ -15,31 +15,38 @@ import numpy as np
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.stats import clip_score
+from shortcut_jax.data.format import Size
 from shortcut_jax.data.resize import RESIZES
+from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
 from shortcut_jax.evaluation.reference import open_reference, save_reference
 from shortcut_jax.evaluation.run import EXTRAS, Plan, entries_of, evaluate
 from shortcut_jax.evaluation.sampling import Classify, Judges
-from shortcut_jax.evaluation.subject import CHECKPOINT, CaptionedSet, ConvertedSubject, RunSubject, Subject
+from shortcut_jax.evaluation.subject import CHECKPOINT, ConvertedSubject, RunSubject, Subject
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.report import make_reference
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.compiling import keep_programs
+from shortcut_jax.runtime.converted import RECORD
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.shared_folder import check_folder
 
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
+ONLY_WITH = {"workdir": (), "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale")}
+"""What is judged -> the options that go with it only."""
 FEATURES = ("auto", "inception", "pixels", "random")
 
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, makes and judges the pictures, and writes the page."""
     options = command.parse(_flags(), argv, USAGE)
-    steps, other_steps = (_numbers(name, getattr(options, name)) for name in ("steps", "other_steps"))
+    chosen = (command.whole_numbers(name, getattr(options, name), 1, 1000) for name in ("steps", "other_steps"))
+    steps, other_steps = (sorted(set(numbers)) for numbers in chosen)
     _check(options)
+    loras = command.adapters(options)
     place = options.coordinator, options.num_processes, options.process_id, options.join_timeout
     distributed.initialize(*place)
-    say(f"compiled programs are kept in {keep_programs()}")
+    keep_programs()
     if options.save_reference is not None:
         features = choose_features(options, None)
         folder = Path(options.save_reference).parent
@@ -49,8 +56,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     out = Path(options.out or _default_out(options))
     top = max(*steps, *other_steps, options.teacher_steps)
-    subjects = [open_subject(options, path, top) for path in options.workdir or [options.checkpoint]]
-    teacher = open_subject(options, options.teacher, top) if options.teacher else None
+    subjects: list[Subject] = [open_run(options, path, top) for path in options.workdir or ()]
+    if options.checkpoint:
+        subjects = [open_checkpoint(options, options.checkpoint, loras)]
+    teacher = open_teacher(options, subjects[0], top) if options.teacher else None
     views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
     images = options.images, other_steps, options.other_images
     plan = Plan(views, steps, *images, options.teacher_steps, options.seed, options.extras)
@@ -92,6 +101,8 @@ def _flags() -> Any:
     flags.DEFINE_float("shift", None, "Timestep shift; by default that of the run.", flag_values=values)
     for name in ("height", "width", "text_tokens"):
         number(name, None, "With --checkpoint, as in sample.", flag_values=values)
+    flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
     text("base", None, "Base of a run's adapters, where it has moved.", flag_values=values)
     text("encoders", None, "Pipeline of a run on latents.", flag_values=values)
     text("data_dir", None, "Folder of the sets; the run's own by default.", flag_values=values)
@@ -108,13 +119,10 @@ def _check(options: types.SimpleNamespace) -> None:
         if options.features == "auto" and options.inception is None:
             raise UsageError("--save_reference needs --inception=FOLDER, or --features=random")
         return
-    if bool(options.workdir) == (options.checkpoint is not None):
-        raise UsageError(f"give one of --workdir and --checkpoint; {USAGE}")
+    command.which_model(options, ONLY_WITH, USAGE)
+    command.check_finite("lora_scale", options.lora_scale or ())
     if options.checkpoint and not options.prompts:
         raise UsageError("--checkpoint needs --prompts=FILE, a prompt a line")
-    for name in ("height", "width", "text_tokens", "prompts"):
-        if options.workdir and getattr(options, name) is not None:
-            raise UsageError(f"--{name} goes with --checkpoint, not with --workdir")
     for name, least in (("images", 0), ("other_images", 0), ("teacher_steps", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least {least}")
@@ -128,12 +136,6 @@ def _check(options: types.SimpleNamespace) -> None:
             "--features=inception needs --inception=FOLDER: convert pt_inception-2015-12-05 with "
             "python -m shortcut_jax.convert --from=FILE.safetensors --to=FOLDER"
         )
-
-
-def _numbers(name: str, texts: Sequence[str]) -> list[int]:
-    if not texts or not all(t.strip().isdigit() and 1 <= int(t) <= 1000 for t in texts):
-        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers from 1 to 1000")
-    return sorted({int(t) for t in texts})
 
 
 def _default_out(options: types.SimpleNamespace) -> Path:
@@ -155,21 +157,32 @@ def choose_features(options: types.SimpleNamespace, shape: tuple[int, ...] | Non
     return pixels(shape)
 
 
-def open_subject(options: types.SimpleNamespace, path: str, max_steps: int) -> Subject:
-    """A workdir, or a converted pipeline."""
-    if (Path(path) / "checkpoints").is_dir() or not options.prompts:
-        return RunSubject(
-            *(path, max_steps, options.batch_size, options.guidance, options.shift),
-            *(options.base, options.encoders, options.data_dir),
-        )
-    file = Path(options.prompts or "")
-    if not file.is_file():
-        raise UsageError(f"--prompts={options.prompts}: a pipeline needs a file with a prompt a line")
-    prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UsageError(f"--prompts={options.prompts} is empty: it needs a prompt a line")
+def open_run(options: types.SimpleNamespace, workdir: str, max_steps: int) -> RunSubject:
+    """A training run, with the options of the command."""
+    return RunSubject(
+        *(workdir, max_steps, options.batch_size, options.guidance, options.shift),
+        *(options.base, options.encoders, options.data_dir),
+    )
+
+
+def open_checkpoint(
+    options: types.SimpleNamespace, folder: str, loras: Sequence[tuple[str, float]] = (), size: Size | None = None
+) -> ConvertedSubject:
+    """A converted pipeline, with the options of the command; `size` of its pictures is that of a student's."""
+    prompts = command.read_prompts("prompts", options.prompts) if options.prompts else ()
     names = ("height", "width", "guidance", "shift", "text_tokens")
-    return ConvertedSubject(path, prompts, options.batch_size, {n: getattr(options, n) for n in names})
+    chosen = {name: getattr(options, name) for name in names}
+    if size is not None:
+        chosen["height"], chosen["width"] = size
+    return ConvertedSubject(folder, prompts, options.batch_size, chosen, loras)
+
+
+def open_teacher(options: types.SimpleNamespace, student: Subject, max_steps: int) -> Subject:
+    """What `--teacher` names: a converted pipeline makes pictures of its student's size."""
+    if not (Path(options.teacher) / RECORD).is_file():
+        return open_run(options, options.teacher, max_steps)
+    size = student.pipeline.size if isinstance(student, RunSubject) else None
+    return open_checkpoint(options, options.teacher, size=size)
 
 
 def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:

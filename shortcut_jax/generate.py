@@ -17,12 +17,12 @@ from shortcut_jax.steps.sampling import make_sampler, noise_rows, seed_bits
 
 Decode = Callable[[np.ndarray], np.ndarray]
 """latents [B, h, w, c], float32, as the network leaves them -> pictures [B, height, width, channels], uint8."""
-
-
 Encode = Callable[[np.ndarray], np.ndarray]
 """The other way round: pictures -> latents."""
 Draws = Sequence[tuple[int, int]]
 """(seed, number in that seed) of each picture's noise."""
+Caption = str | tuple[np.ndarray, np.ndarray]
+"""A caption, or its text states where they are known: txt [M, T] and vec [V]."""
 
 
 def bound_of(steps: int) -> int:
@@ -106,7 +106,7 @@ class Generator:
     def __call__(
         self,
         params: Any,
-        captions: Sequence[str],
+        captions: Sequence[Caption],
         num_steps: int,
         seed: int = 0,
         guidance: float = 1.0,
@@ -132,15 +132,12 @@ class Generator:
           ValueError: a step count that the sampler was not made for, or another number of draws than captions.
         """
         self._check(num_steps)
-        options: dict[str, Any] = dict(bound=self.max_steps, trajectory=False, method=method)
-        args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift
-        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in self._batches(*args, **options)])
+        draws = numbered(draws, seed, len(captions))
+        return self._pictures(params, captions, num_steps, draws, guidance, shift, method)
 
     def without_steps(self, params: Any, captions: Sequence[str]) -> np.ndarray:
         """All the work of a call but its steps, which shows what they cost: captions, placing, noise, decoding."""
-        options: dict[str, Any] = dict(bound=self.max_steps, trajectory=False, method="euler")
-        batches = self._batches(params, captions, 0, numbered(None, 0, len(captions)), 1.0, None, **options)
-        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in batches])
+        return self._pictures(params, captions, 0, numbered(None, 0, len(captions)), 1.0, None, "euler")
 
     def trajectory(
         self,
@@ -160,9 +157,9 @@ class Generator:
         """
         self._check(num_steps)
         bound = min(bound_of(num_steps), self.max_steps)
-        args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift
+        args = params, captions, num_steps, numbered(draws, seed, len(captions)), guidance, shift, method
         parts = []
-        for kept, num in self._batches(*args, bound=bound, trajectory=True, method=method):
+        for kept, num in self._batches(*args, bound=bound, trajectory=True):
             along = kept[: num_steps + 1, :num]
             pictures = self._ends.decode(along.reshape(-1, *along.shape[2:]))
             parts.append(pictures.reshape(*along.shape[:2], *pictures.shape[1:]).swapaxes(0, 1))
@@ -199,8 +196,7 @@ class Generator:
         self._check(int(plan.steps))
         draws, shift = numbered(draws, 0, len(targets)), self._shift if shift is None else shift
         edited = []
-        for first in range(0, len(targets), self.batch_size):
-            rows = np.minimum(np.arange(first, first + self.batch_size), len(targets) - 1)
+        for rows, _ in full_batches(len(targets), self.batch_size):
             latents = self._place(self._ends.latents(pictures_BhwC[rows]))
             source = self.condition([sources[i] for i in rows], source_guidance)
             target = self.condition([targets[i] for i in rows], guidance)
@@ -220,20 +216,25 @@ class Generator:
                 edited.append(self._ends.decode(np.asarray(self._edit(*args))))
         return np.concatenate(edited)[: len(targets)]
 
+    def _pictures(self, *args: Any) -> np.ndarray:
+        """Takes what `_batches` does."""
+        batches = self._batches(*args, bound=self.max_steps, trajectory=False)
+        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in batches])
+
     def _batches(
         self,
         params: Any,
-        captions: Sequence[str],
+        captions: Sequence[Caption],
         num_steps: int,
         draws: Draws,
         guidance: float,
         shift: float | None,
+        method: str,
         **options: Any,
     ) -> Iterator[tuple[np.ndarray, int]]:
         """Latents of each batch, and how many of its rows are asked for."""
         shift = self._shift if shift is None else shift
-        for first in range(0, len(captions), self.batch_size):
-            rows = np.minimum(np.arange(first, first + self.batch_size), len(captions) - 1)
+        for rows, num in full_batches(len(captions), self.batch_size):
             condition = self.condition([captions[i] for i in rows], guidance)
             args: tuple[Any, ...] = (
                 params,
@@ -245,15 +246,16 @@ class Generator:
             if guidance != 1.0 and not self._assembly.model.guidance:
                 args = (*args, self.condition([""] * self.batch_size, guidance), float(guidance))
             with jax.set_mesh(self._assembly.mesh):
-                yield np.asarray(self._sample(*args, **options)), min(len(captions) - first, self.batch_size)
+                yield np.asarray(self._sample(*args, method=method, **options)), num
 
     def _check(self, num_steps: int) -> None:
         if not 1 <= num_steps <= self.max_steps:
             raise ValueError(f"asked for {num_steps} sampling steps, but must be 1 to {self.max_steps} (max_steps)")
 
-    def condition(self, captions: Sequence[str], guidance: float) -> Condition:
+    def condition(self, captions: Sequence[Caption], guidance: float) -> Condition:
         """Encoded captions on the mesh, as many as it takes whole."""
-        txt, vec = (np.stack(x) for x in zip(*(self._ends.encode(c) for c in captions), strict=True))
+        states = [self._ends.encode(c) if isinstance(c, str) else c for c in captions]
+        txt, vec = (np.stack(x) for x in zip(*states, strict=True))
         scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
         return jax.tree.map(self._place, Condition(txt, vec, scale))
 
@@ -268,6 +270,12 @@ def numbered(draws: Draws | None, seed: int, num: int) -> Draws:
     if len(draws) != num:
         raise ValueError(f"there are {len(draws)} draws for {num} pictures, but it must be one for each")
     return draws
+
+
+def full_batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Row numbers of each batch, always `size` of them, the last row repeated; and how many of them are new."""
+    for first in range(0, total, size):
+        yield np.minimum(np.arange(first, first + size), total - 1), min(total - first, size)
 
 
 def draw_arrays(draws: Draws, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
-from shortcut_jax.generate import Draws, bound_of, draw_arrays, numbered
+from shortcut_jax.generate import Draws, bound_of, draw_arrays, full_batches, numbered
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
@@ -191,14 +191,13 @@ class TextToImage:
         draws = numbered(draws, seed, len(texts))
         batch = self.rounded(batch_size)
         negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
-        for first in range(0, len(texts), batch):
-            rows = np.minimum(np.arange(first, first + batch), len(texts) - 1)
+        for rows, new in full_batches(len(texts), batch):
             condition = self.encode([texts[i] for i in rows], guidance, text_tokens)
             numbers = draw_arrays(draws, rows)
             noise_BNC = noise_rows(*numbers, self.models["flux"].config, *self.latent_size(height, width))
             asked = (height, width, steps, shift, negative, scale, method, trajectory)
             latents = self.denoise(noise_BNC, condition, *asked)
-            yield latents, min(len(texts) - first, batch)
+            yield latents, new
 
     def rounded(self, batch_size: int | None) -> int:
         """A batch size that divides over the devices; one picture a device by default."""

@@ -92,6 +92,17 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
+@pytest.fixture(scope="module")
+def one_device_of_module():
+    """The same for all of a module, its fixtures included."""
+    with pytest.MonkeyPatch.context() as patch:
+        device = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *args: device)
+        patch.setattr(jax, "local_devices", lambda *args, **options: device)
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def arguments(data_dir):
     def make(workdir, *extra, **changes):

@@ -35,18 +35,6 @@ def evaluated(trained, data_dir, made_once, one_device_of_module):
     return made_once("evaluated", lambda folder: _evaluate(trained, folder, data_dir))
 
 
-@pytest.fixture(scope="module")
-def one_device_of_module():
-    import jax
-
-    with pytest.MonkeyPatch.context() as patch:
-        device = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *args: device)
-        patch.setattr(jax, "local_devices", lambda *args, **options: device)
-        patch.setattr(jax, "device_count", lambda: 1)
-        yield
-
-
 def test_views_steps_and_what_is_asked_besides(evaluated):
     record = json.loads((evaluated / "evaluation.json").read_text())
     images = {(c["label"], c["steps"]): c["images"] for c in record["cells"]}
@@ -159,6 +147,9 @@ def test_adapters_are_judged_against_their_teacher(distilled, data_dir, tmp_path
         (["--workdir=x", "--extras=speed"], "--extras has 'speed', but must be of grid, field, validation, latency"),
         (["--workdir=x", "--images=1"], "a distance needs at least 2 pictures"),
         (["--workdir=x", "--prompts=p"], "--prompts goes with --checkpoint"),
+        (["--workdir=x", "--lora=l"], "--lora goes with --checkpoint, not with --workdir"),
+        (["--checkpoint=x", "--prompts=p", "--lora=l", "--lora_scale=1", "--lora_scale=2"], "give one for each"),
+        (["--checkpoint=x", "--prompts=none.txt"], "--prompts=none.txt cannot be read: No such file"),
         (["--checkpoint=x"], "--checkpoint needs --prompts=FILE"),
         (["--workdir=x", "--features=inception"], "convert pt_inception-2015-12-05 with"),
         (["--workdir=a", "--workdir=b"], "several workdirs need --out"),

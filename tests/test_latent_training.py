@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,12 +26,8 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one():
+def one(one_device_of_module):
     with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *args: devices)
-        patch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
-        patch.setattr(jax, "device_count", lambda: 1)
         patch.setitem(PRESETS, "tiny-flux", FluxConfig(1, 1, 32, 2, (4, 6, 6), 64, 32, 24))
         yield
 
@@ -93,11 +88,17 @@ def test_a_run_is_sampled_with_its_sets_prompts_or_with_a_pipelines_encoders(tra
     assert encoded_now("a whale with green", steps=2, num=2).shape == stored.shape
 
 
-def test_a_run_is_evaluated_with_the_stored_states_of_its_captions(trained_on_latents, tmp_path):
+def test_a_run_is_evaluated_with_its_stored_states_and_a_pipeline_teaches_it_on_the_same_captions(
+    trained_on_latents, converted_folder, tmp_path
+):
     argv = ["evaluate", f"--workdir={trained_on_latents}", f"--out={tmp_path}", "--views=slow", "--steps=1"]
+    argv += [f"--teacher={converted_folder}", "--teacher_steps=2"]
     assert evaluate.main([*argv, "--images=4", "--batch_size=8", "--features=random", "--extras=validation"]) == 0
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    (cell,) = record["cells"]
+    teacher, cell = record["cells"]
+    assert (teacher["label"], teacher["steps"], teacher["images"]) == ("teacher", 2, 4)
+    assert cell["abs_frechet_gap"] == pytest.approx(abs(cell["frechet_distance"] - teacher["frechet_distance"]))
+    assert cell["frechet_to_teacher"] > 0 and "abs_frechet_gap" not in teacher
     assert np.isfinite(cell["frechet_distance"]) and cell["images"] == 4 and cell["accuracy"] is None
     # The run's own validation set, the same as in training.
     logged = read_metrics(trained_on_latents / "metrics.jsonl")[4]["validation/mlperf/slow"]

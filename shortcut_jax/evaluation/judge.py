@@ -8,6 +8,7 @@ from shortcut_jax.core.stats import frechet_distance, gaussian_of, kernel_distan
 from shortcut_jax.evaluation.features import Features
 from shortcut_jax.evaluation.reference import Reference
 from shortcut_jax.evaluation.tally import Tally
+from shortcut_jax.report import count_label
 
 SUBSET, NEIGHBOURS = 1000, 3
 """Of KID, and of precision and recall, as usual."""
@@ -27,7 +28,7 @@ class Cell(NamedTuple):
     images: int
 
     def __str__(self) -> str:
-        return f"{self.label} at {self.steps} step{'s' * (self.steps > 1)}"
+        return f"{self.label} at {count_label(self.steps)}"
 
 
 def figures(cell: Cell, tally: Tally, reference: Reference, features: Features) -> dict[str, Any]:

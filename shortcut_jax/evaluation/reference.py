@@ -12,8 +12,8 @@ from tqdm import tqdm
 from shortcut_jax.core.stats import Gaussian, gaussian_of
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.images import BadImage, decode
+from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import Features
-from shortcut_jax.evaluation.subject import CaptionedSet
 from shortcut_jax.evaluation.tally import Tally, add, no_tally, of_all_processes
 from shortcut_jax.runtime import distributed, key_value
 from shortcut_jax.settings import ConfigError

@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from shortcut_jax.core.paths import PATH_STEPS
 from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.evaluation.captions import Asked
 from shortcut_jax.evaluation.judge import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
 from shortcut_jax.evaluation.sampling import Judges, latencies, sample_cell
-from shortcut_jax.evaluation.subject import Asked, Subject
+from shortcut_jax.evaluation.subject import Subject
 from shortcut_jax.evaluation.tally import Tally
+from shortcut_jax.pictures_out import thumbnail
 from shortcut_jax.report import count_label
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.settings import ConfigError
@@ -61,6 +63,7 @@ class Entry(NamedTuple):
       subject: whose weights.
       view: of the subject.
       cells: of it.
+      asks: whose captions it is judged on: a teacher has those of its students.
       teacher: label of the entry that is its teacher.
     """
 
@@ -68,6 +71,7 @@ class Entry(NamedTuple):
     subject: Subject
     view: str
     cells: tuple[Cell, ...]
+    asks: Subject
     teacher: str | None = None
 
 
@@ -114,18 +118,18 @@ def entries_of(subjects: Sequence[Subject], teacher: Subject | None, plan: Plan)
         prefix = f"{subject.name}/" if several else ""
         images = plan.images or len(subject)
         own = TEACHER in subject.views and teacher is None
-        judged_by = TEACHER if teacher else (f"{prefix}{TEACHER}" if own else None)
+        judged_by = TEACHER if teacher is not None else (f"{prefix}{TEACHER}" if own else None)
         for i, view in enumerate(v for v in plan.views if v != TEACHER):
             label, num = f"{prefix}{view}", images if i == 0 else min(plan.other_images or images, images)
             cells = tuple(Cell(label, n, num) for n in (plan.steps if i == 0 else plan.other_steps))
-            result.append(Entry(label, subject, view, cells, judged_by))
+            result.append(Entry(label, subject, view, cells, subject, judged_by))
         if own:
             cell = Cell(f"{prefix}{TEACHER}", plan.teacher_steps, images)
-            result.insert(0, Entry(cell.label, subject, TEACHER, (cell,)))
-    if teacher:
+            result.insert(0, Entry(cell.label, subject, TEACHER, (cell,), subject))
+    if teacher is not None:
         cell = Cell(TEACHER, plan.teacher_steps, max(e.cells[0].images for e in result))
         view = "slow" if "slow" in teacher.views else teacher.views[0]
-        result.insert(0, Entry(TEACHER, teacher, view, (cell,)))
+        result.insert(0, Entry(TEACHER, teacher, view, (cell,), subjects[0]))
     return result
 
 
@@ -145,45 +149,40 @@ def evaluate(entries: Sequence[Entry], plan: Plan, judges: Judges, reference: Re
     steps = {label: s.step for label, s in names.items() if s.step is not None}
     times = np.asarray(sampling_grid(PATH_STEPS, PATH_STEPS))[1:-1]
     result = Result(title, facts, judges.features.name, [], {}, times.tolist(), {}, {}, {}, steps)
-    tallies: dict[Cell, Tally] = {}
     total = sum(cell.steps * cell.images for entry in entries for cell in entry.cells)
     shown = {"disable": jax.process_index() > 0, "dynamic_ncols": True, "smoothing": 0.05}
+    teachers: dict[str, tuple[dict[str, Any], Tally]] = {}
     with tqdm(total=total, unit="evaluation", unit_scale=True, **shown) as bar:
         for entry in entries:
-            for cell, row, tally in _judge(entry, plan, judges, reference, out, result, bar):
+            for row, tally in _judge(entry, plan, judges, reference, out, result, bar):
+                if entry.teacher:
+                    row = against_teacher(row, tally, *teachers[entry.teacher])
+                elif any(other.teacher == entry.label for other in entries):  # which come after it
+                    teachers[entry.label] = row, tally
                 result.rows.append(row)
-                tallies[cell] = tally
-    teachers = {row["label"]: (row, tallies[cell]) for cell, row in _with_cells(tallies, result.rows)}
-    for i, (cell, row) in enumerate(_with_cells(tallies, result.rows)):
-        label = next(e.teacher for e in entries if e.label == cell.label)
-        if label:
-            result.rows[i] = against_teacher(row, tallies[cell], *teachers[label])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     result.facts["made"] = f"{time.strftime('%Y-%m-%d')} on {devices} in {time.perf_counter() - begin:.0f} s"
     return result
 
 
-def _with_cells(tallies: dict[Cell, Tally], rows: list[dict[str, Any]]) -> list[tuple[Cell, dict[str, Any]]]:
-    return list(zip(tallies, rows, strict=True))
-
-
 def _judge(
     entry: Entry, plan: Plan, judges: Judges, reference: Reference, out: Path, result: Result, bar: tqdm
-) -> Iterator[tuple[Cell, dict[str, Any], Tally]]:
+) -> Iterator[tuple[dict[str, Any], Tally]]:
     """The cells of an entry one after the other; what else is asked of its weights goes into `result`."""
     subject, label = entry.subject, entry.label
     weights = subject.weights(entry.view)
     in_full = entry.view in (plan.views[0], TEACHER)
-    shown = subject.show(COLUMNS)
+    shown = entry.asks.show(COLUMNS)
     bar.set_description(f"{label}: compiling")
     subject.pictures(weights, shown, 1, plan.seed, 0)
     for cell in entry.cells:
         bar.set_description(str(cell))
         path = out / "cells" / f"{label.replace('/', '-')}-{cell.steps}.npz"
-        tally = sample_cell(subject, lambda: weights, cell, plan.seed, judges, path, bar)
+        tally = sample_cell(subject, weights, entry.asks, cell, plan.seed, judges, path, bar)
         row = figures(cell, tally, reference, judges.features)
-        bar.write(f"{cell}: {judges.features.name} {row['distance']:.3g}") if jax.process_index() == 0 else None
-        yield cell, row, tally
+        if jax.process_index() == 0:
+            bar.write(f"{cell}: {judges.features.name} {row['distance']:.3g}")
+        yield row, tally
     bar.set_description(f"{label}: the field")
     measured = subject.path(weights, plan.seed) if "field" in plan.extras else None
     if measured is not None:
@@ -197,17 +196,8 @@ def _judge(
         one = Asked(shown.captions[:1])
         result.latency[label] = latencies(lambda n: subject.few(weights, one, n, plan.seed), counts)
     if in_full and "grid" in plan.extras:
-        rows = [_thumbnails(subject.few(weights, shown, n, plan.seed)) for n in counts]
+        drawn = (subject.few(weights, shown, n, plan.seed) for n in counts)
+        rows = [np.stack([thumbnail(pixels, THUMBNAIL) for pixels in pictures]) for pictures in drawn]
         words = [caption.split()[-1] if caption else "" for caption in shown.captions]
         columns = words if max(map(len, words)) <= 12 else ()
         result.sheets[label] = contact_sheet(rows, [count_label(n) for n in counts], columns)
-
-
-def _thumbnails(pictures: np.ndarray) -> np.ndarray:
-    """Pictures of at most `THUMBNAIL` pixels a side."""
-    factor = max(pictures.shape[1:3]) / THUMBNAIL
-    if factor <= 1:
-        return pictures
-    size = tuple(round(n / factor) for n in pictures.shape[2:0:-1])
-    small = [np.asarray(Image.fromarray(p.squeeze()).resize(size, Image.Resampling.LANCZOS)) for p in pictures]
-    return np.stack(small).reshape(len(pictures), size[1], size[0], -1)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from shortcut_jax.evaluation.captions import Asked
 from shortcut_jax.evaluation.features import Features
 from shortcut_jax.evaluation.judge import Cell
-from shortcut_jax.evaluation.subject import Asked, Subject
+from shortcut_jax.evaluation.subject import Subject
 from shortcut_jax.evaluation.tally import Tally, add, load, no_tally, of_all_processes, save
 from shortcut_jax.runtime import distributed
 
@@ -37,7 +38,14 @@ class Judges(NamedTuple):
 
 
 def sample_cell(
-    subject: Subject, weights: Callable[[], Any], cell: Cell, seed: int, judges: Judges, path: Path, bar: tqdm
+    subject: Subject,
+    weights: Any,
+    asks: Subject,
+    cell: Cell,
+    seed: int,
+    judges: Judges,
+    path: Path,
+    bar: tqdm,
 ) -> Tally:
     """Makes the pictures of a cell, or those that an earlier run of it has not made.
 
@@ -46,7 +54,8 @@ def sample_cell(
 
     Args:
       subject: what is judged.
-      weights: called only where pictures are left to be made.
+      weights: of it, on devices.
+      asks: whose captions they are.
       cell: which weights, steps and how many.
       seed: of the noise.
       judges: what looks at them.
@@ -54,7 +63,8 @@ def sample_cell(
       bar: progress, in network evaluations.
     """
     rank, processes = jax.process_index(), jax.process_count()
-    key = f"{subject.identity} | {cell} | {cell.images} images | seed {seed} | {judges.features.name}"
+    asked_by = f"captions of {asks.name} | {cell} | {cell.images} images | seed {seed}"
+    key = f"{subject.identity} | {asked_by} | {judges.features.name}"
     stored = load(path, key)
     done = distributed.agree_on(stored.done if stored else 0)
     empty = no_tally(judges.features.size)._replace(done=done)
@@ -63,12 +73,12 @@ def sample_cell(
     bar.update(done * cell.steps)
     if done == cell.images:
         return of_all_processes(tally)
-    on_device, saved = weights(), time.monotonic()
+    saved = time.monotonic()
     for first in range(done, cell.images, subject.batch_size):
         indices = np.arange(first, min(first + subject.batch_size, cell.images))
-        asked = subject.ask(indices.tolist(), cell.images)
+        asked = asks.ask(indices.tolist(), cell.images)
         begin = time.perf_counter()
-        pictures = subject.pictures(on_device, asked, cell.steps, seed, first)
+        pictures = subject.pictures(weights, asked, cell.steps, seed, first)
         seconds = (time.perf_counter() - begin) * (rank == 0)
         mine = np.arange(rank, len(indices), processes)
         sums = {"seconds": seconds, **_look(judges, asked, pictures, mine)}

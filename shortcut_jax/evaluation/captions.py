@@ -1,0 +1,77 @@
+"""Captions that pictures are made for, and the set of captioned pictures that they come from."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shortcut_jax.check_data import check_data
+from shortcut_jax.data.pipeline import Draw, RowMaker, read_many
+from shortcut_jax.data.records import DataSettings, data_folder
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.generate import Caption
+from shortcut_jax.pipeline import Pipeline
+from shortcut_jax.validation import hash_of
+
+
+class Asked(NamedTuple):
+    """Captions that pictures are made for.
+
+    Attributes:
+      captions: as text.
+      states: of each caption, where the set that it is from has stored them.
+      labels: the class of each, where the data has classes.
+    """
+
+    captions: list[str]
+    states: list[Caption] | None = None
+    labels: np.ndarray | None = None
+
+
+class CaptionedSet:
+    """The pictures and captions of a run's training set that have the size of its samples.
+
+    Attributes:
+      records: all of the set, in storage order.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: DataSettings):
+        """Opens the set. Raises DataError where it is not there, ConfigError where it is not the run's."""
+        self._data = TrainingData(settings)
+        check_data(pipeline.settings, pipeline.assembly.model, self._data)
+        size = settings.height, settings.width
+        self._index = self._data.places[self._data.buckets.index(size)][0]
+        self.records = self._data.sets[0].records
+        self._to_row, self._ends = RowMaker(self._data, pipeline.ends.encode), pipeline.ends
+        facts = (data_folder(settings), settings.split, settings.limit, len(self._index), size)
+        self.identity = " ".join(map(str, facts))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def ask(self, indices: Sequence[int], total: int) -> Asked:
+        """See `Subject.ask`: evenly over the set, or again from its beginning beyond its end."""
+        size = len(self._index)
+        picks = [i * size // total if total < size else i % size for i in indices]
+        records, draws = self._read(picks)
+        captions = [record["caption"].decode("utf-8") for record in records]
+        labels = np.array([r["label"] for r in records]) if "label" in records[0] else None
+        if self._data.settings.text_encoder != "stored":
+            return Asked(captions, None, labels)
+        rows = [self._to_row(record, draw) for record, draw in zip(records, draws, strict=True)]
+        return Asked(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
+
+    def pictures(self, indices: Sequence[int]) -> np.ndarray:
+        """Pictures of the set, uint8, as the run sees them: those of latents are decoded."""
+        records, draws = self._read(indices)
+        latents = [self._to_row(record, draw).latents_BhwC for record, draw in zip(records, draws, strict=True)]
+        return self._ends.decode(np.stack(latents))
+
+    def captions(self, num: int) -> list[str]:
+        """See `TrainingData.captions`."""
+        return self._data.captions(num)
+
+    def _read(self, indices: Sequence[int]) -> tuple[list[dict[str, Any]], list[Draw]]:
+        places = [int(self._index[i]) for i in indices]
+        draws = [Draw(0, place, drop=False, flip=False, seed=hash_of(0, place)) for place in places]
+        return read_many(self.records, places), draws
