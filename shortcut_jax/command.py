@@ -12,6 +12,8 @@ from typing import Any
 from absl import flags, logging
 
 from shortcut_jax.data.format import DataError
+from shortcut_jax.errors import UserError
+from shortcut_jax.local_path import local_path
 from shortcut_jax.runtime import failures
 from shortcut_jax.runtime.agreement import AgreementError
 from shortcut_jax.runtime.checkpoint import CheckpointError
@@ -24,7 +26,7 @@ from shortcut_jax.settings import ConfigError
 from shortcut_jax.weights.rules import ConversionError
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A command line that cannot be run."""
 
 
@@ -32,8 +34,15 @@ class TrainingError(RuntimeError):
     """Training cannot go on: weights or losses are not finite."""
 
 
+PATH_FLAGS = (
+    *("workdir", "checkpoint", "base", "encoders", "lora", "teacher", "from_teacher", "inception", "clip"),
+    *("from", "to", "out", "source", "edit", "inspect", "prompts", "eval_prompts", "reference", "save_reference"),
+    *("tokenizer", "tokenizer_2", "data_dir", "tfds_dir"),
+)
+"""The flags, of whatever command, whose values are paths: made absolute before anything else sees them."""
+
 EXPECTED_ERRORS: tuple[type[Exception], ...] = (
-    UsageError,
+    UserError,
     TrainingError,
     ConfigError,
     DataError,
@@ -144,6 +153,7 @@ def parse(
 
     Raises:
       UsageError: unknown flags or keys, unreadable values, stray words or missing required flags, in one line.
+      PathError: a path that is not one of this machine.
       SystemExit: after `--help`.
     """
     try:
@@ -162,7 +172,20 @@ def parse(
     for name in required:
         if getattr(options, name) is None:
             raise UsageError(f"--{name} is missing; {usage}")
+    for name in PATH_FLAGS:
+        value = getattr(options, name, None)
+        if value is not None:
+            several = isinstance(value, list)
+            paths = [_absolute(name, text) for text in (value if several else [value])]
+            setattr(options, name, paths if several else paths[0])
     return options
+
+
+def _absolute(name: str, given: str) -> str:
+    if name == "source" and given.startswith("tfds:"):
+        return given
+    # A slash at the end says that a folder is meant.
+    return str(local_path(given, f"--{name}")) + ("/" if given.endswith("/") and given.strip("/") else "")
 
 
 def _one_line(error: BaseException) -> str:

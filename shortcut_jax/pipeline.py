@@ -15,6 +15,7 @@ from shortcut_jax.data.words import count_words
 from shortcut_jax.ends import sampling_ends
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import freeze, load_base, open_initial
+from shortcut_jax.local_path import local_path
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
@@ -68,7 +69,10 @@ class Pipeline:
         """
         if view not in VIEWS:
             raise ValueError(f"view is {view!r}, but must be one of {', '.join(VIEWS)}")
-        folder = Path(workdir) / "checkpoints"
+        workdir = local_path(workdir, "workdir")
+        base = None if base is None else local_path(base, "base")
+        encoders = None if encoders is None else local_path(encoders, "encoders")
+        folder = workdir / "checkpoints"
         meta = stored_meta(folder)
         if meta is None:
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")

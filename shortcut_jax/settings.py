@@ -18,6 +18,7 @@ from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps
 from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.data.records import DataSettings
+from shortcut_jax.local_path import absolute_text
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.watchdog import WatchdogSettings
 from shortcut_jax.steps.optim import OptimizerSettings
@@ -247,6 +248,10 @@ class Settings:
         return self.train == "lora" or self.teacher_share > 0
 
 
+PATHS = ("init_from", "base", "teacher_lora")
+"""The fields of `Settings` that are paths; `data.dir` is one too."""
+
+
 def default_config() -> ConfigDict:
     """A locked ConfigDict of every key with its default: where each config file starts."""
     return _to_config(Settings()).lock()
@@ -310,6 +315,18 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The same run, its paths absolute: what is stored of it then does not depend on the current folder.
+
+    Raises:
+      PathError: one of them is not a path of this machine.
+    """
+    given = {name: getattr(settings, name) for name in PATHS}
+    paths = {name: absolute_text(path, name) for name, path in given.items() if path is not None}
+    data = dataclasses.replace(settings.data, dir=absolute_text(settings.data.dir, "data.dir"))
+    return dataclasses.replace(settings, data=data, **paths)
+
+
 def complete(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored config with the defaults of fields that are newer than it: a default means what was done before."""
     if "guide" not in stored:  # Older than post-training: no rows had a teacher, and all configs had a guidance range.
@@ -317,6 +334,11 @@ def complete(stored: dict[str, Any]) -> dict[str, Any]:
         if not preset(stored["model"]["preset"]).guidance:
             stored["guidance"] = ()
     return _complete(stored, to_dict(Settings()))
+
+
+def read_stored(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config as `to_dict` gives one now: of all fields, its paths absolute."""
+    return to_dict(with_absolute_paths(build(complete(stored))))
 
 
 def _complete(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.generate import Draws, bound_of, draw_arrays, full_batches, numbered
+from shortcut_jax.local_path import local_path
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
@@ -84,7 +85,8 @@ class TextToImage:
         platform = devices[0].platform
         self.compute_dtype = compute_dtype or ("float32" if platform == "cpu" else "bfloat16")
         self.mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
-        parts = open_pipeline(Path(folder))
+        folder = local_path(folder, "folder")
+        parts = open_pipeline(folder)
         self.models, self.sampling = parts.models, parts.sampling
         flux = self.models["flux"].config
         attention = choose_backend("auto", platform, self.compute_dtype, flux.head_size)
@@ -94,7 +96,7 @@ class TextToImage:
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
         self.halves = Halves(self.models["vae"], self.mesh)
         for path, strength in loras:
-            self._add_lora(Path(path).expanduser(), strength)
+            self._add_lora(local_path(path, "lora"), strength)
 
     def _add_lora(self, path: Path, strength: float) -> None:
         if not path.exists():

@@ -21,6 +21,7 @@ from shortcut_jax.data.training import TrainingData
 from shortcut_jax.differences import compare, flatten
 from shortcut_jax.ends import training_ends
 from shortcut_jax.generate import Generator
+from shortcut_jax.local_path import local_path
 from shortcut_jax.loop import Outputs, busy, grid_name, loop, show
 from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
 from shortcut_jax.resolve import from_config
@@ -36,7 +37,7 @@ from shortcut_jax.runtime.peers import Peers
 from shortcut_jax.runtime.shared_folder import check_folder
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
-from shortcut_jax.settings import Settings, complete, to_dict
+from shortcut_jax.settings import Settings, read_stored, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)
     config_file = Path(config_flags.get_config_filename(values["config"]))
-    workdir = Path(options.workdir or f"runs/{config_file.stem}-{settings.objective}")
+    workdir = local_path(options.workdir or f"runs/{config_file.stem}-{settings.objective}", "--workdir")
     check_same(settings, workdir, options.stop_at)
     check_devices()
     assembly = Assembly(keep_batch(settings, workdir, len(jax.devices())))
@@ -103,7 +104,7 @@ def train_teacher(config_file: Path, settings: Settings) -> int:
     make = runpy.run_path(str(config_file)).get("get_teacher_config")
     if make is None or settings.init_from is None:
         return 0
-    workdir, own = Path(settings.init_from).expanduser(), from_config(make())
+    workdir, own = local_path(settings.init_from, "init_from"), from_config(make())
     data = dataclasses.replace(own.data, dir=settings.data.dir)
     teacher = Assembly(dataclasses.replace(own, data=data, mesh=settings.mesh))
     if not distributed.agree(_is_unfinished(workdir, teacher)):
@@ -120,7 +121,7 @@ def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
         return False  # someone else's checkpoint
     stored = json.loads((workdir / "config.json").read_text())
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    same = not compare(complete(stored), record_of(teacher))["identity"]
+    same = not compare(read_stored(stored), record_of(teacher))["identity"]
     return same and max(steps, default=0) < teacher.settings.steps
 
 

@@ -14,7 +14,7 @@ from shortcut_jax.resolve import mesh_shape, objective_settings
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import describe_shardings, replicated, summarise_shardings
-from shortcut_jax.settings import ConfigError, Settings, complete, to_dict
+from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
 from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.state import TrainState, from_items, to_counters, to_items
 
@@ -35,7 +35,7 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     stored = stored_config(workdir / "checkpoints")
     if stored is None:
         return
-    differences = compare(complete(stored), config)
+    differences = compare(read_stored(stored), config)
     if differences["identity"]:
         raise ConfigError(
             f"the workdir {workdir} holds a different run; stored -> asked for: "

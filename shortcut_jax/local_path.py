@@ -1,0 +1,62 @@
+"""Paths as users give them: made absolute once, where they come in, and refused where no file can have them."""
+
+import os
+import re
+from pathlib import Path
+
+from shortcut_jax.errors import PathError
+
+_REMEDIES = {
+    "gs": "mount the bucket (gcsfuse) and give the folder it is mounted at",
+    "s3": "mount the bucket (mount-s3) and give the folder it is mounted at",
+    "hf": "download it first (hf download OWNER/NAME --local-dir FOLDER) and give that folder",
+    "http": "download it first and give the file",
+    "https": "download it first and give the file",
+    "file": "give the path alone, without file://",
+}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_MOST_BYTES_OF_A_NAME = 255
+_MOST_BYTES_OF_A_PATH = 4095
+
+
+def local_path(given: str | os.PathLike[str], name: str) -> Path:
+    """The absolute path of what a user gave, `~` expanded; whether anything exists there is not looked at.
+
+    Args:
+      given: the path, absolute or relative to the current folder.
+      name: what the error calls it, such as `--workdir`.
+
+    Raises:
+      PathError: it is empty, names remote storage (`gs://`, `s3://`, `hf://`, ...), or cannot be a path.
+    """
+    text = os.fspath(given)
+    _check(text, name)
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError as error:  # ~somebody, who is no user here
+        raise PathError(f"{name}={text} cannot be used: {error}") from None
+    if len(os.fsencode(path)) > _MOST_BYTES_OF_A_PATH:
+        raise PathError(f"{name}={text[:40]}... is longer than the {_MOST_BYTES_OF_A_PATH} bytes that a path may have")
+    return path
+
+
+def absolute_text(given: str, name: str) -> str:
+    """The same for a path that is stored: text, in which `~` stays, so that it also means something elsewhere."""
+    path = local_path(given, name)
+    return given if given.startswith("~") else str(path)
+
+
+def _check(text: str, name: str) -> None:
+    if not text.strip():
+        raise PathError(f"{name} is empty: give a path")
+    if not text.isprintable():
+        raise PathError(f"{name}={text[:80]!r} has a character that cannot be printed: give another path")
+    scheme = _SCHEME.match(text)
+    if scheme:
+        remedy = _REMEDIES.get(scheme[1].lower(), "mount it and give the folder it is mounted at")
+        raise PathError(f"{name}={text} is not a path on this machine: {remedy}")
+    longest = max((part for part in text.split("/")), key=lambda part: len(os.fsencode(part)))
+    if (length := len(os.fsencode(longest))) > _MOST_BYTES_OF_A_NAME:
+        raise PathError(
+            f"{name}={text[:40]}... has a name of {length} bytes, but a file's name may have {_MOST_BYTES_OF_A_NAME}"
+        )

@@ -1,0 +1,59 @@
+"""Paths as users give them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import shortcut_jax
+from shortcut_jax import command
+from shortcut_jax.errors import PathError
+from shortcut_jax.local_path import absolute_text, local_path
+
+
+def test_it_is_absolute_and_keeps_what_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("runs/a", "--workdir") == tmp_path / "runs" / "a"
+    assert local_path(tmp_path, "--workdir") == tmp_path
+    assert local_path("~/a", "--workdir") == Path.home() / "a"
+    assert absolute_text("~/a", "data.dir") == "~/a"
+    assert absolute_text("a", "data.dir") == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ("gs://bucket/run", "gcsfuse"),
+        ("s3://bucket/run", "mount-s3"),
+        ("hf://owner/name", "hf download"),
+        ("abfs://x", "mount it"),
+        (Path("gs://bucket/run"), "gcsfuse"),  # which pathlib makes gs:/bucket/run
+        ("file:///tmp/x", "without file://"),
+        ("", "empty"),
+        ("  ", "empty"),
+        ("a\0b", "cannot be printed"),
+        ("a/" + 300 * "b", "name of 300 bytes"),
+        ("ab/" * 2000, "4095"),
+        ("~nobody-of-this-name/x", "nobody-of-this-name"),
+    ],
+)
+def test_what_no_file_can_have_is_refused_in_one_line(given, reason):
+    with pytest.raises(PathError, match=reason) as refused:
+        local_path(given, "--out")
+    assert "\n" not in str(refused.value) and str(refused.value).startswith("--out")
+
+
+NO_PATHS = {
+    *("coordinator", "target", "vary", "format", "view", "views", "dtype", "method", "features", "resize", "extras"),
+    *("prompt", "source_prompt", "store", "buckets", "where", "caption_field", "template", "text_states", "text_dtype"),
+    *("host", "steps", "seeds", "other_steps", "batches", "counts"),
+}
+
+
+def test_every_flag_of_text_is_known_to_be_a_path_or_not_to_be_one():
+    defined = re.compile(r'\b(?:DEFINE_(?:multi_)?(?:string|enum|list)|string|text|several)\(\s*"(\w+)"')
+    files = Path(shortcut_jax.__file__).parent.glob("*.py")
+    names = {name for file in files for name in defined.findall(file.read_text())}
+    assert {"workdir", "from", "out", "prompt", "lora"} <= names
+    assert not set(command.PATH_FLAGS) & NO_PATHS
+    assert names <= {*command.PATH_FLAGS, *NO_PATHS}
