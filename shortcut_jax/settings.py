@@ -322,7 +322,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
       PathError: one of them is not a path of this machine.
     """
     given = {name: getattr(settings, name) for name in PATHS}
-    paths = {name: absolute_text(path, name) for name, path in given.items() if path is not None}
+    paths: dict[str, Any] = {name: absolute_text(path, name) for name, path in given.items() if path is not None}
     data = dataclasses.replace(settings.data, dir=absolute_text(settings.data.dir, "data.dir"))
     return dataclasses.replace(settings, data=data, **paths)
 
