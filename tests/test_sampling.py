@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from shortcut_jax import Pipeline, command, sample
 from shortcut_jax.interactive import interact
-from shortcut_jax.pictures_out import Output, parameters, read_records
+from shortcut_jax.pictures_out import Output, layout_of, parameters, read_records
 from shortcut_jax.runtime.checkpoint import CheckpointError
 from shortcut_jax.sample_models import RunModel, Wanted, grid_times
 
@@ -149,9 +150,7 @@ def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings
     model = RunModel(_options(trained), pictures=2)
     (tmp_path / "00006.png").write_bytes(b"")
     lines = iter(LINES)
-    interact(
-        model, Wanted((), num=1, steps=1), Output(f"{tmp_path}/", plain=False, count_on=True), ask=lambda _: next(lines)
-    )
+    interact(model, Wanted((), num=1, steps=1), Output(f"{tmp_path}/", count_on=True), ask=lambda _: next(lines))
     assert list(lines) == ["never read"]
     err = capfd.readouterr().err
     for text in (
@@ -243,7 +242,7 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     (tmp_path / "latin.txt").write_bytes("Bär".encode("latin-1"))
     (tmp_path / "torn.png").write_bytes(grey[0].read_bytes()[:60])
     fails = lambda *argv: _fails(capfd, *run, *argv)
-    assert "--prompts=no.txt cannot be read: No such file" in fails("--prompts=no.txt")
+    assert "/no.txt cannot be read: No such file" in fails("--prompts=no.txt")
     assert "has no prompt: write one a line" in fails(f"--prompts={tmp_path}/empty.txt")
     assert "is not UTF-8: byte 1 is 0xe4" in fails(f"--prompts={tmp_path}/latin.txt")
     assert "--seeds=1,x, but must be whole numbers" in fails("--prompt=x", "--seeds=1,x")
@@ -256,7 +255,7 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "give --interactive or prompts, not both" in fails("--interactive", "--prompt=x")
     assert "--source_prompt is missing" in fails("--prompt=x", "--edit=a.png")
     edit = ("--prompt=x", "--source_prompt=y")
-    assert "--edit=a.png cannot be read: No such file" in fails(*edit, "--edit=a.png")
+    assert "/a.png cannot be read: No such file" in fails(*edit, "--edit=a.png")
     assert "torn.png cannot be read as a picture: " in fails(*edit, f"--edit={tmp_path}/torn.png")
     assert "latin.txt cannot be read as a picture: unsupported format" in fails(*edit, f"--edit={tmp_path}/latin.txt")
     assert "an edit of 4 steps, 4 of them skipped" in fails(*edit, f"--edit={grey[0]}", "--skip=4")
@@ -266,6 +265,45 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
         read_records(grey[0])
     with pytest.raises(command.UsageError, match="cannot be read as a picture"):
         read_records(tmp_path / "latin.txt")
+
+
+def test_one_prompt_into_a_file_is_one_image_that_can_be_edited(trained, folder, tmp_path, capfd):
+    argv = [f"--workdir={trained}", "--steps=1", f"--out={tmp_path}/seven.png"]
+    _run(*argv, f"--prompt={SEVEN}")
+    assert _pixels(tmp_path / "seven.png").shape == (8, 8) and len(read_records(tmp_path / "seven.png")) == 1
+    edit = [*argv, f"--prompt={TWO}", f"--source_prompt={SEVEN}"]
+    capfd.readouterr()
+    _run(*edit, f"--edit={tmp_path}/seven.png")
+    assert "resized" not in capfd.readouterr().err
+    line = _fails(capfd, *edit, f"--edit={folder}/sheet.png")
+    assert "sheet.png is a sheet of several images, but one is edited: sample it alone (--num=1)" in line
+    assert "is a trajectory" in _fails(capfd, *edit, f"--edit={folder}/00000_trajectory.png")
+
+
+def test_sixteen_images_remain_the_default_where_several_fit(tmp_path):
+    num = lambda *argv: sample._wanted(sample._parse(["sample", *argv])).num
+    run, out = ("--workdir=w", "--prompt=x"), f"--out={tmp_path}/x.png"
+    assert num(*run) == num(*run, out) == 1
+    assert num(*run, f"--out={tmp_path}/") == num(*run, "--prompt=y", out) == sample.SEVERAL
+    assert num(*run, out, "--seeds=1,2,3") == 3 and num(*run, out, "--num=4") == 4
+    assert num("--checkpoint=c", "--prompt=x", "--prompt=y", f"--out={tmp_path}/") == 1
+
+
+def test_metadata_of_older_and_other_files_tells_a_sheet_as_far_as_it_can(tmp_path):
+    def layout(size, **chunks):
+        info = PngInfo()
+        for name, text in chunks.items():
+            info.add_text(name, text)
+        Image.new("L", size).save(tmp_path / "x.png", pnginfo=info)
+        with Image.open(tmp_path / "x.png") as image:
+            return layout_of(image)
+
+    one = {"width": 8, "height": 8}
+    old = lambda *records: {"shortcut_jax": json.dumps({"pictures": records})}
+    assert layout((8, 8)) == layout((8, 8), **old(one)) == layout((8, 8), shortcut_jax="{") == "image"
+    assert layout((8, 8), shortcut_jax="[" * 10**5) == "image"
+    assert layout((90, 90), **old(one)) == layout((90, 90), **old(one, one)) == "sheet"
+    assert layout((90, 90), parameters="x\nSteps: 4, Pictures: 16, Version: shortcut_jax 0.1") == "sheet"
 
 
 def test_a_view_that_the_checkpoint_lacks_is_named_with_those_it_has(trained, tmp_path):
