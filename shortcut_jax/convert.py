@@ -45,6 +45,7 @@ from shortcut_jax.sources import (
     open_models,
     param_shapes,
     sampling_of,
+    scheduler_notes,
 )
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
@@ -151,6 +152,7 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
             _tell(model)
         if sampling is None or any(m.kind == "flux" for m in found):
             sampling = sampling_of(source, found)
+            tell(scheduler_notes(source))
     models = {kind: _changed(model, options) for kind, model in models.items()}
     if options.lora and "flux" not in models:
         raise UsageError("--lora is merged into a Flux transformer, but no --from holds one")
@@ -334,7 +336,7 @@ def _write_diffusers(job: Job, folder: Path, progress: exported.Progress) -> Non
         component = folder / exported.COMPONENTS[kind].folder
         exported.write_component(component, kind, model.config, model.params, progress)
     _copy_tokenizers(job, folder)
-    exported.write_pipeline_index(folder, list(job.models), job.sampling.shift)
+    exported.write_pipeline_index(folder, list(job.models), job.sampling)
 
 
 def _copy_tokenizers(job: Job, folder: Path) -> None:

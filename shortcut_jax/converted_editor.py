@@ -80,10 +80,10 @@ class Editor:
     @cached_property
     def _edit(self) -> Callable[..., Array]:
         """Compiled once for each size, number of pictures and bound of the step count."""
-        cfg = self._pipeline.models["flux"].config
+        cfg, spacing = self._pipeline.models["flux"].config, self._pipeline.sampling.spacing
 
         @partial(jax.jit, static_argnames=("size", "bound"))
         def edit(params: Any, shift: Array, *rest: Any, size: tuple[int, int], bound: int) -> Array:
-            return make_editor(cfg, *size, bound, shift, bound)(params, *rest)
+            return make_editor(cfg, *size, bound, shift, bound, spacing)(params, *rest)
 
         return edit

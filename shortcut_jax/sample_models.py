@@ -13,7 +13,7 @@ from shortcut_jax import __version__, command
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.core.latents import PATCH
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.pictures_out import Record
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.distributed import say, tell
@@ -92,6 +92,7 @@ class SampleModel(Protocol):
     """A model as `sample` needs it. Arguments of pictures are rows and a `Wanted` that has been checked."""
 
     batch_size: int
+    spacing: Spacing
 
     def check(self, wanted: Wanted) -> None:
         """Raises UsageError for what this model cannot do, before weights are read."""
@@ -129,7 +130,7 @@ def record(model: SampleModel, row: Row, wanted: Wanted) -> Record:
 def grid_times(model: SampleModel, wanted: Wanted) -> list[float]:
     """The times at which the steps begin."""
     shift = model.facts(wanted)["shift"]
-    return np.asarray(sampling_grid(wanted.steps, wanted.steps, shift))[:-1].tolist()
+    return np.asarray(sampling_grid(wanted.steps, wanted.steps, shift, model.spacing))[:-1].tolist()
 
 
 class RunModel:
@@ -148,7 +149,7 @@ class RunModel:
         batch = options.batch or min(pictures, 64)
         chosen = options.view, MAX_STEPS, batch, options.base, scales[0], options.encoders
         self.pipeline = Pipeline(options.workdir, *chosen)
-        self.batch_size = self.pipeline.generate.batch_size
+        self.batch_size, self.spacing = self.pipeline.generate.batch_size, Spacing()
 
     def check(self, wanted: Wanted) -> None:
         """See `SampleModel`."""
@@ -222,7 +223,7 @@ class ConvertedModel:
         self._loras = command.adapters(options)
         self._name = Path(options.checkpoint).resolve().name
         self.pipeline = TextToImage(options.checkpoint, loras=self._loras)
-        self.batch_size = self.pipeline.rounded(options.batch)
+        self.batch_size, self.spacing = self.pipeline.rounded(options.batch), self.pipeline.sampling.spacing
 
     def tell(self) -> None:
         """Says what the models are."""

@@ -23,7 +23,7 @@ from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
-from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
+from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
@@ -208,20 +208,28 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
         stored = data["text_encoder"] == "stored"
         tokens = data["text_tokens"] if stored else length
         return Sampling(ShiftRule(dynamic=guided), tokens, data.get("text_states", "full") if stored else "full")
-    file = path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
+    schedule = _schedule_of(path)
+    if schedule is None:
         return Sampling(ShiftRule(dynamic=guided), length)
-    c, d = {k: v for k, v in read_json(file).items() if v is not None}, ShiftRule()
-    number = lambda name, default, kind=NUMBER: told(c, name, kind, default, str(file))
-    rule = ShiftRule(
-        number("use_dynamic_shifting", False, FLAG),
-        number("shift", d.shift),
-        number("base_shift", d.base_shift),
-        number("max_shift", d.max_shift),
-        number("base_image_seq_len", d.base_tokens, WHOLE),
-        number("max_image_seq_len", d.max_tokens, WHOLE),
-    )
-    return Sampling(rule, length)
+    return Sampling(schedule.shift, length, spacing=schedule.spacing)
+
+
+def scheduler_notes(path: Path) -> tuple[str, ...]:
+    """What a reader should be told of the scheduler of a source, if it has one."""
+    schedule = None if (path / RECORD).is_file() else _schedule_of(path)
+    return () if schedule is None else schedule.notes
+
+
+def _schedule_of(path: Path) -> schedulers.Schedule | None:
+    """The scheduler of a diffusers pipeline; diffusers takes the class that its index names."""
+    file, index = path / "scheduler" / "scheduler_config.json", path / "model_index.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    named = (read_json(index).get("scheduler") if index.is_file() else None) or [None, None]
+    for where, name in ((str(file), config.get("_class_name")), (str(index), named[-1])):
+        schedulers.check_class(name, config, where)
+    return schedulers.read(config, str(file))
 
 
 def holds_lora(path: Path) -> bool:

@@ -316,7 +316,7 @@ class TextToImage:
     @cached_property
     def _sample(self) -> Callable[..., Array]:
         """Compiled once for each size, bound of the step count and method."""
-        cfg = self.models["flux"].config
+        cfg, spacing = self.models["flux"].config, self.sampling.spacing
 
         @partial(jax.jit, static_argnames=("size", "bound", "method", "trajectory"))
         def sample(
@@ -333,7 +333,7 @@ class TextToImage:
             trajectory: bool,
         ) -> Array:
             # A shortcut model is told its step size at every step count: the record does not say which it knows.
-            sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory)
+            sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory, spacing)
             return sampler(params, noise_BNC, condition, steps, negative, scale)
 
         return sample

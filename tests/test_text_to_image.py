@@ -1,5 +1,7 @@
 """The whole pipeline against diffusers from the same noise, on small random weights."""
 
+import copy
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from PIL import Image
 
 from shortcut_jax import TextToImage, command, sample
 from shortcut_jax.core.latents import patchify, unpatchify
+from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.pictures_out import read_records
 from shortcut_jax.runtime import exported
@@ -76,6 +79,20 @@ def test_a_wrong_guidance_prompt_shift_or_text_length_would_be_seen(dev):
         assert relative(latents, expected) >= 20 * TOLERANCE, wrong
         image, right = (dev.ours.decode(unpatchify(x, HEIGHT // 2, WIDTH // 2)) for x in (latents, expected))
         assert np.abs(image - right).max() >= 20e-3 * np.std(right), wrong
+
+
+def test_latents_equal_those_of_diffusers_with_another_spacing_of_times(dev, monkeypatch):
+    reference = dev.reference.scheduler
+    spaced = type(reference).from_config(reference.config, use_karras_sigmas=True, shift_terminal=0.1)
+    monkeypatch.setattr(dev.reference, "scheduler", spaced)
+    ours, uniform = copy.copy(dev.ours), dev.actual()
+    ours.sampling = dataclasses.replace(ours.sampling, spacing=Spacing("karras", 0.1))
+    vars(ours).pop("_sample")
+    with jax.default_matmul_precision("highest"):
+        condition = ours.encode(PROMPTS, 2.5, TEXT_TOKENS)
+        latents = patchify(ours.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS))
+    assert relative(latents, dev.expected()) <= TOLERANCE
+    assert relative(uniform, dev.expected()) >= 20 * TOLERANCE
 
 
 def test_decoded_images_equal_those_of_diffusers_before_rounding(dev, highest_precision):

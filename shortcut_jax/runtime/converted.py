@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from shortcut_jax.core.schedules import ShiftRule
+from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import InceptionConfig
@@ -65,11 +65,13 @@ class Sampling:
       shift: of the timesteps.
       text_tokens: the length that prompts are padded to for T5.
       text_states: `full`, T5's states of all tokens, or `trimmed`, with zeros behind those of the prompt.
+      spacing: of the times between.
     """
 
     shift: ShiftRule = dataclasses.field(default_factory=ShiftRule)
     text_tokens: int = 512
     text_states: str = "full"
+    spacing: Spacing = dataclasses.field(default_factory=Spacing)
 
 
 class Stored(NamedTuple):
@@ -256,7 +258,9 @@ def read_record(folder: Path) -> tuple[list[Stored], Sampling]:
         ]
         sampling = record["sampling"]
         states = sampling.get("text_states", "full")  # which records written before they could differ do not say
-        return models, Sampling(ShiftRule(**sampling["shift"]), sampling["text_tokens"], states)
+        return models, Sampling(
+            ShiftRule(**sampling["shift"]), sampling["text_tokens"], states, Spacing(**sampling.get("spacing", {}))
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConvertedError(f"{path} cannot be read: {error}") from error
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from shortcut_jax.core.flow import interpolate
 from shortcut_jax.core.latents import patchify, unpatchify
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Array, Condition, StepVelocity
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.sampling import sample_key, told_sizes
@@ -98,7 +98,13 @@ def flow_edit(
 
 
 def make_editor(
-    cfg: FluxConfig, height: int, width: int, max_steps: int, shift: Array | float = 1.0, finest: int = 0
+    cfg: FluxConfig,
+    height: int,
+    width: int,
+    max_steps: int,
+    shift: Array | float = 1.0,
+    finest: int = 0,
+    spacing: Spacing | None = None,
 ) -> Callable[..., Array]:
     """A function (params, latents_BhwC, seed_B, index_B, source, target, plan) -> edited latents [B, height, width, c].
 
@@ -130,7 +136,7 @@ def make_editor(
             draw = lambda seed, index: jax.random.normal(fold(sample_key(seed, index)), x_BNC.shape[1:])
             return jax.vmap(draw)(seed_B, index_B)
 
-        times = sampling_grid(plan.steps, max_steps, shift)
+        times = sampling_grid(plan.steps, max_steps, shift, spacing)
         sizes = told_sizes(cfg, times, jnp.asarray(plan.steps), finest)
         return unpatchify(flow_edit(before, after, x_BNC, noise, times, plan, sizes), height, width)
 
