@@ -48,6 +48,7 @@ from shortcut_jax.sources import (
     scheduler_notes,
 )
 from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.weights.finite import Finite
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
@@ -215,9 +216,10 @@ def _changed(model: Model, options: Any) -> Model:
         params = Merged(params, modules, shapes_of(params))
         say(f"merging a LoRA of {len(modules)} modules")
         tell(notes)
+    before = None if params is model.params else model.params
     if options.dtype:
-        params = Cast(params, DTYPES[options.dtype])
-    return model._replace(params=params)
+        before, params = params, Cast(params, DTYPES[options.dtype])
+    return model._replace(params=Finite(params, before))
 
 
 def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
