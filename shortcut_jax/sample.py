@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from shortcut_jax import command
+from shortcut_jax.bounds import MAX_BATCH, check_prompts, check_whole
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.interactive import interact
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if options.interactive:
         interact(model, wanted, output, options.trajectory)
         return 0
-    for note in model.notes(wanted):
+    read = wanted.prompts if image is None else (options.source_prompt, *wanted.prompts)
+    for note in model.notes(dataclasses.replace(wanted, prompts=read)):
         say(note)
     if image is None:
         paint(model, wanted, output, options.trajectory)
@@ -119,7 +121,7 @@ def _flags() -> Any:
     )
     integer("seed", "Seed of the noise.", 0)
     flags.DEFINE_list("seeds", [], "A seed for each of a prompt's pictures: 1,2,3.", flag_values=values)
-    number("guidance", "Guidance scale; by default that of the run.")
+    number("guidance", "Guidance scale; that of the run by default. Without a guidance embedding 0 and 1 mean none.")
     number("shift", "Timestep shift; by default that of the run or pipeline.")
     flags.DEFINE_enum(
         "method", "euler", list(METHODS), "Heun evaluates twice a step, once in the last.", flag_values=values
@@ -162,8 +164,8 @@ def _wanted(options: SimpleNamespace) -> Wanted:
         raise UsageError(f"--num is {options.num}, but there are {len(seeds)} --seeds: leave --num out")
     if options.num is None:
         options.num = len(seeds) or _default_num(options, len(prompts))
-    if options.batch is not None and options.batch < 1:
-        raise UsageError(f"--batch is {options.batch}, but must be at least 1")
+    if options.batch is not None:
+        check_whole("--batch", options.batch, MAX_BATCH)
     same = ("num", "steps", "guidance", "seed", "method", "shift", "height", "width", "text_tokens")
     return Wanted(tuple(prompts), seeds=seeds, **{name: getattr(options, name) for name in same})
 
@@ -177,6 +179,7 @@ def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
     """The picture of `--edit`. Raises UsageError for what an edit cannot do, before weights are read."""
     if options.source_prompt is None:
         raise UsageError("--source_prompt is missing: say what the picture of --edit shows")
+    check_prompts([options.source_prompt])
     if len(options.prompt or ()) != 1 or options.prompts is not None or options.interactive:
         raise UsageError("--edit takes one --prompt: what the picture shall become")
     if options.method != "euler" or options.trajectory:

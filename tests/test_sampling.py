@@ -140,6 +140,7 @@ LINES = [
     ":steps -1",
     ":steps 1001",
     ":colour red",
+    "\udce9",
     TWO,
     ":quit",
     "never read",
@@ -154,6 +155,8 @@ def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings
     assert list(lines) == ["never read"]
     err = capfd.readouterr().err
     for text in (
+        "error: the prompt '\\udce9' is not UTF-8",
+        "never seen in training, so of no meaning: 'b', 'c', 'd'",
         "error: this run makes pictures of 8 x 8 pixels only",
         "error: :size big: cannot be read",
         "error: --steps is -1",
@@ -248,6 +251,9 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "--seeds=1,x, but must be whole numbers" in fails("--prompt=x", "--seeds=1,x")
     assert "--num is 3, but there are 2 --seeds" in fails("--prompt=x", "--seeds=1,2", "--num=3")
     assert "the seed 4294967296 is out of range" in fails("--prompt=x", "--seeds=4294967296")
+    assert "the seed -1 is out of range" in fails("--prompt=x", "--seed=-1")
+    assert "--num is a number of 133 bits" in fails("--prompt=x", f"--num={10**40}")
+    assert "is not UTF-8" in fails("--prompt=caf\udce9")
     assert "--shift is 0, but must be positive" in fails("--prompt=x", "--shift=0")
     assert "--batch is 0" in fails("--prompt=x", "--batch=0")
     assert "method" in fails("--prompt=x", "--method=rk4")
@@ -265,6 +271,30 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
         read_records(grey[0])
     with pytest.raises(command.UsageError, match="cannot be read as a picture"):
         read_records(tmp_path / "latin.txt")
+
+
+def test_words_that_the_model_never_saw_are_told_with_those_it_knows(trained, capfd):
+    pipeline = Pipeline(trained)
+    assert pipeline.unknown_words([SEVEN, "a cat and a Seven", "a cat"]) == ["cat", "and", "Seven"]
+    assert pipeline.unknown_words([SEVEN, ""]) == [] and pipeline.notes([SEVEN]) == []
+    for _ in range(2):
+        pipeline("a cat", steps=1)
+    err = capfd.readouterr().err
+    assert err.count("never seen in training, so of no meaning: 'cat'; the words it knows are a, handwritten") == 1
+    model = RunModel(_options(trained), pictures=1)
+    assert model.notes(Wanted(("a cat",), 1, 1)) == pipeline.notes(["a cat"])
+    for prompt in (None, "\udce9"):
+        with pytest.raises(ValueError, match=r"a prompt is None|is not UTF-8"):
+            pipeline([prompt], steps=1)
+
+
+def test_guidance_zero_is_none_for_a_model_without_embedding(trained, grey):
+    pipeline, pixels = Pipeline(trained), grey[1][None, ..., None]
+    np.testing.assert_array_equal(pipeline(TWO, 2, guidance=0.0), pipeline(TWO, 2))
+    edited = pipeline.edit(pixels, SEVEN, TWO, 2, guidance=0.0, source_guidance=0.0)
+    np.testing.assert_array_equal(edited, pipeline.edit(pixels, SEVEN, TWO, 2))
+    model = RunModel(_options(trained), pictures=1)
+    assert model.notes(Wanted((TWO,), 1, 1, guidance=0.0)) == ["guidance 0: none, as 1 is"]
 
 
 def test_one_prompt_into_a_file_is_one_image_that_can_be_edited(trained, folder, tmp_path, capfd):

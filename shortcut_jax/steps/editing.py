@@ -20,6 +20,8 @@ from shortcut_jax.steps.views import guided, make_velocity
 
 Noise = Callable[[Array, Array], Array]
 """(step, draw) -> noise_BNC."""
+MAX_NOISES = 1000
+"""The most noises that are averaged in a step."""
 
 
 class EditPlan(NamedTuple):
@@ -41,10 +43,12 @@ class EditPlan(NamedTuple):
 
 def make_plan(steps: int, skip: int = 0, plain: int = 0, average: int = 1) -> EditPlan:
     """A plan of whole numbers. Raises ValueError where they do not fit each other."""
-    if steps < 1 or average < 1 or min(skip, plain) < 0 or skip + plain >= steps:
+    if steps < 1 or not 1 <= average <= MAX_NOISES or min(skip, plain) < 0 or skip + plain >= steps:
+        told = [n if abs(n) < 2**63 else "very many" for n in (steps, skip, plain, average)]
         raise ValueError(
-            f"an edit of {steps} steps, {skip} of them skipped and {plain} plain, with {average} noises each: steps "
-            "and average must be at least 1, skip and plain at least 0, and together less than steps"
+            f"an edit of {told[0]} steps, {told[1]} of them skipped and {told[2]} plain, with {told[3]} noises each: "
+            f"steps must be at least 1, average 1 to {MAX_NOISES}, skip and plain at least 0 and together less than "
+            "steps"
         )
     return EditPlan(steps, skip, plain, average)
 

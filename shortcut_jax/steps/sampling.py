@@ -89,5 +89,7 @@ def sample_key(seed: Leaf, index: Leaf) -> Array:
 
 
 def seed_bits(seed: int) -> np.uint32:
-    """A seed as the 32 bits that a random key reads of it; negative ones wrap."""
-    return np.uint32(seed % 2**32)
+    """A seed as the 32 bits that a random key reads of it. Raises ValueError where it has more, or is negative."""
+    if not 0 <= seed < 2**32:
+        raise ValueError("a seed has 32 bits, so 0 to 4294967295")
+    return np.uint32(seed)
