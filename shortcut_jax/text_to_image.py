@@ -269,8 +269,10 @@ class TextToImage:
             check_whole("text_tokens", text_tokens, MAX_TOKENS)
         if shift is not None and not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift is {shift:g}, but must be positive and finite")
-        if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-            raise ValueError(f"guidance is {guidance:g}, but must be finite and not negative")
+        if guidance is not None and not math.isfinite(guidance):
+            raise ValueError(f"guidance is {guidance:g}, but must be finite")
+        if guidance is not None and guidance < 0:
+            raise ValueError(f"guidance is {guidance:g}, but must not be negative")
 
     def guidance(self, guidance: float | None = None) -> Guidance:
         """What a guidance scale means for this model."""
