@@ -33,7 +33,7 @@ from shortcut_jax.runtime.converted import (
     write_record,
 )
 from shortcut_jax.runtime.distributed import say, tell
-from shortcut_jax.runtime.tokenizers import CLIP, check_tokenizer, copy_tokenizer
+from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab, copy_tokenizer
 from shortcut_jax.sources import (
     JUDGES,
     Model,
@@ -142,6 +142,8 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
     if options.base and not options.merged:
         raise UsageError("--base goes with a LoRA given by --from; to merge one use --lora")
     _check_merged(sources, options)
+    folders = _tokenizers(sources, options)
+    tokenizers = {name: Tokenizer(folder, name) for name, folder in folders.items()}  # read, for copies are not
     models: dict[str, Model] = {}
     sampling: Sampling | None = None
     for source in sources:
@@ -157,8 +159,11 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
     models = {kind: _changed(model, options) for kind, model in models.items()}
     if options.lora and "flux" not in models:
         raise UsageError("--lora is merged into a Flux transformer, but no --from holds one")
+    for name, kind in ((CLIP, "clip"), (T5, "t5")):
+        if name in tokenizers and kind in models:
+            check_vocab(folders[name], tokenizers[name], models[kind].config.vocab)
     assert sampling is not None
-    return Job(models, sampling, None, _tokenizers(sources, options))
+    return Job(models, sampling, None, folders)
 
 
 def _check_merged(sources: Sequence[Path], options: Any) -> None:
@@ -231,7 +236,6 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
         beside += [s for s in sources if name == CLIP and (s / "merges.txt").is_file()]
         if given or beside:
             found[name] = Path(given).expanduser() if given else beside[0]
-            check_tokenizer(found[name], name)
     return found
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling, read_record
-from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer
+from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab
 from shortcut_jax.sources import PIPELINE_KINDS, Model, open_models
 
 
@@ -69,8 +69,4 @@ def _check(folder: Path, parts: PipelineParts) -> None:
             if wanted != found:
                 raise ConvertedError(f"{folder}: the transformer's {name} is {wanted}, but {whose} is {found}")
     for kind, tokenizer in parts.tokenizers.items():
-        if tokenizer.vocab > configs[kind].vocab:
-            raise ConvertedError(
-                f"{folder}: the tokenizer of {tokenizer.name} has {tokenizer.vocab} tokens, but the model knows "
-                f"{configs[kind].vocab}: they belong to different models"
-            )
+        check_vocab(folder, tokenizer, configs[kind].vocab)

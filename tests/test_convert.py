@@ -394,3 +394,27 @@ def test_a_converted_folder_that_is_not_finite_is_not_converted_on(bfl, params, 
     write_params(folder / "flux", broken.items())
     error = _fails(capfd, f"--from={folder}", f"--to={tmp_path}/x.safetensors", "--format=bfl")
     assert "img_in/bias has" in error and [p.name for p in tmp_path.iterdir()] == ["orbax"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("tokenizer", "vocab.json", b"{"),
+        ("tokenizer", "merges.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        ("tokenizer_2", "tokenizer.json", b"<html>"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_before_anything_is_written(
+    name, file, content, pipeline_folder, tmp_path, capfd, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for part in pipeline_folder.iterdir():
+        (tmp_path / "in" / part.name).symlink_to(part)
+    (tmp_path / "in" / name).unlink()
+    folder = shutil.copytree(pipeline_folder / name, tmp_path / "in" / name)
+    (folder / file).write_bytes(content)
+    monkeypatch.setattr(convert, "_write", lambda *args: pytest.fail("it was converted"))
+    assert f"{folder} cannot be read (" in _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out")
+    rest = [f"--from={pipeline_folder}", f"--to={tmp_path}/out"]
+    assert f"{folder} cannot be read (" in _fails(capfd, *rest, f"--{name}={folder}")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
