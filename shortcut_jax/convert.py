@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
@@ -38,6 +39,7 @@ from shortcut_jax.sources import (
     JUDGES,
     Model,
     bases_of,
+    check_geometry,
     holds_lora,
     needs_fresh_embedding,
     network_of,
@@ -152,6 +154,8 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
             if model.kind in models:
                 raise UsageError(f"two of the sources hold a {model.kind} model: {models[model.kind].origin}; {source}")
             models[model.kind] = model
+            if (source / RECORD).is_file():
+                check_geometry(model)
             _tell(model)
         if sampling is None or any(m.kind == "flux" for m in found):
             sampling = sampling_of(source, found)
@@ -244,6 +248,8 @@ def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path],
     if target.exists() and not overwrite:
         raise UsageError(f"{target} is there already: give another --to, or --overwrite")
     given = (*sources, *others)
+    if absent := next((path for path in given if not path.exists()), None):
+        raise UsageError(f"{absent} is not there{download_hint(absent)}")
     for path in (*given, *(base.resolve() for place in given for base in bases_of(place))):
         if target == path or target in path.parents or path in target.parents:
             raise UsageError(f"--to={target} and {path}, which is read, overlap: write somewhere else")

@@ -81,6 +81,24 @@ def abstract_params(kind: str, config: Any) -> dict[str, Any]:
     return jax.eval_shape(module.init, key, tokens)["params"]
 
 
+def buildable_params(model: Model) -> dict[str, Any]:
+    """`abstract_params` of a model whose geometry is that of a record. Raises ConvertedError where it has none."""
+    try:
+        return abstract_params(model.kind, model.config)
+    except Exception as error:  # heads that do not divide a width, and whatever else flax and JAX find
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConvertedError(f"{model.origin}: no model has this geometry ({reason}): convert it again") from error
+
+
+def check_geometry(model: Model) -> None:
+    """Raises ConvertedError where parameters do not have the names and shapes that the record of a folder says."""
+    wanted, found = {k: tuple(v.shape) for k, v in flat_paths(buildable_params(model)).items()}, shapes_of(model.params)
+    if found != wanted:
+        name = min(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        there, needed = (shapes.get(name, "missing") for shapes in (found, wanted))
+        raise ConvertedError(f"{model.origin}: {name} is {there}, but by its record {needed}: convert it again")
+
+
 def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's parameters, by path."""
     return {path: tuple(leaf.shape) for path, leaf in flat_paths(abstract_params(kind, config)).items()}

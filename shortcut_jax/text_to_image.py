@@ -26,7 +26,7 @@ from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.generate import Draws, bound_of, draw_arrays, full_batches, numbered
-from shortcut_jax.local_path import local_path
+from shortcut_jax.local_path import download_hint, local_path
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
@@ -113,7 +113,7 @@ class TextToImage:
 
     def _add_lora(self, path: Path, strength: float) -> None:
         if not path.exists():
-            raise ConvertedError(f"the LoRA {path} is not there")
+            raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
         if not np.isfinite(strength):
             raise ValueError(f"the strength of {path} is {strength}, but must be finite")
         model = self.models["flux"]

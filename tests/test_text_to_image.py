@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import TextToImage, command, sample
+from shortcut_jax import TextToImage, command, convert, sample
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.tree import flat_paths
@@ -322,6 +322,13 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_clear_line(converted_folder, 
     shutil.rmtree(small / "tokenizer_2")
     fails(small, "there is no tokenizer of T5 in .*: convert again with --tokenizer and --tokenizer_2")
     deep = _changed(converted_folder, tmp_path / "deep", lambda m: m["flux"]["config"].update(mlp_ratio=2))
+    odd = _changed(converted_folder, tmp_path / "odd", lambda m: m["flux"]["config"].update(heads=3))
+    with pytest.raises(ConvertedError, match=r"no model has this geometry \(.*\): convert it again"):
+        TextToImage(odd)("a cat", **SMALL)
+    for folder in (deep, odd):
+        with pytest.raises(ConvertedError, match="convert it again"):
+            convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/out", "--format=diffusers"])
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ConvertedError, match=r"flux of .*/deep .* is \(2, .*, not \(2, .*: convert it again"):
         TextToImage(deep)("a cat", **SMALL)
 
