@@ -159,7 +159,7 @@ def _wanted(options: SimpleNamespace) -> Wanted:
     try:
         seeds = tuple(int(text) for text in options.seeds)
     except ValueError as error:
-        raise UsageError(f"--seeds={','.join(options.seeds)}, but must be whole numbers") from error
+        raise UsageError(f"--seeds={','.join(options.seeds)[:80]}, but must be whole numbers") from error
     if seeds and options.num not in (None, len(seeds)):
         raise UsageError(f"--num is {options.num}, but there are {len(seeds)} --seeds: leave --num out")
     if options.num is None:
