@@ -1,7 +1,8 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
 from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
-from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
+from shortcut_jax.weights.lora import Merged, Modules, added, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
 from shortcut_jax.weights.params import Spec, shapes_of, specs_of
@@ -258,6 +259,30 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
         raise ConversionError(f"{path} adapts no layer of the transformer{': ' if notes else ''}{'; '.join(notes)}")
     check_lora(modules, shapes)
     return modules, notes
+
+
+def open_loras(loras: Sequence[tuple[str | Path, float]], base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
+    """The sum of several adapters, each multiplied by a strength of its own, and what the reader should be told.
+
+    Args:
+      loras: paths, as `open_lora` takes them, and strengths; at least one.
+      base: geometry of the network they are for.
+
+    Raises:
+      ValueError: a strength that is not finite.
+      SafetensorsError, ConversionError, ConvertedError: one is not found; see `open_lora`.
+    """
+    opened, notes = [], []
+    for given, strength in loras:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise ConvertedError(f"the LoRA {path} is not there")
+        if not math.isfinite(strength):
+            raise ValueError(f"the strength of {path} is {strength}, but must be finite")
+        modules, found = open_lora(path, base)
+        opened.append({name: f._replace(alpha=f.alpha * strength) for name, f in modules.items()})
+        notes += [f"{path.name}: {note}" if len(loras) > 1 else note for note in found]
+    return added(opened), tuple(notes)
 
 
 def _converted_lora(path: Path) -> Modules:

@@ -359,3 +359,35 @@ def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, 
     fast, slow = (OrbaxParams(tmp_path / view / "flux") for view in ("fast", "slow"))
     assert "step_in/in_layer/kernel" in slow
     assert not np.array_equal(fast["final_linear/kernel"], slow["final_linear/kernel"])
+
+
+def test_several_loras_are_added_up_each_with_its_scale(bfl, params, shapes, tmp_path, capfd):
+    """Of other ranks, alphas and modules: the merged weights are the base plus the sum of scale * delta, in float32."""
+    one = random_modules(shapes, rank=2, alpha=5.0, keep=lambda n: "to_q" in n or n == "proj_out")
+    two = random_modules(shapes, rank=lambda n: 2 + len(n) % 3, seed=2, dtype=ml_dtypes.bfloat16)
+    files = [_lora_file(tmp_path / f"{i}.safetensors", *to_peft(m)) for i, m in enumerate((one, two))]
+    flags = [*(f"--lora={file}" for file in files), "--lora_scale=-0.5", "--lora_scale=1.25", "--dtype=float32"]
+    assert _convert(f"--from={bfl}", *flags, f"--to={tmp_path}/merged", "--format=diffusers") == 0
+    err = capfd.readouterr().err
+    assert f"merging the sum of 2 LoRAs of {len(two)} modules: -0.5 x 0.safetensors + 1.25 x 1.safetensors" in err
+    small = {k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}
+    base = to_torch(small, flux_diffusers.RULES)
+    merged = LazyTensors([tmp_path / "merged" / "diffusion_pytorch_model.safetensors"])
+    for name, value in base.items():
+        module = name.removesuffix(".weight")
+        delta = sum(
+            scale * f.scale * (f.up.astype("f") @ f.down.astype("f"))
+            for scale, f in ((-0.5, one.get(module)), (1.25, two.get(module)))
+            if f is not None and name.endswith(".weight")
+        )
+        # The base is bfloat16, and the sum is rounded to it once.
+        expected = (value.astype("f") + delta).astype(ml_dtypes.bfloat16).astype("f")
+        np.testing.assert_allclose(merged[name], expected, rtol=2**-7, atol=1e-6, err_msg=name)
+        assert np.mean(merged[name] != expected) < 0.01, name
+    for flags, message in (
+        (["--lora_scale=1"], "--lora is given 2 times, --lora_scale 1: give one for each"),
+        (["--lora_scale=nan", "--lora_scale=1"], "--lora_scale is nan, 1.0, but must be finite"),
+    ):
+        target = tmp_path / "x"
+        assert message in _fails(capfd, f"--from={bfl}", *(f"--lora={f}" for f in files), *flags, f"--to={target}")
+        assert not target.exists()

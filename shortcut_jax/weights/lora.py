@@ -10,7 +10,7 @@ of ranks tells what was there.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -137,6 +137,19 @@ def check(modules: Modules, shapes: Shapes) -> None:
 def record_of(modules: Modules) -> Record:
     """Rank and alpha of each module."""
     return {name: (f.rank, f.alpha) for name, f in modules.items()}
+
+
+def added(adapters: Sequence[Modules]) -> Modules:
+    """Several sets of adapters as one that adds all their products: their factors side by side, in float32."""
+    if len(adapters) == 1:
+        return adapters[0]
+    result: Modules = {}
+    for name in dict.fromkeys(name for modules in adapters for name in modules):
+        found = [modules[name] for modules in adapters if name in modules]
+        down = np.concatenate([np.asarray(f.down, np.float32) for f in found])
+        up = np.concatenate([np.float32(f.scale) * np.asarray(f.up, np.float32) for f in found], axis=1)
+        result[name] = Factors(down, up, float(len(down)))
+    return result
 
 
 def stack(modules: Modules, shapes: Shapes) -> dict[str, np.ndarray]:
