@@ -48,7 +48,7 @@ from shortcut_jax.sources import (
     sampling_of,
 )
 from shortcut_jax.steps.views import VIEWS
-from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
+from shortcut_jax.weights.lora import Merged, Modules, check_finite, record_of, stack
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
 from shortcut_jax.weights.rules import ConversionError
@@ -199,6 +199,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
     if options.dtype:
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
+        check_finite(modules)
     return Job({}, Sampling(), (modules, base), {})
 
 
