@@ -165,8 +165,8 @@ def header_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     return (
         "trained by kohya's scripts with split_qkv (the file's header says so): by the file's alpha its q, k and v are "
-        "a third as strong as in training (a quarter in single blocks, with the MLP's input); they are read as the file "
-        "says, as ComfyUI, diffusers and kohya's scripts do",
+        "a third as strong as in training (a quarter in single blocks, with the MLP's input); they are read as the "
+        "file says, as ComfyUI, diffusers and kohya's scripts do",
     )
 
 

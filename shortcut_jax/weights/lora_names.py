@@ -45,6 +45,7 @@ class Part(NamedTuple):
 
 def parse(name: str) -> Part | None:
     """What a tensor of a LoRA is by its name; None where it is no part of one."""
+    name = re.sub(rf"_{_WRAPPER}\.", "", name)
     match = _XLABS.fullmatch(name) or _FACTOR.fullmatch(name)
     if match:
         return Part(module_of(match["module"]), "down" if match["down"] else "up", match["adapter"] or "")
@@ -62,7 +63,8 @@ def module_of(name: str) -> str:
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names are adapters, of whatever kind."""
     names = list(names)
-    return any(_XLABS.fullmatch(n) or _FACTOR.fullmatch(n) for n in names) or is_foreign_adapter(names)
+    factors = (part for part in map(parse, names) if part is not None and part.kind != "alpha")
+    return any(factors) or is_foreign_adapter(names)
 
 
 def is_of_text_encoder(name: str) -> bool:
