@@ -49,7 +49,7 @@ from shortcut_jax.sources import (
 )
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.lora import Merged, Modules, check_finite, record_of, stack
-from shortcut_jax.weights.lora_files import to_kohya, to_peft
+from shortcut_jax.weights.lora_files import kohya_notes, to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
 from shortcut_jax.weights.rules import ConversionError
 
@@ -117,6 +117,8 @@ def main(argv: Sequence[str]) -> int:
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
         )
+    if job.lora and options.format == "comfy":
+        tell(kohya_notes(job.lora[0]))
     _check_space(job, target)
     files = _files(job, options.format)
     if target.is_dir() and (len(files) == 1 or (job.lora and options.format != "orbax")):

@@ -391,3 +391,43 @@ def test_several_loras_are_added_up_each_with_its_scale(bfl, params, shapes, tmp
         target = tmp_path / "x"
         assert message in _fails(capfd, f"--from={bfl}", *(f"--lora={f}" for f in files), *flags, f"--to={target}")
         assert not target.exists()
+
+
+def _loaded_by_diffusers(file, params):
+    """The adapters that a pipeline of diffusers holds after it has read a file: updates of weights by module."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    from tests.weights.test_lora_files import _reference
+
+    others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=_reference(params), **others)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    layers = {name: m for name, m in pipeline.transformer.named_modules() if hasattr(m, "get_delta_weight")}
+    return {name: m.get_delta_weight("default_0").detach().numpy() for name, m in layers.items()}
+
+
+@pytest.mark.parametrize("form", ["comfy", "diffusers"])
+def test_a_pipeline_of_diffusers_holds_the_adapters_that_are_not_said_to_be_dropped(
+    form, bfl, params, shapes, tmp_path, capfd, monkeypatch
+):
+    from diffusers.loaders import lora_pipeline
+
+    from tests.weights.test_lora_files import _kohya_conversion
+
+    modules = random_modules(shapes, alpha=5.0)
+    source, target = _lora_file(tmp_path / "lora.safetensors", *to_peft(modules)), tmp_path / "out.safetensors"
+    assert _convert(f"--from={source}", f"--to={target}", f"--format={form}", f"--base={bfl}") == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "diffusers drops" in line]
+    monkeypatch.setattr(lora_pipeline, "_convert_kohya_flux_lora_to_diffusers", _kohya_conversion())
+    loaded = _loaded_by_diffusers(target, params)
+    for name, delta in loaded.items():
+        f = modules[name]
+        np.testing.assert_allclose(delta, f.scale * f.up @ f.down, rtol=1e-4, atol=1e-5, err_msg=name)
+    dropped = modules.keys() - loaded.keys()
+    if form == "diffusers":
+        assert not dropped and not lines
+        return
+    (line,) = lines
+    assert f"note: diffusers drops {len(dropped)} of these {len(modules)} adapters" in line
+    assert "write --format=diffusers" in line
+    assert set(line.split("(")[1].split(")")[0].split(", ")) == dropped and "x_embedder" in dropped

@@ -346,6 +346,18 @@ def to_kohya(modules: Modules, shapes: Shapes) -> tuple[dict[str, np.ndarray], d
     return tensors, {"format": "pt"}
 
 
+def kohya_notes(modules: Modules) -> tuple[str, ...]:
+    """What the writer of a file with kohya's names should be told of its readers."""
+    outside = [name for name in modules if "blocks." not in name]
+    if not outside:
+        return ()
+    return (
+        f"diffusers drops {len(outside)} of these {len(modules)} adapters without a word, those outside the blocks "
+        f"({', '.join(outside)}), when it converts kohya's names; ComfyUI reads all: for diffusers write "
+        f"--format=diffusers",
+    )
+
+
 def _folded(f: Factors) -> Factors:
     """The same adapter with alpha = rank, for diffusers does not read kohya's alphas of the last layers."""
     if f.alpha == f.rank:
