@@ -44,6 +44,7 @@ from shortcut_jax.sources import (
     needs_fresh_embedding,
     network_of,
     open_lora,
+    open_loras,
     open_models,
     param_shapes,
     sampling_of,
@@ -51,8 +52,8 @@ from shortcut_jax.sources import (
 )
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.finite import Finite
-from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
-from shortcut_jax.weights.lora_files import to_kohya, to_peft
+from shortcut_jax.weights.lora import Merged, Modules, check_finite, record_of, stack
+from shortcut_jax.weights.lora_files import kohya_notes, to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
 from shortcut_jax.weights.rules import ConversionError
 
@@ -60,7 +61,7 @@ FORMATS = ("orbax", "diffusers", "bfl", "comfy")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 USAGE = (
     "usage: python -m shortcut_jax.convert --from=PATH [--from=PATH ...] --to=PATH "
-    "[--format=orbax|diffusers|bfl|comfy] [--dtype=float32|bfloat16] [--lora=PATH]"
+    "[--format=orbax|diffusers|bfl|comfy] [--dtype=float32|bfloat16] [--lora=PATH [--lora_scale=N] ...]"
 )
 
 
@@ -100,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("format", "orbax", FORMATS, "What to write.", flag_values=values)
     flags.DEFINE_enum("view", None, VIEWS, "Weights of a workdir; slow by default.", flag_values=values)
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Cast to; as stored by default.", flag_values=values)
-    flags.DEFINE_string("lora", None, "LoRA to merge into the transformer, in float32.", flag_values=values)
+    several("lora", None, "LoRA to merge into the transformer, in float32; several are added up.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of each --lora; 1 by default.", flag_values=values)
     flags.DEFINE_string("base", None, "Checkpoint that adapters given by --from belong to.", flag_values=values)
     flags.DEFINE_boolean("merged", False, "Write a workdir's adapters merged into their base.", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "Folder of CLIP's tokenizer.", flag_values=values)
@@ -109,14 +111,18 @@ def main(argv: Sequence[str]) -> int:
     options = command.parse(values, argv, USAGE, required=["from", "to"])
     target = Path(options.to).expanduser().resolve()
     sources = [Path(p).expanduser().resolve() for p in getattr(options, "from")]
-    others = [getattr(options, name) for name in ("lora", "base", *exported.TOKENIZERS)]
+    others = [*(options.lora or []), *(getattr(options, name) for name in ("base", *exported.TOKENIZERS))]
     _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
+    command.check_finite("lora_scale", options.lora_scale or [])
+    options.loras = command.adapters(options)
     job = _gather(sources, options)
     _check_format(job, options.format)
     if job.models.keys() & {"flux"} and job.sampling.text_states == "trimmed" and options.format != "orbax":
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
         )
+    if job.lora and options.format == "comfy":
+        tell(kohya_notes(job.lora[0]))
     _check_space(job, target)
     files = _files(job, options.format)
     if target.is_dir() and (len(files) == 1 or (job.lora and options.format != "orbax")):
@@ -207,6 +213,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
     if options.dtype:
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
+        check_finite(modules)
     return Job({}, Sampling(), (modules, base), {})
 
 
@@ -220,10 +227,12 @@ def _tell(model: Model) -> None:
 def _changed(model: Model, options: Any) -> Model:
     """The model with the LoRA merged and in the dtype that is asked for."""
     params: Mapping[str, np.ndarray] = model.params
-    if options.lora and model.kind == "flux":
-        modules, notes = open_lora(Path(options.lora).expanduser().absolute(), model.config)
+    if options.loras and model.kind == "flux":
+        modules, notes = open_loras(options.loras, model.config)
         params = Merged(params, modules, shapes_of(params))
-        say(f"merging a LoRA of {len(modules)} modules")
+        what = "a LoRA" if len(options.loras) == 1 else f"the sum of {len(options.loras)} LoRAs"
+        scaled = " + ".join(f"{scale:g} x {Path(path).name}" for path, scale in options.loras)
+        say(f"merging {what} of {len(modules)} modules: {scaled}")
         tell(notes)
     before = None if params is model.params else model.params
     if options.dtype:

@@ -32,7 +32,7 @@ from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
-from shortcut_jax.sources import open_lora
+from shortcut_jax.sources import open_loras
 from shortcut_jax.steps.sampling import draw_noise, make_sampler, noise_rows
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.params import shapes_of
@@ -108,19 +108,19 @@ class TextToImage:
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
         self.halves = Halves(self.models["vae"], self.mesh)
-        for path, strength in loras:
-            self._add_lora(local_path(path, "lora"), strength)
+        if loras:
+            self._add_loras([(local_path(path, "lora"), strength) for path, strength in loras])
 
-    def _add_lora(self, path: Path, strength: float) -> None:
-        if not path.exists():
-            raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
-        if not np.isfinite(strength):
-            raise ValueError(f"the strength of {path} is {strength}, but must be finite")
+    def _add_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
+        for path, strength in loras:
+            if not path.exists():
+                raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
+            if not np.isfinite(strength):
+                raise ValueError(f"the strength of {path} is {strength}, but must be finite")
         model = self.models["flux"]
-        modules, notes = open_lora(path, model.config)
-        scaled = {name: f._replace(alpha=f.alpha * strength) for name, f in modules.items()}
-        params = Merged(model.params, scaled, shapes_of(model.params))
-        origin = f"{model.origin} with {strength:g} x {path.name}"
+        modules, notes = open_loras(loras, model.config)
+        params = Merged(model.params, modules, shapes_of(model.params))
+        origin = " ".join([model.origin, *(f"with {strength:g} x {path.name}" for path, strength in loras)])
         self.models["flux"] = model._replace(params=params, origin=origin, notes=(*model.notes, *notes))
 
     @cached_property
