@@ -12,6 +12,7 @@ import numpy as np
 from shortcut_jax.completed import Completed
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.clip import ClipPair, ClipText
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import SIDE, InceptionV3
@@ -314,7 +315,7 @@ def open_loras(loras: Sequence[tuple[str | Path, float]], base: FluxConfig) -> t
     for given, strength in loras:
         path = Path(given).expanduser()
         if not path.exists():
-            raise ConvertedError(f"the LoRA {path} is not there")
+            raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
         if not math.isfinite(strength):
             raise ValueError(f"the strength of {path} is {strength}, but must be finite")
         modules, found = open_lora(path, base)

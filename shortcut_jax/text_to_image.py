@@ -26,7 +26,7 @@ from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.generate import Draws, bound_of, draw_arrays, full_batches, numbered
-from shortcut_jax.local_path import download_hint, local_path
+from shortcut_jax.local_path import local_path
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
@@ -112,11 +112,6 @@ class TextToImage:
             self._add_loras([(local_path(path, "lora"), strength) for path, strength in loras])
 
     def _add_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
-        for path, strength in loras:
-            if not path.exists():
-                raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
-            if not np.isfinite(strength):
-                raise ValueError(f"the strength of {path} is {strength}, but must be finite")
         model = self.models["flux"]
         modules, notes = open_loras(loras, model.config)
         params = Merged(model.params, modules, shapes_of(model.params))
