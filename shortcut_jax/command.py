@@ -216,6 +216,7 @@ def parse(
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}; {usage}")
     _check_given_once(values)
+    _check_numbers(values)
     for name in required:
         if getattr(options, name) is None:
             raise UsageError(f"--{name} is missing; {usage}")
@@ -249,6 +250,17 @@ def _check_given_once(values: flags.FlagValues) -> None:
         if one and flag.present > 1:
             which = f" ({', '.join(map(str, flag.value))})" if isinstance(flag.value, list) and "." in name else ""
             raise UsageError(f"--{name} is given {flag.present} times{which}, but takes one value: give it once")
+
+
+def _check_numbers(values: flags.FlagValues) -> None:
+    """Raises UsageError for numbers that no flag can mean: not finite, or beyond what is counted in 32 bits."""
+    for name in values:
+        value = values[name].value
+        numbers = value if isinstance(value, list) else [value]
+        check_finite(name, [n for n in numbers if isinstance(n, float)])
+        bits = 32 if name == "seed" else 31
+        if any(isinstance(n, int) and abs(n) >= 2**bits for n in numbers):
+            raise UsageError(f"--{name} is out of range: it must be less than 2^{bits} = {2**bits}")
 
 
 def _load_config(options: types.SimpleNamespace, name: str, overrides: Mapping[str, str]) -> None:

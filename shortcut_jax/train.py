@@ -1,7 +1,6 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from shortcut_jax import command
 from shortcut_jax.announce import announce, announce_data
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.check_data import check_data, check_grid
-from shortcut_jax.config_file import load_teacher_config
+from shortcut_jax.config_file import load_config, load_teacher_config
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.records import check_available
 from shortcut_jax.data.training import TrainingData
@@ -38,7 +37,7 @@ from shortcut_jax.runtime.peers import Peers
 from shortcut_jax.runtime.shared_folder import check_folder
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
-from shortcut_jax.settings import Settings, read_stored, to_dict
+from shortcut_jax.settings import Settings, build, to_dict, with_absolute_paths
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -131,9 +130,9 @@ def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
         return True
     if not (workdir / "config.json").is_file():
         return False  # someone else's checkpoint
-    stored = json.loads((workdir / "config.json").read_text())
+    stored = to_dict(with_absolute_paths(build(load_config(workdir / "config.json", {}))))
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()]
-    same = not compare(read_stored(stored), record_of(teacher))["identity"]
+    same = not compare(stored, record_of(teacher))["identity"]
     return same and max(steps, default=0) < teacher.settings.steps
 
 

@@ -57,6 +57,20 @@ def test_a_flag_of_one_value_that_is_given_twice_is_refused(argv, line):
         _parse(["x", *argv])
 
 
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--join_timeout=nan", "--join_timeout is nan, but must be finite"),
+        ("--device_memory_gb=inf", "--device_memory_gb is inf, but must be finite"),
+        (f"--stop_at={2**31}", r"--stop_at is out of range: it must be less than 2\^31 = 2147483648$"),
+        (f"--stop_at={'9' * 5000}", "flag --stop_at=9+"),
+    ],
+)
+def test_numbers_that_no_flag_can_mean_are_refused(flag, line):
+    with pytest.raises(UsageError, match=line):
+        train.main(["train", DIGITS, flag])
+
+
 def test_a_flag_of_several_values_may_be_given_again():
     assert [path[-2:] for path in _parse(["x", "--lora=a", "--lora=b"]).lora] == ["/a", "/b"]
 
