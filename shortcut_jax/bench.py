@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from shortcut_jax import command
-from shortcut_jax.assemble import Assembly
 from shortcut_jax.bench_sampling import bench_sampling
+from shortcut_jax.check_training import assemble_training
 from shortcut_jax.command import UsageError
 from shortcut_jax.config_file import set_field
 from shortcut_jax.fields import unknown
@@ -32,7 +32,7 @@ class Contender:
     """One compiled config on random data of the right shapes."""
 
     def __init__(self, name: str, settings: Settings):
-        self.name, self.assembly = name, Assembly(settings)
+        self.name, self.assembly = name, assemble_training(settings)
         self.seconds: list[float] = []
         say(f"compiling {name}")
         begin = time.perf_counter()

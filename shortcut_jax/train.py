@@ -14,6 +14,7 @@ from shortcut_jax import command
 from shortcut_jax.announce import announce, announce_data
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.check_data import check_data, check_grid
+from shortcut_jax.check_training import assemble_training
 from shortcut_jax.config_file import load_config, load_teacher_config
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.records import check_available
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     workdir = local_path(options.workdir or f"runs/{config_file.stem}-{settings.objective}", "--workdir")
     check_same(settings, workdir, options.stop_at)
     check_devices()
-    assembly = Assembly(keep_batch(settings, workdir, len(jax.devices())))
+    assembly = assemble_training(keep_batch(settings, workdir, len(jax.devices())))
     started = distributed.agree(stored_config(workdir / "checkpoints") is not None)
     code = 0 if started else train_teacher(config_file, settings)
     return code or train(assembly, workdir, options.stop_at)
@@ -117,7 +118,7 @@ def train_teacher(config_file: Path, settings: Settings) -> int:
         return 0
     workdir, own = local_path(settings.init_from, "init_from"), from_config(made)
     data = dataclasses.replace(own.data, dir=settings.data.dir)
-    teacher = Assembly(dataclasses.replace(own, data=data, mesh=settings.mesh))
+    teacher = assemble_training(dataclasses.replace(own, data=data, mesh=settings.mesh))
     if not distributed.agree(_is_unfinished(workdir, teacher)):
         return 0
     say(f"init_from={settings.init_from} is not there, or not finished: training the teacher first")
