@@ -125,6 +125,13 @@ def only_with(options: types.SimpleNamespace, what: str, there: bool, names: Ite
         raise UsageError(f"{' and '.join(lost)} can only go with {what}")
 
 
+def note_unused(options: types.SimpleNamespace, reason: str, names: Iterable[str]) -> None:
+    """Says which of some flags are given for nothing, and with what they are unused."""
+    lost = [f"--{name}" for name in names if name in options.given]
+    if lost:
+        print(f"note: unused with {reason}: {', '.join(lost)}", file=sys.stderr, flush=True)
+
+
 def adapters(options: types.SimpleNamespace) -> list[tuple[str, float]]:
     """Each `--lora` and its `--lora_scale`, 1 by default. Raises UsageError for unequal numbers of them."""
     loras = options.lora or []

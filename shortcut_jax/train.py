@@ -1,7 +1,6 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,10 +85,9 @@ def main(argv: Sequence[str]) -> int:
 def _check_flags(options: Any) -> None:
     """Raises UsageError for flags that do not go together: none is ignored."""
     command.only_with(options, "--dry_run", options.dry_run, ("target", "explain", "device_memory_gb"))
-    of_training = ("workdir", "stop_at", "coordinator", "num_processes", "process_id", "join_timeout")
-    unused = [f"--{name}" for name in of_training if name in options.given]
-    if options.dry_run and unused:
-        print(f"unused with --dry_run: {', '.join(unused)}", file=sys.stderr, flush=True)
+    if options.dry_run:
+        of_training = ("workdir", "stop_at", "coordinator", "num_processes", "process_id", "join_timeout")
+        command.note_unused(options, "--dry_run", of_training)
     if options.stop_at is not None and options.stop_at < 1:
         raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     if options.base is not None and "base" in options.overridden:

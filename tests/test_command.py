@@ -9,13 +9,17 @@ import typing
 import pytest
 from absl import flags
 
-from shortcut_jax import bench, command, train
+from shortcut_jax import bench, command, evaluate, prepare, train
+from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.config_file import load_config, load_teacher_config
 from shortcut_jax.errors import PathError
 from shortcut_jax.fields import attribute_docs, field_types
 from shortcut_jax.resolve import from_config
+from shortcut_jax.runtime.json_objects import parse_json
 from shortcut_jax.settings import ConfigError, Settings, known_fields, parse_field, to_dict
+from shortcut_jax.weights.rules import ConversionError
+from shortcut_jax.workdir import check_workdir, record_of
 from tests.helpers import tiny_config
 
 FIELDS = known_fields()
@@ -264,6 +268,11 @@ def test_json_that_is_no_config_is_one_line(text, line, tmp_path):
         load_config(path, {})
 
 
+def test_json_of_others_that_is_nested_too_deeply_is_one_line():
+    with pytest.raises(ConversionError, match="^x is not JSON: maximum recursion depth"):
+        parse_json("[" * 100_000, "x")
+
+
 def test_an_unknown_key_of_a_config_json_is_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**to_dict(from_config(tiny_config())), "stepz": 3}))
@@ -362,3 +371,49 @@ def test_whole_numbers_of_a_flag_are_decimal():
         with pytest.raises(UsageError, match="but must be whole numbers") as refused:
             command.whole_numbers("steps", texts, 1)
         assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("argv", "note"),
+    [
+        (["--inspect=a", "--out=b", "--store=pixels"], "--inspect: --store"),
+        (["--from_teacher=a", "--template=x", "--store=pixels"], "--from_teacher: --template, --store"),
+        (["--from_teacher=a", "--steps=3", "--lora=x", "--store=latents"], None),
+        (["--source=a", "--steps=3", "--lora=x"], "--source, without --from_teacher: --steps, --lora"),
+        (["--source=a", "--text_tokens=3"], "--store=pixels: --text_tokens"),
+        (["--source=a", "--store=latents", "--text_tokens=3", "--where=a=b"], None),
+    ],
+)
+def test_flags_that_a_set_is_not_made_by_are_named(argv, note, capsys):
+    prepare.note_unused(command.parse(prepare.define_flags(), ["prepare", *argv], "usage"))
+    assert capsys.readouterr().err == (f"note: unused with {note}\n" if note else "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "note"),
+    [
+        (["--checkpoint=a", "--prompts=b", "--base=c", "--height=64"], "--checkpoint: --base"),
+        (["--checkpoint=a", "--prompts=b", "--base=c", "--teacher=d"], None),
+        (["--workdir=a", "--base=c"], None),
+        (["--workdir=a", "--resize=legacy"], "no --inception: --resize"),
+        (["--save_reference=a", "--reference=b", "--features=random", "--steps=3"], "--save_reference: --steps"),
+    ],
+)
+def test_flags_that_nothing_is_judged_by_are_named(argv, note, capsys):
+    flag = f"--resize={evaluate.RESIZES[-1]}"
+    argv = [flag if a.startswith("--resize") else a for a in argv]
+    evaluate._check(command.parse(evaluate._flags(), ["evaluate", *argv], "usage"))
+    assert capsys.readouterr().err == (f"note: unused with {note}\n" if note else "")
+
+
+def test_a_dry_run_names_the_flags_of_training(capsys, monkeypatch):
+    monkeypatch.setattr("shortcut_jax.dry_run.run", lambda *args: 0)
+    assert train.main(["train", DIGITS, "--dry_run", "--workdir=x", "--stop_at=3"]) == 0
+    assert capsys.readouterr().err == "note: unused with --dry_run: --workdir, --stop_at\n"
+
+
+def test_the_config_json_of_a_workdir_is_the_same_run(trained, one_device):
+    settings = from_config(load_config(trained / "config.json", {}))
+    check_workdir(trained, record_of(Assembly(settings)))
+    with pytest.raises(ConfigError, match=r"holds a different run; .*seed: 0 -> 1"):
+        check_workdir(trained, record_of(Assembly(dataclasses.replace(settings, seed=1))))
