@@ -49,6 +49,9 @@ PATH_FLAGS = (
 )
 """The flags, of whatever command, whose values are paths: made absolute before anything else sees them."""
 
+_LONGEST_LINE = 400
+"""Characters of what the parser of flags says: it repeats a value, however long."""
+
 EXPECTED_ERRORS: tuple[type[Exception], ...] = (
     UserError,
     TrainingError,
@@ -209,7 +212,8 @@ def parse(
     try:
         rest = values(list(argv))
     except (flags.Error, ValueError) as error:
-        raise UsageError(_one_line(error)) from error
+        line = _one_line(error)
+        raise UsageError(line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}...") from error
     overrides = {name for name in values if name.partition(".")[0] in configs and "." in name}
     names = [name for name in values if name not in overrides]
     options = types.SimpleNamespace(**{name: values[name].value for name in names})
