@@ -54,6 +54,7 @@ class Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and prepares a set. Returns the exit code."""
     options = command.parse(define_flags(), argv, USAGE)
+    note_unused(options)
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
     if options.inspect is not None:
         from shortcut_jax.inspect_set import inspect
@@ -211,6 +212,24 @@ def check_options(options: types.SimpleNamespace) -> None:
     for name in ("unit", "resolution", "batch", "text_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least 1")
+
+
+OF_A_TEACHER = ("prompts", "per_bucket", "steps", "guidance", "seed", "lora", "lora_scale")
+OF_A_SOURCE = ("enlarge", "where", "caption_field", "template", "tfds_dir")
+OF_LATENTS = ("checkpoint", "text_states", "text_dtype", "text_tokens", "batch")
+
+
+def note_unused(options: types.SimpleNamespace) -> None:
+    """Says which flags are given for nothing."""
+    if options.inspect is not None:
+        command.note_unused(options, "--inspect", sorted(options.given - {"inspect", "out"}))
+    elif options.from_teacher:
+        command.note_unused(
+            options, "--from_teacher", (*OF_A_SOURCE, *(["store"] if options.store == "pixels" else []))
+        )
+    else:
+        command.note_unused(options, "--source, without --from_teacher", OF_A_TEACHER)
+        command.note_unused(options, f"--store={options.store}", OF_LATENTS if options.store == "pixels" else ())
 
 
 def source_options(options: types.SimpleNamespace) -> SourceOptions:

@@ -18,7 +18,10 @@ FIRST_TIME = 1.0 - 1e-5
 class ShiftRange:
     """How the timestep shift of a shortcut row is drawn.
 
-    Uniform in [low, high]; with probability `dynamic`, the resolution-dependent shift instead.
+    Attributes:
+      low: the least shift; it is uniform in [low, high].
+      high: the greatest shift.
+      dynamic: probability of the resolution-dependent shift instead.
     """
 
     low: float = 1.0

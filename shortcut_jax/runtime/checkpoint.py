@@ -272,7 +272,7 @@ def stored_meta(folder: Path) -> dict[str, Any] | None:
     """
     if not folder.is_dir():
         return None
-    for path in sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name)):
+    for path in sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: -int(p.name)):
         try:
             meta = _checked(json.loads((path / META / "metadata").read_text()), path)
             return {"base": None, **meta, "config": meta["config"]}
