@@ -11,7 +11,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.buckets import parse_buckets
 from shortcut_jax.data.format import TEXT_DTYPES, Size
-from shortcut_jax.data.inputs import Source, SourceOptions, open_source
+from shortcut_jax.data.inputs import HasUnused, Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.units import Record, Skip, Unit
-from shortcut_jax.data.writing import Job, already_written, captions_hash, units_done, write_units
+from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, stale_units, units_done, write_units
 from shortcut_jax.runtime import distributed
 
 STORES = ("pixels", "latents")
@@ -121,6 +120,7 @@ def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
             validation=options.validation,
             max_skipped=options.max_skipped,
             eval_prompts=prompts,
+            unused=source.unused if isinstance(source, HasUnused) else dict,
             **fields,
         )
         return write(job, producer(source, buckets, encode, pool, options.enlarge), processes)
@@ -158,7 +158,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
     return write(job, teacher, processes)
 
 
-def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processes: Processes) -> int:
+def write(job: Job, produce: Produce, processes: Processes) -> int:
     """Writes a set, or the rest of one; says what came of it. Returns the exit code."""
     say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
     start = time.monotonic()
@@ -167,6 +167,8 @@ def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processe
         return 0
     if done := units_done(job):
         say(f"going on: {done:,} of {len(job.units):,} units are done")
+    if stale := len(stale_units(job)):
+        say(f"{stale:,} units are read again: their source has changed, or too much of them was left out before")
     try:
         with _signals():
             info = write_units(job, produce, processes.index, processes.count)

@@ -11,6 +11,7 @@ from shortcut_jax.data.images import decode
 from shortcut_jax.data.inputs import Item, SourceOptions, open_source
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.records import open_source as open_records
+from shortcut_jax.data.units import Unused
 from tests.data.pictures import encoded, picture, simple_folder, write_folder
 
 
@@ -19,7 +20,12 @@ def _all(source):
 
 
 def _reasons(items):
+    items = [item for item in items if not isinstance(item, Unused)]
     return Counter("kept" if isinstance(item, Item) else item.reason for item in items)
+
+
+def _unused(items):
+    return {item.what: item.number for item in items if isinstance(item, Unused)}
 
 
 def _write_tar(path, members, keep=None):
@@ -141,6 +147,7 @@ def test_tars_are_units_of_neighbouring_members(tmp_path):
         "empty caption": 1,
         "duplicate key": 1,
     }
+    assert _unused(items) == {".cls files": 1}
     with pytest.raises(DataError, match=r"set-03\.tar, which is not there"):
         open_source(str(tmp_path / "set-{00..03}.tar"), SourceOptions())
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.catalogue import PREFIX, CatalogueSource, is_tfds_folder
 from shortcut_jax.data.inputs.folder import METADATA, FolderSource
-from shortcut_jax.data.inputs.items import Item, Source, SourceOptions
+from shortcut_jax.data.inputs.items import HasUnused, Item, Source, SourceOptions
+from shortcut_jax.data.inputs.tar_files import ENDINGS, is_tar_name
 from shortcut_jax.data.inputs.webdataset import TarSource
 
-__all__ = ["Item", "Source", "SourceOptions", "open_source"]
+__all__ = ["HasUnused", "Item", "Source", "SourceOptions", "open_source"]
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
@@ -28,7 +29,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
     if folder and (path / METADATA).is_file():
         _check_options(options, "a folder of pictures", "template")
         return FolderSource(path, options)
-    if source.endswith(".tar") or (folder and any(path.glob("*.tar"))):
+    if source.lower().endswith(ENDINGS) or (folder and any(is_tar_name(p.name) for p in path.iterdir())):
         _check_options(options, "tar files", "where", "template")
         return TarSource(source, options)
     exists = path.exists() or bool(glob.glob(str(path)))

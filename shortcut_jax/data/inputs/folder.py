@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcut_jax.data.format import DataError
+from shortcut_jax.data.images import ENDINGS
 from shortcut_jax.data.inputs.items import (
     CAPTION_FIELDS,
     Item,
@@ -19,9 +20,11 @@ from shortcut_jax.data.inputs.items import (
     consecutive,
     printable,
 )
+from shortcut_jax.data.inputs.unused import SYSTEM_FILES, files_beside, kind_of_name
 from shortcut_jax.data.units import Skip, Unit
 
 METADATA = "metadata.jsonl"
+NO_ROW = f"images without a row in {METADATA}"
 
 
 class FolderSource:
@@ -44,13 +47,15 @@ class FolderSource:
         self._places = array("Q")  # where the rows begin
         self._lines = array("Q")
         self._duplicates: set[int] = set()
+        self._unit = options.unit
+        self._states: list[hashlib._Hash] = []  # of the rows of each unit
         self.fingerprint = self._scan()
         self.num_items = len(self._places)
         if not self.num_items:
             chosen = f" for which {', '.join(options.where)}" if options.where else ""
             raise DataError(f"{folder / METADATA} has no row{chosen}")
-        self._unit = options.unit
-        self.units = consecutive(self.num_items, options.unit, "rows")
+        units = consecutive(self.num_items, options.unit, "rows")
+        self.units = [unit._replace(state=rows.hexdigest()) for unit, rows in zip(units, self._states, strict=True)]
 
     def _scan(self) -> str:
         digest, place, seen = hashlib.sha256(), 0, set()
@@ -60,17 +65,29 @@ class FolderSource:
                 digest.update(line)
                 row = _parse(line)
                 if line.strip() and (not isinstance(row, dict) or self._chosen(row)):
+                    if len(self._places) % self._unit == 0:
+                        self._states.append(hashlib.sha256())
+                    self._states[-1].update(line)
                     name = row.get("file_name") if isinstance(row, dict) else None
                     if isinstance(name, str) and name:
                         inside.check(name, number)
-                        known = hashlib.blake2b(_key(name).encode(), digest_size=8).digest()
+                        known = _short(_key(name))
                         if known in seen:
+                            self._states[-1].update(b"again")
                             self._duplicates.add(len(self._places))
                         seen.add(known)
                     self._places.append(place)
                     self._lines.append(number)
                 place += len(line)
         return digest.hexdigest()
+
+    def unused(self) -> dict[str, int]:
+        """The files in the folder that no row names, chosen or not."""
+        with (self._folder / METADATA).open("rb") as file:
+            rows = (row for row in map(_parse, file) if isinstance(row, dict))
+            names = {_short(_key(name)) for row in rows if isinstance(name := row.get("file_name"), str)}
+        is_used = lambda path: path == METADATA or _short(printable(path)) in names
+        return files_beside(self._folder, is_used, _kind)
 
     def _chosen(self, row: dict[str, Any]) -> bool:
         return all(name in row and _text(row[name]) == value for name, value in self._where)
@@ -149,6 +166,15 @@ def _parse(line: bytes) -> dict[str, Any] | str:
 
 def _key(name: str) -> str:
     return printable(posixpath.normpath(name))
+
+
+def _short(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
+
+
+def _kind(path: str) -> str:
+    kind = kind_of_name(path)
+    return NO_ROW if kind != SYSTEM_FILES and path.lower().endswith(tuple(f".{e}" for e in ENDINGS)) else kind
 
 
 def _text(value: Any) -> str:

@@ -1,11 +1,13 @@
 """What a source of captioned pictures is, and what is wrong with a caption."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from shortcut_jax.data.units import Skip, Unit
+import numpy as np
+
+from shortcut_jax.data.units import Skip, Unit, Unused
 
 CAPTION_FIELDS = ("prompt", "caption", "text")
 """Names under which captions are looked for, in this order."""
@@ -20,11 +22,13 @@ class Item(NamedTuple):
       key: its name in the source.
       image: its encoded bytes, or the file that holds them.
       caption: without spaces around it.
+      further: captions that it has besides, which are not used.
     """
 
     key: str
     image: bytes | Path
     caption: str
+    further: int = 0
 
 
 class Source(Protocol):
@@ -45,7 +49,16 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
 
-    def items(self, unit: Unit) -> Iterator[Item | Skip]: ...  # noqa: D102
+    def items(self, unit: Unit) -> Iterator[Item | Skip | Unused]: ...  # noqa: D102
+
+
+@runtime_checkable
+class HasUnused(Protocol):
+    """A source that knows what lies beside its units."""
+
+    def unused(self) -> Mapping[str, int]:
+        """What it is -> how many files of it there are; looks at all files, so it is asked once, at the end."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,12 @@ def consecutive(num: int, size: int, what: str) -> list[Unit]:
 
 
 def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:
-    """A picture with its caption (text, or its bytes), or what is wrong with the caption."""
+    """An image with its caption (text, its bytes, or a list of which the first counts), or what is wrong with it."""
+    further = 0
+    if isinstance(caption, np.ndarray | np.generic):
+        caption = caption.tolist()
+    if isinstance(caption, list | tuple):
+        further, caption = max(0, len(caption) - 1), caption[0] if caption else ""
     if isinstance(caption, bytes):
         try:
             caption = caption.decode("utf-8-sig")
@@ -91,7 +109,7 @@ def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:
         caption.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         return Skip(key, "not UTF-8", str(error))
-    return Item(key, image, caption)
+    return Item(key, image, caption, further)
 
 
 def caption_in(row: dict[str, Any], caption_field: str | None) -> Any:
