@@ -46,9 +46,10 @@ def find_tars(pattern: str) -> list[Path]:
       DataError: there are none, one is not there, is no file or may not be read, or the braces name too many.
     """
     pattern = os.path.expanduser(pattern)
-    several = not os.path.exists(pattern) and _check_braces(pattern) > 1
+    literal = os.path.lexists(pattern)  # a file may have braces in its name
+    several = not literal and _check_braces(pattern) > 1
     found, missing, number = set[Path](), list[str](), 0
-    for name in _expand_braces(pattern) if several else [next(iter(_expand_braces(pattern)), pattern)]:
+    for name in [pattern] if literal else _expand_braces(pattern):
         matches = _matches(name)
         found.update(Path(os.path.abspath(path)) for path in matches)
         number += not matches
