@@ -168,7 +168,7 @@ def write(job: Job, produce: Produce, processes: Processes) -> int:
     if done := units_done(job):
         say(f"going on: {done:,} of {len(job.units):,} units are done")
     if stale := len(stale_units(job)):
-        say(f"{stale:,} units are read again: their source has changed, or too much of them was left out before")
+        say(f"read again: {stale:,} units whose source has changed, or that left out too much before")
     try:
         with _signals():
             info = write_units(job, produce, processes.index, processes.count)

@@ -121,7 +121,7 @@ def skipped_text(skipped: Mapping[str, int]) -> str:
 
 def unused_text(unused: Mapping[str, int]) -> str:
     """What nothing was made of, the most frequent first."""
-    return "; ".join(f"{n:,} {what}" for what, n in sorted(unused.items(), key=lambda x: (-x[1], x[0])))
+    return "; ".join(f"{what} ({n:,})" for what, n in sorted(unused.items(), key=lambda x: (-x[1], x[0])))
 
 
 def remedies(skipped: Mapping[str, int]) -> str:
