@@ -104,7 +104,11 @@ def define_flags() -> Any:
 def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
     """Prepares the set that the options describe; says what came of it."""
     prompts = read_prompts("eval_prompts", options.eval_prompts)
-    source = open_source(options.source, source_options(options))
+    try:
+        source = open_source(options.source, source_options(options))
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise UsageError(f"--source={options.source} cannot be read: {error.filename or ''}: {what}") from error
     with contextlib.closing(_Pool()) as held:
         pool = held.pool
         buckets, encode, fields = make_store(options, pool)
