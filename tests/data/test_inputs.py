@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 
@@ -212,11 +213,13 @@ def test_a_tfds_set_gives_its_pictures_and_captions(data_dir, tmp_path):
 
 def test_what_is_no_source_is_told(tmp_path):
     (tmp_path / "file.txt").write_text("x")
+    os.mkfifo(tmp_path / "fifo")
     for text, told in (
         (str(tmp_path / "absent"), "is not there"),
         (str(tmp_path / "absent.tar"), "no such tar file"),
         (str(tmp_path), r"neither metadata\.jsonl"),
         (str(tmp_path / "file.txt"), "no kind"),
+        (str(tmp_path / "fifo"), "no kind"),
         ("gs://bucket/a.tar", "mount or copy"),
     ):
         with pytest.raises(DataError, match=told):
