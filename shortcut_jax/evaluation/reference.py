@@ -69,16 +69,9 @@ def open_reference(given: str | None, own: CaptionedSet | None, features: Featur
         stated = "".join(f"{os.fsdecode(file)} {stamp(file)}\n" for file in files)
         identity = hashlib.sha256(stated.encode("utf-8", "backslashreplace")).hexdigest()
         bad: Counter[str] = Counter()
-        return _kept(
-            *(
-                cache,
-                f"{path.resolve()} {identity}",
-                features,
-                lambda: _pictures_of_files(given, files, bad),
-                len(files),
-            ),
-            lambda: f"pictures of {given}" + (f" ({skipped_text(bad)} left out)" if bad else ""),
-        )
+        pictures = lambda: _pictures_of_files(given, files, bad)
+        named = lambda: f"pictures of {given}" + (f" ({skipped_text(bad)} left out)" if bad else "")
+        return _kept(cache, f"{path.resolve()} {identity}", features, pictures, len(files), named)
     if not path.is_file():
         raise ConfigError(f"reference statistics {given} are not there: {HOW}")
     return load_reference(path, features)
