@@ -208,7 +208,7 @@ def test_what_is_no_source_is_told(tmp_path):
     for text, told in (
         (str(tmp_path / "absent"), "is not there"),
         (str(tmp_path / "absent.tar"), "no such tar file"),
-        (str(tmp_path), r"neither metadata\.jsonl"),
+        (str(tmp_path), r"no captioned images \(1 file\)\. Understood are: .*metadata\.jsonl.*metadata\.csv.*parquet"),
         (str(tmp_path / "file.txt"), "no kind"),
         ("gs://bucket/a.tar", "mount or copy"),
     ):

@@ -34,6 +34,7 @@ class Source(Protocol):
       units: all of them.
       num_items: pictures and what is left out, where that is known beforehand.
       fingerprint: changes when the source does.
+      notes: what was found in it, a line each.
     """
 
     @property
@@ -45,6 +46,9 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
 
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+
     def items(self, unit: Unit) -> Iterator[Item | Skip]: ...  # noqa: D102
 
 
@@ -54,10 +58,11 @@ class SourceOptions:
 
     Attributes:
       unit: pictures a unit, where the source does not divide itself.
-      where: `field=value` that the rows of a folder have to have.
+      where: `field=value` that the rows of a table have to have.
       caption_field: of a row; `captions/text` goes into nested fields of a TFDS record.
-      template: caption of a TFDS record, with its fields in braces.
+      template: caption of a TFDS or parquet record with its fields in braces, or of an image in the folder `{label}`.
       tfds_dir: where TFDS sets lie.
+      layout: name of the one that is read, where a folder has several.
     """
 
     unit: int = 4096
@@ -65,6 +70,7 @@ class SourceOptions:
     caption_field: str | None = None
     template: str | None = None
     tfds_dir: str = "~/tensorflow_datasets"
+    layout: str | None = None
 
 
 def consecutive(num: int, size: int, what: str) -> list[Unit]:

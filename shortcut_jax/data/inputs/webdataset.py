@@ -30,6 +30,7 @@ class TarSource:
     """
 
     num_items: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, pattern: str, options: SourceOptions):
         """Finds the files.
