@@ -83,7 +83,6 @@ class Job:
       max_skipped: the largest share that may be left out.
       eval_prompts: captions that pictures are drawn for; None: the first captions of the validation split.
       prompts: eval prompts -> the arrays that `write_set` takes. Called once, by process 0.
-      unused: called once, by process 0: what lies in the source beside the units -> how many of it.
       complete: called once, by process 0, with the folder that becomes the set and the sums of all records; may put
         further files there; returns fields of `SetInfo` that are known only now.
     """
@@ -102,7 +101,6 @@ class Job:
     max_skipped: float = 0.01
     eval_prompts: tuple[str, ...] | None = None
     prompts: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None
-    unused: Callable[[], Mapping[str, int]] = dict
     complete: Callable[[Path, Mapping[str, float]], dict[str, Any]] | None = None
 
     @property
@@ -261,10 +259,9 @@ def _named(job: Job, outcomes: Sequence[tuple[int, Done]]) -> Iterator[tuple[Pat
 
 
 def _nothing_left(job: Job, tally: Tally) -> str:
-    beside = {**tally.unused, **job.unused()}
     refused = f"{skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}" if tally.skipped else ""
     _refused(job)
-    told = "; ".join(filter(None, [refused, f"not used: {unused_text(beside)}" if beside else ""]))
+    told = "; ".join(filter(None, [refused, f"not used: {unused_text(tally.unused)}" if tally.unused else ""]))
     return f"no record is left: {told or 'the source has no images'}{remedies(tally.skipped)}"
 
 
@@ -299,7 +296,7 @@ def _complete(job: Job, tally: Tally) -> None:
         "request": job.request,
         "skipped": dict(sorted(tally.skipped.items())),
         "enlarged": int(tally.sums.get("enlarged", 0)),
-        "unused": dict(sorted({**tally.unused, **job.unused()}.items())),
+        "unused": tally.unused,
         "text": job.text,
         "latents": job.latents,
         "encoders": job.encoders,

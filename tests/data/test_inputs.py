@@ -9,7 +9,7 @@ import pytest
 
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.images import decode
-from shortcut_jax.data.inputs import HasUnused, Item, SourceOptions, open_source
+from shortcut_jax.data.inputs import Item, SourceOptions, open_source
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.records import open_source as open_records
 from shortcut_jax.data.units import Unused
@@ -217,33 +217,13 @@ def test_what_is_no_source_is_told(tmp_path):
     for text, told in (
         (str(tmp_path / "absent"), "is not there"),
         (str(tmp_path / "absent.tar"), "no such tar file"),
-        (str(tmp_path), r"neither metadata\.jsonl"),
+        (str(tmp_path), r"no captioned images \(1 file\)\. Understood are: .*metadata\.jsonl.*metadata\.csv.*parquet"),
         (str(tmp_path / "file.txt"), "no kind"),
         (str(tmp_path / "fifo"), "no kind"),
         ("gs://bucket/a.tar", "mount or copy"),
     ):
         with pytest.raises(DataError, match=told):
             open_source(text, SourceOptions())
-
-
-def test_files_that_no_row_names_are_counted(tmp_path):
-    folder = write_folder(tmp_path / "a", {"p/0.png": (PNG, "a"), "gone.png": (None, "b")}, ["{", '{"file_name": 3}'])
-    for name in ("p/1.png", "2.JPG", "p/._0.png", "README", "notes.md", "p/0.png.bak", ".git/x", ".cache/y"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(PNG)
-    (folder / "inside").symlink_to(folder / "p")
-    (folder / "outside").symlink_to(tmp_path)
-    source = open_source(str(folder), SourceOptions())
-    assert isinstance(source, HasUnused) and source.unused() == {
-        **{"images without a row in metadata.jsonl": 2, ".md files": 1, ".bak files": 1, "files without an ending": 1},
-        "files of macOS or Windows (._*, .DS_Store, Thumbs.db)": 1,
-        **{"hidden folders": 2, "links to folders elsewhere": 1},
-    }
-    with (folder / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "./p/1.png", "kind": "other"}\n')
-    for where in ((), ("kind=base",)):  # a row that is not chosen names its file too
-        source = open_source(str(folder), SourceOptions(where=where))
-        assert source.unused()["images without a row in metadata.jsonl"] == 1
 
 
 def test_the_state_of_a_unit_is_that_of_its_rows(tmp_path):
@@ -263,3 +243,20 @@ def test_of_a_list_of_captions_in_a_row_the_first_is_used(tmp_path):
     rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate((["a", "b", "c"], "d", []))]
     items = _all(open_source(str(write_folder(tmp_path / "a", {}, rows)), SourceOptions()))
     assert [(i.caption, i.further) for i in items[:2]] == [("a", 2), ("d", 0)] and items[2].reason == "empty caption"
+
+
+def test_the_state_of_a_unit_of_sidecars_is_that_of_its_captions(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(PNG)
+        (tmp_path / f"{i}.txt").write_text("a caption")
+    states = lambda: [unit.state for unit in open_source(str(tmp_path), SourceOptions(unit=2)).units]
+    before = states()
+    (tmp_path / "3.txt").write_text("another caption")
+    assert [a == b for a, b in zip(before, states(), strict=True)] == [True, False]
+    assert states() == states()
+
+
+def test_a_header_that_is_no_csv_is_told(tmp_path):
+    (tmp_path / "metadata.csv").write_text('"file_name" x,text\n1.png,a\n')
+    with pytest.raises(DataError, match=r"first line of .*metadata\.csv cannot be read as names of columns"):
+        open_source(str(tmp_path), SourceOptions())

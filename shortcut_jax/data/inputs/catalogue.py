@@ -9,6 +9,7 @@ from typing import Any
 
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
+from shortcut_jax.data.inputs.template import fill
 from shortcut_jax.data.records import EMBEDDED
 from shortcut_jax.data.units import Skip, Unit
 
@@ -23,7 +24,10 @@ class CatalogueSource:
       units: consecutive records.
       num_items: records of the split.
       fingerprint: of the set's name, version and shards.
+      notes: none.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, options: SourceOptions):
         """Opens a set.
@@ -81,12 +85,7 @@ class CatalogueSource:
     def _caption(self, record: Mapping[str, Any]) -> Any:
         if self._template:
             fields = {k: self._word(k, v) for k, v in record.items() if k != self._image}
-            try:
-                return self._template.format(**fields)
-            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-                raise DataError(
-                    f"--template={self._template!r} cannot be filled in ({error}): the fields are {', '.join(fields)}"
-                ) from error
+            return fill(self._template, fields)
         assert self._field
         value: Any = record
         for part in self._field.split("/"):

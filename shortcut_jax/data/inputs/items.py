@@ -1,9 +1,10 @@
 """What a source of captioned pictures is, and what is wrong with a caption."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Source(Protocol):
       units: all of them.
       num_items: pictures and what is left out, where that is known beforehand.
       fingerprint: changes when the source does.
+      notes: what was found in it, a line each.
     """
 
     @property
@@ -49,16 +51,10 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
 
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+
     def items(self, unit: Unit) -> Iterator[Item | Skip | Unused]: ...  # noqa: D102
-
-
-@runtime_checkable
-class HasUnused(Protocol):
-    """A source that knows what lies beside its units."""
-
-    def unused(self) -> Mapping[str, int]:
-        """What it is -> how many files of it there are; looks at all files, so it is asked once, at the end."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,11 @@ class SourceOptions:
 
     Attributes:
       unit: pictures a unit, where the source does not divide itself.
-      where: `field=value` that the rows of a folder have to have.
+      where: `field=value` that the rows of a table have to have.
       caption_field: of a row; `captions/text` goes into nested fields of a TFDS record.
-      template: caption of a TFDS record, with its fields in braces.
+      template: caption of a TFDS or parquet record with its fields in braces, or of an image in the folder `{label}`.
       tfds_dir: where TFDS sets lie.
+      layout: name of the one that is read, where a folder has several.
     """
 
     unit: int = 4096
@@ -78,12 +75,26 @@ class SourceOptions:
     caption_field: str | None = None
     template: str | None = None
     tfds_dir: str = "~/tensorflow_datasets"
+    layout: str | None = None
 
 
-def consecutive(num: int, size: int, what: str) -> list[Unit]:
-    """Units of `size` records in a row each; unit i begins with record i `size`."""
+def consecutive(num: int, size: int, what: str, state: Callable[[int, int], str] = lambda first, end: "") -> list[Unit]:
+    """Units of `size` records in a row each; unit i begins with record i `size`.
+
+    Args:
+      num: records of all units.
+      size: see above.
+      what: the records are.
+      state: first record and the one behind the last -> what changes when the source of these does.
+    """
     spans = ((first, min(first + size, num)) for first in range(0, num, size))
-    return [Unit(i, f"{what} {first} to {end - 1}", end - first) for i, (first, end) in enumerate(spans)]
+    return [Unit(i, f"{what} {a} to {b - 1}", b - a, state(a, b)) for i, (a, b) in enumerate(spans)]
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """A hash of lines."""
+    joined = "\n".join(lines)
+    return hashlib.sha256(joined.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:

@@ -27,8 +27,8 @@ _NAMED_MISSING = 3
 
 
 def is_tar_name(name: str) -> bool:
-    """Whether a file's name is one of a tar file, and not of the notes that macOS puts beside it."""
-    return name.lower().endswith(ENDINGS) and not is_system_file(name)
+    """Whether a file's name is one of a tar file in a folder; hidden ones are not, like those that macOS puts there."""
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
 def unit_name(path: str) -> str:

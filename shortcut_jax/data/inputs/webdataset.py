@@ -10,13 +10,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortcut_jax.data.images import ENDINGS as IMAGES
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, caption_in, captioned, printable
-from shortcut_jax.data.inputs.tar_files import find_tars, is_tar_name, members, unit_name
-from shortcut_jax.data.inputs.unused import few_kinds, files_beside, is_system_file, kind_of_name
+from shortcut_jax.data.inputs.tar_files import find_tars, members, unit_name
+from shortcut_jax.data.inputs.unused import few_kinds, is_system_file, kind_of_name
 from shortcut_jax.data.units import Skip, Unit, Unused, stamp
 
 CAPTIONS = ("txt", "json")
@@ -30,22 +29,23 @@ class TarSource:
       units: one a file.
       num_items: None.
       fingerprint: see above.
+      notes: what lies beside the files.
     """
 
     num_items: int | None = None
 
-    def __init__(self, pattern: str, options: SourceOptions):
+    def __init__(self, pattern: str, options: SourceOptions, notes: tuple[str, ...] = ()):
         """Finds the files.
 
         Args:
           pattern: a folder, a file, a glob, or a range in braces: `cc12m-{00000..01242}.tar`.
           options: how captions are found.
+          notes: see above.
 
         Raises:
           DataError: see `find_tars`.
         """
-        self._field = options.caption_field
-        self._folder = Path(pattern).expanduser()
+        self._field, self.notes = options.caption_field, notes
         self._paths = find_tars(pattern)
         base = os.path.commonpath([p.parent for p in self._paths])
         names = [os.path.relpath(unit_name(str(path)), base) for path in self._paths]
@@ -78,12 +78,6 @@ class TarSource:
                 yield from samples.add(*split, data)
         yield from samples.close()
         yield from (Unused(what, count) for what, count in few_kinds(samples.unused).items())
-
-    def unused(self) -> dict[str, int]:
-        """The files beside the tars, where the source is a folder."""
-        if not self._folder.is_dir():
-            return {}
-        return files_beside(self._folder, lambda path: "/" not in path and is_tar_name(path), kind_of_name)
 
 
 class _Open(NamedTuple):
