@@ -335,9 +335,16 @@ def _check_skipped(job: Job, tally: Tally) -> None:
         raise DataError(
             f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
             f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in "
-            f"{path}{remedies(tally.skipped)}. What is done is kept: correct the source and run this again, or run it "
+            f"{path} ({_first_skip(job)}){remedies(tally.skipped)}. What is done is kept: correct the source and run this again, or run it "
             f"with a larger --max_skipped"
         )
+
+
+def _first_skip(job: Job) -> str:
+    """The first of what was left out, as an example."""
+    skip = next(skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
+    told = f"{skip.key}: {skip.detail}" if skip.detail else skip.key
+    return f"the first: {' '.join(told.split())[:200]}"
 
 
 def _refused(job: Job) -> None:

@@ -164,7 +164,8 @@ def test_a_process_that_fails_is_not_waited_for(tmp_path):
 def test_too_much_left_out_stops_with_a_summary_and_goes_on_when_allowed(tmp_path):
     skipping = lambda unit: _produce(unit, skips=unit.index == 5)
     with pytest.raises(
-        DataError, match=r"1 of 31 \(3.2%\).*--max_skipped=0.03: 1 corrupt; they are listed in"
+        DataError,
+        match=r"1 of 31 \(3.2%\).*--max_skipped=0.03: 1 corrupt; they are listed in .*\(the first: 5/bad0: it says\)",
     ) as error:
         write_units(_job(tmp_path / "set", max_skipped=0.03), skipping)
     assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
