@@ -334,9 +334,9 @@ def _check_skipped(job: Job, tally: Tally) -> None:
         _refused(job)
         raise DataError(
             f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
-            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in "
-            f"{path} ({_first_skip(job)}){remedies(tally.skipped)}. What is done is kept: correct the source and run this again, or run it "
-            f"with a larger --max_skipped"
+            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in {path} "
+            f"({_first_skip(job)}){remedies(tally.skipped)}. What is done is kept: correct the source and run this "
+            f"again, or run it with a larger --max_skipped"
         )
 
 
