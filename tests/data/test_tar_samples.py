@@ -195,7 +195,14 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path, how, kind):
         open_source(str(given), SourceOptions())
 
 
-def test_tars_that_cannot_be_read_are_told_before_the_work(tmp_path):
+def test_tars_that_cannot_be_read_are_told_before_the_work(tmp_path, monkeypatch):
+    path = _tar(tmp_path / "b.tar", _pair("b"))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match=r"b\.tar cannot be read: you have no permission"),
+    ):
+        patch.setattr(os, "access", lambda path, mode: False)  # for tests that run as root
+        open_source(str(path), SourceOptions())
     os.symlink(tmp_path / "absent", tmp_path / "a.tar")
     with pytest.raises(DataError, match=r"a\.tar cannot be read: No such file or directory"):
         open_source(str(tmp_path), SourceOptions())
