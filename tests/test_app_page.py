@@ -1,6 +1,7 @@
 """The web page as a visitor has it: a real browser, the app as a process of its own, bad input and many clicks."""
 
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -158,6 +159,51 @@ def test_what_a_browser_would_not_send_is_told_and_ends_nothing(served):
     assert "Traceback" not in served.log.read_text()
     assert served.ask("sample", GOOD[:3])[0] == "error"
     assert served.ask("sample", GOOD)[0] == "complete"
+
+
+def _raw(served, method, path, headers, body=None):
+    """Status, headers and text of one request, with a Host of one's own."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(served.url.rpartition(":")[2]), timeout=30)
+    with contextlib.closing(connection):
+        connection.putrequest(method, path, skip_host=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        reply = connection.getresponse()
+        return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read().decode()
+
+
+def test_foreign_hosts_and_pages_are_refused(served):
+    own, port = served.url.removeprefix("http://"), served.url.rpartition(":")[2]
+    assert _raw(served, "GET", "/config", {"Host": own})[0] == 200
+    assert _raw(served, "GET", "/", {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"})[0] == 200
+    call = json.dumps({"data": GOOD}).encode()
+    send = {"Content-Type": "application/json", "Content-Length": str(len(call))}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    for method, path, headers, body in (
+        ("GET", "/", {}, None),
+        ("GET", "/config", {}, None),
+        ("OPTIONS", "/gradio_api/queue/join", ask, None),
+        ("POST", "/gradio_api/call/sample", send, call),
+        ("POST", "/gradio_api/queue/join", send, call),
+        ("GET", "/gradio_api/queue/data?session_hash=x", {}, None),
+        ("GET", "/gradio_api/heartbeat/x", {}, None),
+    ):
+        for foreign in ({"Host": "evil.example"}, {"Host": own, "Origin": "http://evil.example"}):
+            status, answered, text = _raw(served, method, path, {**foreign, **headers}, body)
+            assert status == 403 and "evil.example" in text and text.count("\n") == 1, (path, foreign, text)
+            assert not [name for name in answered if name.startswith("access-control")]
+    assert served.ask("sample", GOOD)[0] == "complete"
+
+
+def test_large_bodies_are_refused_unread(served):
+    own = {"Host": served.url.removeprefix("http://"), "Content-Type": "application/json"}
+    for path in ("/gradio_api/call/sample", "/gradio_api/queue/join", "/gradio_api/upload", "/login"):
+        status, _, text = _raw(served, "POST", path, {**own, "Content-Length": str(200 * 2**20)})
+        assert status == 413 and "at most" in text, (path, text)
+    chunks = b"".join(b"10000\r\n%b\r\n" % (b" " * 2**16) for _ in range(20))
+    status, _, text = _raw(served, "POST", "/gradio_api/call/sample", {**own, "Transfer-Encoding": "chunked"}, chunks)
+    assert status == 413 and "at most 1 MiB" in text
 
 
 @needs_chromium
