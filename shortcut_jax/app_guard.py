@@ -1,7 +1,7 @@
 """Which requests the web page answers: those to its own names, from its own pages, with bodies of a bounded size.
 
-A page of another site can reach a server on loopback: directly, or under its own name where that name is made to resolve
-to 127.0.0.1 (DNS rebinding). The first sends a foreign `Origin`, the second a foreign `Host`; both are refused.
+A page of another site can reach a server on loopback: directly, or under its own name where that name is made to
+resolve to 127.0.0.1 (DNS rebinding). The first sends a foreign `Origin`, the second a foreign `Host`; both are refused.
 """
 
 import ipaddress
