@@ -13,6 +13,7 @@ import tempfile
 import time
 import types
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from shortcut_jax import command
@@ -122,23 +123,23 @@ def _warm_up(studio: Studio) -> None:
 
 
 def _serve(studio: Studio, host: str, port: int, hosts: Hosts) -> signal.Signals:
-    """Serves until a signal comes, and returns it. Pictures lie in a folder of their own, which goes with the app."""
+    """Serves until a signal comes, and returns it. Images lie in a folder of their own, which goes with the app."""
     received: list[signal.Signals] = []
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, lambda number, _: received.append(signal.Signals(number)))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="shortcut_jax_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        from shortcut_jax import app_page
+        from shortcut_jax import app_page, app_style
 
-        page = app_page.build(studio)
+        page = app_page.build(studio, Path(folder))
         # Nothing is shared, recorded or monitored.
         closed: dict[str, Any] = dict(share=False, max_file_size=MAX_UPLOAD, run_history=False, enable_monitoring=False)
         closed |= dict(ssr_mode=False, mcp_server=False, pwa=False, footer_links=[], show_error=False)
         closed["app_kwargs"] = {"lifespan": _guarded(hosts), "openapi_url": None}
         url_host = f"[{host}]" if ":" in host else host
         try:
-            look: dict[str, Any] = dict(theme=app_page.THEME, css=app_page.CSS)
+            look: dict[str, Any] = dict(theme=app_style.THEME, css=app_style.CSS)
             page.launch(server_name=url_host, server_port=port, prevent_thread_lock=True, quiet=True, **closed, **look)
         except OSError as error:
             raise UsageError(f"cannot listen on {host}:{port} ({str(error).splitlines()[0]})") from error
