@@ -187,7 +187,7 @@ def _edit_tab(studio: Studio, folder: Path, controls: Controls) -> None:
     gr.Markdown("An image is changed from what its own prompt says to what the prompt above says (FlowEdit).")
     with gr.Row(elem_classes="pair"):
         image = gr.Image(
-            label="Image to edit",
+            label="Source",
             type="filepath",
             sources=["upload", "clipboard"],
             height=280,
