@@ -1,6 +1,5 @@
 import json
 import re
-import struct
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +10,7 @@ from shortcut_jax.core.paths import CONSISTENCY_STEPS, PATH_STEPS
 from shortcut_jax.evaluation.page import Metric, best_rows, column, metric_table, table
 from shortcut_jax.evaluation.run import Result
 from shortcut_jax.evaluation.writing import to_html, write
+from tests.helpers import read_events
 
 VOID = {"meta", "img", "br"}
 
@@ -80,7 +80,7 @@ def test_the_files_say_the_same(result, tmp_path):
     assert (tmp_path / "evaluation.html").stat().st_size > 10_000
     runs = {path.parent.name: path for path in (tmp_path / "tensorboard").glob("*/events.out.tfevents.*")}
     assert set(runs) == {"slow", "online"}
-    scalars, rest = _events(runs["slow"])
+    scalars, rest = read_events(runs["slow"])
     assert scalars["evaluation/frechet_distance"] == {1: 3.0, 4: 1.5}  # the steps are x, not part of the tag
     assert scalars["evaluation/accuracy"] == {1: 0.5, 4: 0.75} and "few_images" not in str(scalars)
     assert scalars["evaluation/mlperf_loss"] == {7: 0.5}
@@ -92,25 +92,6 @@ def test_the_files_say_the_same(result, tmp_path):
     assert "evaluation/frechet_distance" in rest["_hparams_/experiment"]
     write(result, tmp_path)
     assert len(list((tmp_path / "tensorboard").glob("slow/*"))) == 1
-
-
-def _events(path):
-    """The scalars of an event file by tag and step, and the text of its other entries."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    data, at, scalars, rest = path.read_bytes(), 0, {}, {}
-    while at < len(data):  # records: length, its checksum, data, its checksum
-        (size,) = struct.unpack("<Q", data[at : at + 8])
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        at += 16 + size
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                scalars.setdefault(value.tag, {})[event.step] = pytest.approx(value.simple_value)
-            else:
-                content = value.metadata.plugin_data.content
-                text = b"".join(value.tensor.string_val) + (content if isinstance(content, bytes) else content.encode())
-                rest[value.tag] = text.decode("utf-8", "replace")
-    return scalars, rest
 
 
 def _marked(text):
