@@ -1,7 +1,7 @@
 """The models behind the web page: a training run or a converted pipeline, with bounds, weights and programs."""
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,8 +182,9 @@ def captions_of(settings: Settings, most: int = 10) -> tuple[str, ...]:
 
 
 def notes_of(pipeline: Pipeline | TextToImage, request: Request) -> list[str]:
-    """Prompts that are cut."""
-    return pipeline.cuts([request.prompt, *([request.edit.source_prompt] if request.edit else [])])
+    """Prompts that are cut and, of a run that learned words, those that it never saw."""
+    notes: Callable[[Sequence[str]], list[str]] = getattr(pipeline, "notes", pipeline.cuts)
+    return notes([request.prompt, *([request.edit.source_prompt] if request.edit else [])])
 
 
 class _Adjustable(TextToImage):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import struct
 import weakref
 
@@ -13,6 +14,9 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.resolve import from_config
 from shortcut_jax.settings import default_config
 from shortcut_jax.weights.params import Params, Spec
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+"""The browser of the tests of pages; None where there is none."""
 
 
 def tiny_config(**changes):

@@ -27,10 +27,12 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   linear-gradient(to left, var(--shade), transparent) right / 16px 100% no-repeat scroll, var(--card); }
 .wide:focus-visible { outline: 2px solid var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .2rem 0 .4rem; }
-caption { text-align: left; font-weight: 600; padding: .5rem 0 .3rem; }
+h3 { font-size: 1rem; margin: .5rem 0 .3rem; } .table { max-width: 100%; min-width: 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card);
-  border-right: 1px solid var(--line); max-width: 46vw; overflow: hidden; text-overflow: ellipsis; }
+  border-right: 1px solid var(--line); }
+@media (max-width: 700px) { th:first-child, td:first-child { min-width: 6rem; max-width: 42vw; white-space: normal;
+  overflow-wrap: anywhere; } }
 th { color: var(--soft); font-weight: 600; }
 td.best { background: var(--best); font-weight: 600; }
 td small { color: var(--soft); font-weight: 400; }
@@ -108,11 +110,12 @@ def table(
         small = f" <small>± {html.escape(error)}</small>" if sign else ""
         return f"<td{' class=best' if (i, j) in marked else ''}>{html.escape(value)}{small}</td>"
 
-    lines = [f"<caption>{html.escape(caption)}</caption>" if caption else ""]
-    lines.append("<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>")
+    lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
     lines += ["<tr>" + "".join(cell(i, j, text) for j, text in enumerate(row)) + "</tr>" for i, row in enumerate(body)]
     name = html.escape(caption or head[0], quote=True)
-    return f'<div class=wide tabindex=0 role=region aria-label="{name}"><table>{"".join(lines)}</table></div>'
+    title = f"<h3>{html.escape(caption)}</h3>" if caption else ""
+    scrolled = f'<div class=wide tabindex=0 role=region aria-label="{name}"><table>{"".join(lines)}</table></div>'
+    return f"<div class=table>{title}{scrolled}</div>"
 
 
 def digits_of(values: Sequence[float], most: int = 6) -> int:

@@ -10,7 +10,7 @@ from shortcut_jax.core.paths import CONSISTENCY_STEPS, PATH_STEPS
 from shortcut_jax.evaluation.page import Metric, best_rows, column, metric_table, table
 from shortcut_jax.evaluation.run import Result
 from shortcut_jax.evaluation.writing import to_html, write
-from tests.helpers import read_events
+from tests.helpers import CHROMIUM, read_events
 
 VOID = {"meta", "img", "br"}
 
@@ -142,5 +142,25 @@ def test_a_column_has_the_same_digits(values, texts):
 
 def test_tables_scroll_by_themselves_and_keep_their_labels():
     text = table(["weights", "1 step"], [["a", "3.0 ± 0.1"]], "x < y", {(0, 1)})
-    assert text.startswith("<div class=wide tabindex=0 role=region") and "x &lt; y" in text
+    assert "<h3>x &lt; y</h3><div class=wide tabindex=0 role=region" in text
     assert "<td class=best>3.0 <small>± 0.1</small></td>" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_wide_table_scrolls_inside_a_narrow_screen(result, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    rows = [_row(label, n, 3.0 / n, accuracy=0.5) for label in ("a-run/slow", "a-run/online") for n in (1, 2, 4, 8, 32)]
+    (tmp_path / "page.html").write_text(to_html(result._replace(rows=rows)), "utf-8")
+    arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(f"file://{tmp_path}/page.html")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        wide, label = page.locator(".wide").first, page.locator(".wide td").first
+        assert wide.evaluate("x => x.scrollWidth > x.clientWidth")
+        before = label.bounding_box()["x"]
+        wide.evaluate("x => { x.scrollLeft = 1000 }")
+        assert wide.evaluate("x => x.scrollLeft") > 0 and label.bounding_box()["x"] == before
+        browser.close()
