@@ -49,14 +49,13 @@ def figures(cell: Cell, tally: Tally, reference: Reference, features: Features) 
     result["distance"] = frechet_distance(gaussian_of(tally.moments), reference.gaussian)
     result["distance_std"] = _error(tally, reference.gaussian)
     result["few_images"] = cell.images <= features.size
-    result |= dict.fromkeys(("kid", "kid_std", "precision", "precision_std", "recall", "recall_std"))
+    result |= dict.fromkeys(("kid", "kid_std", "precision", "precision_std", "recall"))
     fake = tally.reservoir.features_SF
     if reference.features is not None and min(len(fake), len(reference.features)) > NEIGHBOURS:
         size = min(SUBSET, len(fake), len(reference.features))
         result["kid"], result["kid_std"] = kernel_distance(reference.features, fake, subset_size=size)
         result["precision"], result["recall"], *_ = precision_recall(reference.features, fake, NEIGHBOURS)
-        for name, count in (("precision", len(fake)), ("recall", len(reference.features))):
-            result[f"{name}_std"] = _share_error(result[name], count)
+        result["precision_std"] = _share_error(result["precision"], len(fake))
     ratio = lambda part, whole: tally.sums[part] / tally.sums[whole] if tally.sums[whole] else None
     result["accuracy"], result["clip_score"] = ratio("classified", "labelled"), ratio("clip", "captioned")
     result["accuracy_std"] = _share_error(result["accuracy"], tally.sums["labelled"])
