@@ -36,7 +36,7 @@ EXAMPLES = (
     "a bowl of ramen, top view, studio light",
     "an old library with a spiral staircase",
 )
-EMBEDDED_GUIDANCE = "told to the model's guidance embedding"
+EMBEDDED_GUIDANCE = "fed to the model's guidance embedding"
 CLASSIFIER_FREE = "classifier-free: above 1 each step costs two evaluations"
 
 
