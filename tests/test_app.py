@@ -168,8 +168,9 @@ def test_examples_are_captions_that_the_run_knows(trained):
 
 def test_a_cut_prompt_is_told(trained):
     run = TrainedRun(trained)
-    notes = run.notes(make_request(run.offer, {"prompt": "a b c d e f g h i j"}))
-    assert notes == ["the prompt has 10 words, the model reads 8: it is cut to 'a b c d e f g h'"]
+    notes = run.notes(make_request(run.offer, {"prompt": "a handwritten digit one two three four five six seven"}))
+    kept = "a handwritten digit one two three four five"
+    assert notes == [f"the prompt has 10 words, the model reads 8: it is cut to '{kept}'"]
     assert run.notes(make_request(run.offer, {"prompt": SEVEN})) == []
 
 
