@@ -3,6 +3,7 @@
 Needs gradio: `pip install ".[app]"`.
 """
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -11,10 +12,12 @@ import socket
 import tempfile
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from shortcut_jax import command
+from shortcut_jax.app_guard import MAX_UPLOAD, Guard, Hosts, hosts_of
 from shortcut_jax.app_models import ConvertedPipeline, Model, TrainedRun
 from shortcut_jax.app_request import SIZE_UNIT, make_request
 from shortcut_jax.app_studio import Studio
@@ -49,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_multi_float("lora_scale", None, "Strength of each --lora, which the page scales.", flag_values=values)
     flags.DEFINE_integer("max_size", None, "With --checkpoint: longest side in pixels (1024).", flag_values=values)
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; another lets others in.", flag_values=values)
+    flags.DEFINE_multi_string("allow_host", None, "Further name of the page, such as a proxy's.", flag_values=values)
     flags.DEFINE_integer("port", 7860, "Port to listen on; 0 for any free one.", flag_values=values)
     flags.DEFINE_boolean("warm_up", True, "Compile before the page is served.", flag_values=values)
     options = command.parse(values, argv, USAGE)
@@ -58,11 +62,12 @@ def main(argv: Sequence[str]) -> int:
     if find_place() is not None:
         raise UsageError("the web page is served by one process, but this is one of several: start it alone")
     port = free_port(options.host, options.port)
+    hosts = hosts_of(options.host, options.allow_host or ())
     keep_programs()
     studio = Studio(_open(options))
     if options.warm_up:
         _warm_up(studio)
-    which = _serve(studio, options.host, port)
+    which = _serve(studio, options.host, port, hosts)
     say(f"stopped by {which.name}")
     code = 130 if which == signal.SIGINT else 0
     if not studio.close(GRACE):
@@ -117,33 +122,46 @@ def _warm_up(studio: Studio) -> None:
     say(f"compiled in {several.compiling + single.compiling:.1f} s")
 
 
-def _serve(studio: Studio, host: str, port: int) -> signal.Signals:
-    """Serves until a signal comes, and returns it. Pictures lie in a folder of their own, which goes with the app."""
+def _serve(studio: Studio, host: str, port: int, hosts: Hosts) -> signal.Signals:
+    """Serves until a signal comes, and returns it. Images lie in a folder of their own, which goes with the app."""
     received: list[signal.Signals] = []
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, lambda number, _: received.append(signal.Signals(number)))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="shortcut_jax_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        from shortcut_jax import app_page
+        from shortcut_jax import app_page, app_style
 
-        page = app_page.build(studio)
-        # Nothing is shared, uploaded, recorded or monitored.
-        closed: dict[str, Any] = dict(share=False, max_file_size="1kb", run_history=False, enable_monitoring=False)
+        page = app_page.build(studio, Path(folder))
+        # Nothing is shared, recorded or monitored.
+        closed: dict[str, Any] = dict(share=False, max_file_size=MAX_UPLOAD, run_history=False, enable_monitoring=False)
         closed |= dict(ssr_mode=False, mcp_server=False, pwa=False, footer_links=[], show_error=False)
+        closed["app_kwargs"] = {"lifespan": _guarded(hosts), "openapi_url": None}
+        url_host = f"[{host}]" if ":" in host else host
         try:
-            look: dict[str, Any] = dict(theme=app_page.THEME, css=app_page.CSS)
-            page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **closed, **look)
+            look: dict[str, Any] = dict(theme=app_style.THEME, css=app_style.CSS)
+            page.launch(server_name=url_host, server_port=port, prevent_thread_lock=True, quiet=True, **closed, **look)
         except OSError as error:
             raise UsageError(f"cannot listen on {host}:{port} ({str(error).splitlines()[0]})") from error
         if not _is_loopback(host):
             say(f"note: {host} lets other machines in, and there is no password")
-        say(f"the page is at http://{'[' + host + ']' if ':' in host else host}:{port} (Ctrl-C ends it)")
+        say(f"the page is at http://{url_host}:{port} (Ctrl-C ends it)")
         while not received:
             time.sleep(0.2)  # not for ever: a signal that another thread takes does not wake this one
         page.server.force_exit = True  # open pages are not waited for
         page.close(verbose=False)
     return received[0]
+
+
+def _guarded(hosts: Hosts) -> Callable[[Any], contextlib.AbstractAsyncContextManager[None]]:
+    """A lifespan that puts the guard around all of gradio's own middleware, which answers some requests itself."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = Guard(app.middleware_stack, hosts)
+        yield
+
+    return lifespan
 
 
 def _is_loopback(host: str) -> bool:

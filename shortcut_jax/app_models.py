@@ -15,12 +15,14 @@ from shortcut_jax.data.format import DataError, PreparedSet
 from shortcut_jax.data.records import EMBEDDED, data_folder, is_prepared
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import rescaled
+from shortcut_jax.pictures_out import Record
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.distributed import tell
 from shortcut_jax.runtime.sharding import tree_shardings
 from shortcut_jax.settings import Settings
 from shortcut_jax.sources import open_loras, param_shapes, place
+from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.views import Adapted
 from shortcut_jax.text_to_image import TextToImage
 from shortcut_jax.weights.lora import record_of, scales, stack
@@ -35,7 +37,7 @@ EXAMPLES = (
     "a bowl of ramen, top view, studio light",
     "an old library with a spiral staircase",
 )
-EMBEDDED_GUIDANCE = "told to the model's guidance embedding"
+EMBEDDED_GUIDANCE = "fed to the model's guidance embedding"
 CLASSIFIER_FREE = "classifier-free: above 1 each step costs two evaluations"
 
 
@@ -59,6 +61,12 @@ class Model(Protocol):
 
     def notes(self, request: Request) -> list[str]:
         """What a visitor should know of a request, such as a prompt that is cut."""
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """Rows, columns and channels in which it edits an image of `height` x `width` pixels."""
+
+    def facts(self, request: Request) -> Record:
+        """What its images are made by besides the request's own fields, named as `sample` names it."""
 
 
 class TrainedRun:
@@ -87,6 +95,7 @@ class TrainedRun:
           CheckpointError, ConfigError, ValueError: see `Pipeline`.
         """
         first, *_ = views
+        self._name = Path(workdir).resolve().name
         self._pipeline = Pipeline(workdir, first, MAX_STEPS, FEW, base, encoders=encoders)
         few, settings = self._pipeline.generate, self._pipeline.settings
         single = Generator(self._pipeline.assembly, 1, MAX_STEPS, settings.eval.shift, self._pipeline.ends)
@@ -122,19 +131,37 @@ class TrainedRun:
     def program(self, request: Request) -> Hashable:
         """See `Model`."""
         guided = request.guidance != 1.0 and not self._pipeline.distilled_guidance
-        return self._generator(request.num).batch_size, guided
+        return self._generator(request.num).batch_size, guided, "edit" if request.edit else request.method
 
     def pictures(self, request: Request, steps: int) -> np.ndarray:
         """See `Model`."""
-        prompts = [request.prompt] * request.num
+        prompts, guidance = [request.prompt] * request.num, request.guidance
         weights, generate = self._weights[request.view], self._generator(request.num)
         if self.offer.adapters:
             weights = weights._replace(scale=jnp.float32(self._pipeline.settings.lora.scale * request.lora_scale))
-        return generate(weights, prompts, steps, request.seed, request.guidance)
+        if request.edit is None:
+            how: dict[str, Any] = dict(method=request.method, shift=request.shift)
+            return generate(weights, prompts, steps, request.seed, guidance, **how)
+        plan = make_plan(steps, min(request.edit.skip, steps - 1))
+        told = [(request.seed, 0)], guidance, guidance, request.shift
+        return generate.edit(weights, request.edit.pixels_hwc[None], [request.edit.source_prompt], prompts, plan, *told)
 
     def notes(self, request: Request) -> list[str]:
         """See `Model`."""
-        return self._pipeline.cuts([request.prompt])
+        return notes_of(self._pipeline, request)
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """See `Model`: all of its images have one size."""
+        return *self._pipeline.size, self._pipeline.channels
+
+    def facts(self, request: Request) -> Record:
+        """See `Model`."""
+        settings = self._pipeline.settings
+        shift = settings.eval.shift if request.shift is None else request.shift
+        told: Record = {"guidance": request.guidance, "shift": shift, "height": request.height, "width": request.width}
+        told |= {"model": self._name, "objective": settings.objective, "view": request.view}
+        told |= {"checkpoint_step": self._pipeline.step, "batch_size": self._generator(request.num).batch_size}
+        return told | {"lora_scale": request.lora_scale if self.offer.adapters else None}
 
     def _generator(self, num: int) -> Generator:
         return self._generators[1 if num == 1 else FEW]
@@ -153,6 +180,12 @@ def captions_of(settings: Settings, most: int = 10) -> tuple[str, ...]:
         if is_prepared(data_folder(data)):
             return PreparedSet(data_folder(data)).info.eval_prompts[:most]
     return ()
+
+
+def notes_of(pipeline: Pipeline | TextToImage, request: Request) -> list[str]:
+    """Prompts that are cut and, of a run that learned words, those that it never saw."""
+    notes = pipeline.notes if isinstance(pipeline, Pipeline) else pipeline.cuts
+    return notes([request.prompt, *([request.edit.source_prompt] if request.edit else [])])
 
 
 class _Adjustable(TextToImage):
@@ -208,6 +241,7 @@ class ConvertedPipeline:
         guidance = self._pipeline.guidance()
         told = guidance.embedded is not None
         names = [Path(path).name for path, _ in loras]
+        self._loras = list(zip(names, (strength for _, strength in loras), strict=True))
         self.offer = Offer(
             title=Path(folder).resolve().name,
             facts=(f"computed in {self._pipeline.compute_dtype}", *(f"LoRA {name}" for name in names)),
@@ -233,14 +267,37 @@ class ConvertedPipeline:
 
     def program(self, request: Request) -> Hashable:
         """See `Model`."""
-        return request.height, request.width, self._pipeline.guidance(request.guidance).scale != 1.0
+        guided, how = self._pipeline.guidance(request.guidance).scale != 1.0, "edit" if request.edit else request.method
+        return request.height, request.width, guided, how
 
     def pictures(self, request: Request, steps: int) -> np.ndarray:
         """See `Model`."""
         self._pipeline.strength = request.lora_scale
-        size = dict(height=request.height, width=request.width)
-        return self._pipeline(request.prompt, steps, request.guidance, num=request.num, seed=request.seed, **size)
+        how: dict[str, Any] = dict(guidance=request.guidance, shift=request.shift, quiet=True)  # see `notes`
+        if request.edit is None:
+            how |= dict(height=request.height, width=request.width, num=request.num, seed=request.seed)
+            return self._pipeline(request.prompt, steps, method=request.method, **how)
+        pixels_BhwC, skip = request.edit.pixels_hwc[None], min(request.edit.skip, steps - 1)
+        texts = request.edit.source_prompt, request.prompt
+        return self._pipeline.edit(pixels_BhwC, *texts, steps, skip, draws=[(request.seed, 0)], **how)
 
     def notes(self, request: Request) -> list[str]:
         """See `Model`."""
-        return self._pipeline.cuts([request.prompt])
+        return notes_of(self._pipeline, request)
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """See `Model`: the size of the image, up to the bound."""
+        scale = min(1.0, self.offer.max_size / max(height, width))
+        rows, columns = (max(round(side * scale / SIZE_UNIT), 1) * SIZE_UNIT for side in (height, width))
+        return rows, columns, 3
+
+    def facts(self, request: Request) -> Record:
+        """See `Model`."""
+        guidance = self._pipeline.guidance(request.guidance)
+        rows, columns = self._pipeline.latent_size(request.height, request.width)
+        own = self._pipeline.sampling.shift.at(rows * columns // PATCH**2)
+        told: Record = {"guidance": guidance.scale if guidance.embedded is None else guidance.embedded}
+        told |= {"shift": own if request.shift is None else request.shift}
+        told |= {"height": request.height, "width": request.width, "text_tokens": None, "model": self.offer.title}
+        told |= {"batch_size": self._pipeline.rounded(None)}
+        return told | {"lora": [[name, strength * request.lora_scale] for name, strength in self._loras]}

@@ -1,33 +1,35 @@
-"""The web page: controls for what a model offers, a tab that samples and one that compares step counts."""
+"""The web page: controls for what a model offers, and tabs that sample, compare step counts and edit an image."""
 
 import html
-import json
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
+from shortcut_jax.app_files import fitted, read_upload, save
 from shortcut_jax.app_request import (
+    EDIT_FIELDS,
+    FIELDS,
     MAX_GUIDANCE,
     MAX_LORA_SCALE,
     MAX_PICTURES,
     MAX_PROMPT,
     MAX_SEED,
+    MAX_SHIFT,
     MAX_STEPS,
     SIZE_UNIT,
     Offer,
     Request,
     RequestError,
+    make_edit,
     make_request,
 )
 from shortcut_jax.app_studio import COMPARED, REPEATS, SHORT, Answer, Studio
 from shortcut_jax.command import EXPECTED_ERRORS
-from shortcut_jax.pictures_out import to_image
+from shortcut_jax.core.flow import METHODS
 from shortcut_jax.report import count_label
 from shortcut_jax.runtime.distributed import say
 
@@ -36,50 +38,6 @@ QUEUE = 16
 
 KEPT = (60, 1200)
 """Seconds between looks at old pictures, and the age at which their files are deleted."""
-
-DISPLAYED = 256
-"""Pixels that a smaller picture is enlarged to, by a whole factor."""
-
-THEME = gr.themes.Soft(
-    primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-).set(  # fonts of the visitor's own machine: the page loads nothing from elsewhere
-    block_title_background_fill="none",
-    block_title_background_fill_dark="none",
-    block_title_text_color="*body_text_color",
-    block_title_text_color_dark="*body_text_color",
-    block_title_padding="0",
-    body_background_fill="*neutral_50",
-    body_background_fill_dark="*neutral_950",
-    block_border_width="1px",
-    block_shadow="none",
-    button_primary_background_fill="*primary_600",
-    button_primary_background_fill_hover="*primary_500",
-)
-
-CSS = """
-.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
-#heading h1 {font-size: 1.5rem; margin: 0}
-#heading p {color: var(--body-text-color-subdued); margin: .15rem 0 0}
-#examples .gallery {gap: 6px}
-#examples .gallery-item {padding: 4px 8px; font-size: .74rem}
-#examples .gallery-item .gallery {padding: 0}
-#seed-row {align-items: end}
-#random {margin-bottom: 12px}
-#size {color: var(--body-text-color-subdued); font-size: .85rem; margin: 0 .4rem}
-#gallery img, .compared img {image-rendering: pixelated}
-#gallery .grid-wrap {min-height: 230px; max-height: none}
-#gallery .thumbnail-item {aspect-ratio: auto; border: none; box-shadow: none; background: none; overflow: visible}
-#gallery .thumbnail-item img {height: auto; border-radius: var(--radius-md)}
-#gallery .caption-label {position: static; background: none; border: none; box-shadow: none; padding: 4px 0 0;
-  max-width: none; text-align: center; font-size: .92rem; color: var(--body-text-color-subdued)}
-.compared img {border-radius: var(--radius-md)}
-.status {min-height: 2.6rem; font-size: .92rem; color: var(--body-text-color-subdued)}
-.status [data-testid="status-tracker"]:has(.error) {display: none}
-.status b, .time b {color: var(--body-text-color)}
-.time {text-align: center; font-size: .92rem; color: var(--body-text-color-subdued)}
-.track {height: 6px; border-radius: 3px; margin-top: 6px; background: var(--border-color-primary)}
-.bar {height: 6px; border-radius: 3px; background: var(--primary-500)}
-"""
 
 RANDOM_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
 
@@ -90,37 +48,51 @@ Controls = dict[str, Any]
 """The component of each field of a request."""
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """The page of a studio, ready to be launched with `THEME` and `CSS`."""
+def build(studio: Studio, folder: Path) -> gr.Blocks:
+    """The page of a studio, ready to be launched with `THEME` and `CSS` of `app_style`.
+
+    Args:
+      studio: that answers.
+      folder: gradio's own (GRADIO_TEMP_DIR), for what is uploaded and downloaded.
+    """
     offer = studio.offer
     with gr.Blocks(title=f"{offer.title} · shortcut_jax", analytics_enabled=False, delete_cache=KEPT) as page:
         facts = " · ".join(map(html.escape, offer.facts))
         gr.Markdown(f"# {html.escape(offer.title)}\n{facts}", elem_id="heading")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                controls = _common_controls(offer)
-            with gr.Column(scale=5, min_width=480), gr.Tabs():
-                with gr.Tab("Sample", id="sample"):
-                    _sample_tab(studio, controls)
-                with gr.Tab("Compare", id="compare"):
-                    _compare_tab(studio, controls)
+        with gr.Row(elem_id="columns"):
+            with gr.Column(scale=5, min_width=300, elem_id="work"):
+                prompt = _prompt_box(offer)
+                tabs = gr.Tabs()
+            with gr.Column(scale=2, min_width=300, elem_id="settings"):
+                controls = {"prompt": prompt, **_settings(offer)}
+        with tabs:
+            with gr.Tab("Sample", id="sample"):
+                _sample_tab(studio, folder, controls)
+            with gr.Tab("Compare", id="compare"):
+                _compare_tab(studio, folder, controls)
+            with gr.Tab("Edit", id="edit"):
+                _edit_tab(studio, folder, controls)
+        if offer.examples:
+            with gr.Row():
+                gr.Examples([[text] for text in offer.examples], prompt, label="Try one of these", elem_id="examples")
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 
-def _common_controls(offer: Offer) -> Controls:
-    """What both tabs need, each field that the model leaves open."""
-    prompt = gr.Textbox(
+def _prompt_box(offer: Offer) -> gr.Textbox:
+    return gr.Textbox(
         value=offer.examples[0] if offer.examples else "",
         label="Prompt",
-        placeholder="What shall the picture show?",
+        placeholder="What shall the image show?",
         lines=2,
         max_lines=6,
         max_length=MAX_PROMPT,
         elem_id="prompt",
     )
-    if offer.examples:
-        gr.Examples([[text] for text in offer.examples], prompt, label="Try one of these", elem_id="examples")
-    controls: Controls = {"prompt": prompt}
+
+
+def _settings(offer: Offer) -> Controls:
+    """What all tabs share, each field that the model leaves open."""
+    controls: Controls = {}
     most = min(MAX_GUIDANCE, max(10.0, offer.guidance))
     controls["guidance"] = gr.Slider(
         offer.min_guidance, most, value=offer.guidance, step=0.1, label="Guidance", info=offer.guidance_means
@@ -143,89 +115,167 @@ def _common_controls(offer: Offer) -> Controls:
             controls[name] = gr.Slider(*bounds, value=value, step=SIZE_UNIT, label=f"{name.capitalize()} in pixels")
     else:
         gr.Markdown(f"Size: {offer.width} x {offer.height} pixels, that of the run.", elem_id="size")
+    controls["method"] = gr.Radio(
+        list(METHODS), value="euler", label="Method", info="Heun's evaluates the model twice a step"
+    )
+    controls["shift"] = gr.Slider(
+        0, MAX_SHIFT, value=0, step=0.1, label="Timestep shift", info="0 is the model's own; more: finer steps in noise"
+    )
     return controls
 
 
-def _sample_tab(studio: Studio, controls: Controls) -> None:
-    with gr.Row():
-        steps = gr.Slider(1, MAX_STEPS, value=4, step=1, label="Steps")
-        num = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Pictures")
+def _sample_tab(studio: Studio, folder: Path, controls: Controls) -> None:
+    with gr.Row(elem_classes="pair"):
+        steps = gr.Slider(1, MAX_STEPS, value=4, step=1, label="Steps", min_width=140)
+        num = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Images", min_width=140)
     button = gr.Button("Sample", variant="primary", elem_id="sample")
     gallery = gr.Gallery(
+        label="Images",
         show_label=False,
-        columns=4,
         height="auto",
         format="png",
         object_fit="contain",
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_id="gallery",
+        elem_classes="made",
     )
-    status = gr.HTML(elem_id="sample-status", elem_classes="status", padding=False)
-    both = {**controls, "steps": steps, "num": num}
-    fields = [name for name in studio.offer.fields if name in both]
+    status = _status("sample-status")
+    inputs = _in_order(studio.offer, {**controls, "steps": steps, "num": num})
 
-    def sample(*values: Any) -> tuple[Any, str]:
+    def sample(**values: Any) -> tuple[Any, str]:
         with told():
-            request = make_request(studio.offer, dict(zip(fields, values, strict=True)))
+            request = make_request(studio.offer, values)
             answer = studio.sample(request)
             captions = [duration(answer.seconds / len(answer.pictures))] * len(answer.pictures)
-            shown = [displayed(x, request, answer.steps, i) for i, x in enumerate(answer.pictures)]
-            columns = min(4, max(2, len(shown)))
-            lines = [summary(answer), *map(html.escape, studio.notes(request))]
-            pictures = list(zip(shown, captions, strict=True))
-            return gr.Gallery(pictures, columns=columns), "<br>".join(lines)
+            files = [save(folder, x, studio.record(request, answer.steps, i)) for i, x in enumerate(answer.pictures)]
+            return list(zip(files, captions, strict=True)), "<br>".join([summary(answer), *_notes(studio, request)])
 
-    _on_click(sample, button, controls["prompt"], [both[name] for name in fields], [gallery, status], "sample")
+    _on_click(sample, button, controls["prompt"], inputs, [gallery, status], "Samples images of a prompt.")
 
 
-def _compare_tab(studio: Studio, controls: Controls) -> None:
+def _compare_tab(studio: Studio, folder: Path, controls: Controls) -> None:
     steps = ", ".join(map(str, COMPARED[:-1])) + f" and {COMPARED[-1]}"
-    gr.Markdown(f"One picture in {steps} steps, from the same noise.")
+    gr.Markdown(f"One image in {steps} steps, from the same noise.")
     button = gr.Button("Compare", variant="primary", elem_id="compare")
     pictures, times = [], []
-    with gr.Row():
+    with gr.Row(elem_id="compared-row"):
         for n in COMPARED:
             with gr.Column(min_width=120):
-                pictures.append(
-                    gr.Image(
-                        show_label=False,
-                        format="png",
-                        height=220,
-                        interactive=False,
-                        buttons=["download", "fullscreen"],
-                        elem_classes="compared",
-                    )
-                )
-                times.append(gr.HTML(elem_id=f"time-{n}", elem_classes="time", padding=False))
-    status = gr.HTML(elem_id="compare-status", elem_classes="status", padding=False)
-    fields = [name for name in studio.offer.fields if name in controls]
+                pictures.append(_made_image(count_label(n), height=220, elem_classes=["compared", "made"]))
+                times.append(_text(f"Time of {count_label(n)}", elem_id=f"time-{n}", elem_classes="time"))
+    status = _status("compare-status")
     timing = f"From prompt to pixels; where that is less than {duration(SHORT)}, the best of {REPEATS} times."
 
-    def compare(*values: Any) -> Iterator[list[Any]]:
+    def compare(**values: Any) -> Iterator[list[Any]]:
         with told():
-            request = make_request(studio.offer, dict(zip(fields, values, strict=True)))
-            answers: list[Answer] = []
+            request = make_request(studio.offer, values)
+            answers, files = list[Answer](), list[str | None]()
             for answer in studio.compare(request):
                 answers.append(answer)
-                # Pictures that are there stay; those of an earlier comparison go with the first new one.
-                before, missing = len(answers) - 1, len(COMPARED) - len(answers)
-                later = [gr.skip() if before else None] * missing
-                shown = [*[gr.skip()] * before, displayed(answer.pictures[0], request, answer.steps, 0), *later]
-                lines = [timing, *costs(answers), *map(html.escape, studio.notes(request))]
-                yield [*shown, *bars(answers), *[""] * missing, "<br>".join(lines)]
+                files.append(save(folder, answer.pictures[0], studio.record(request, answer.steps, 0)))
+                missing = len(COMPARED) - len(answers)
+                lines = [timing, *costs(answers), *_notes(studio, request)]
+                yield [*files, *[None] * missing, *bars(answers), *[""] * missing, "<br>".join(lines)]
 
     outputs = [*pictures, *times, status]
-    _on_click(compare, button, None, [controls[name] for name in fields], outputs, "compare")
+    about = f"Samples one image in {steps} steps each, from the same noise; answers after each of them."
+    _on_click(compare, button, None, _in_order(studio.offer, controls), outputs, about)
+
+
+def _edit_tab(studio: Studio, folder: Path, controls: Controls) -> None:
+    gr.Markdown("An image is changed from what its own prompt says to what the prompt above says (FlowEdit).")
+    with gr.Row(elem_classes="pair"):
+        image = gr.Image(
+            label="Source",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            height=280,
+            elem_id="source",
+            min_width=140,
+        )
+        result = _made_image(
+            "Edited", show_label=True, height=280, elem_id="edited", elem_classes="made", min_width=140
+        )
+    source = gr.Textbox(
+        label="What the image shows now", lines=1, max_lines=4, max_length=MAX_PROMPT, elem_id="source-prompt"
+    )
+    with gr.Row(elem_classes="pair"):
+        steps = gr.Slider(1, MAX_STEPS, value=8, step=1, label="Steps", min_width=140)
+        skip = gr.Slider(0, MAX_STEPS - 1, value=1, step=1, label="Steps skipped", min_width=140)
+    button = gr.Button("Edit", variant="primary", elem_id="edit")
+    status = _status("edit-status")
+    own = {"image": image, "source_prompt": source, "steps": steps, "skip": skip}
+    open_fields = (*EDIT_FIELDS, *(name for name in studio.offer.fields if name not in ("num", "height", "width")))
+    inputs = {name: {**controls, **own}[name] for name in open_fields}
+
+    def edit(**values: Any) -> tuple[Any, str]:
+        with told():
+            upload = read_upload(folder, values.pop("image"))
+            size = studio.picture_size(upload.height, upload.width)
+            request = make_edit(studio.offer, values, fitted(upload, size))
+            answer = studio.sample(request)
+            lines = [summary(answer), *_notes(studio, request)]
+            if (upload.height, upload.width) != size[:2]:
+                lines.append(f"Resized from {upload.width} x {upload.height} and cut to {size[1]} x {size[0]} pixels.")
+            return save(folder, answer.pictures[0], studio.record(request, answer.steps, 0)), "<br>".join(lines)
+
+    about = "Edits an image from what source_prompt says to what prompt says."
+    _on_click(edit, button, None, inputs, [result, status], about, EDIT_FIELDS)
+
+
+def _made_image(label: str, show_label: bool = False, **options: Any) -> gr.Image:
+    """A place for an image that is made here."""
+    options |= {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+    return gr.Image(label=label, show_label=show_label, **options)
+
+
+def _text(label: str, **options: Any) -> gr.HTML:
+    """A place for words about images; the label is for the description of the endpoint."""
+    return gr.HTML(label=label, show_label=False, padding=False, **options)
+
+
+def _status(elem_id: str) -> gr.HTML:
+    return _text("Summary", elem_id=elem_id, elem_classes="status")
+
+
+def _notes(studio: Studio, request: Request) -> list[str]:
+    return [f'<span class="note">{html.escape(line)}</span>' for line in studio.notes(request)]
+
+
+def _in_order(offer: Offer, controls: Controls) -> Controls:
+    """The controls of the fields that the model leaves open, in the order of `FIELDS`."""
+    return {name: controls[name] for name in offer.fields if name in controls}
 
 
 def _on_click(
-    answer: Callable[..., Any], button: Any, also: Any, inputs: list[Any], outputs: list[Any], name: str
+    answer: Callable[..., Any],
+    button: Any,
+    also: Any,
+    inputs: Controls,
+    outputs: list[Any],
+    about: str,
+    special: Mapping[str, str] | None = None,
 ) -> None:
-    """Both tabs share one queue, for there is one model. Values come as they were sent: `make_request` checks them."""
+    """All tabs share one queue, for there is one model. Values come as they were sent: `make_request` checks them.
+
+    The function's name is that of its endpoint, and the fields' names are those of its parameters.
+    """
     triggers = [button.click] + ([also.submit] if also is not None else [])
-    shared: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1, api_name=name, preprocess=False)
-    gr.on(triggers, answer, inputs, outputs, show_progress_on=outputs[-1], **shared)
+    texts = {**FIELDS, **(special or {})}
+    described = "; ".join(f"{name}: {texts[name]}" for name in inputs)
+    gr.on(
+        triggers,
+        answer,
+        inputs_kwargs=inputs,
+        outputs=outputs,
+        show_progress_on=outputs[-1],
+        concurrency_id="model",
+        concurrency_limit=1,
+        api_name=answer.__name__,
+        api_description=f"{about} {described}.",
+        preprocess=False,
+    )
 
 
 @contextmanager
@@ -242,23 +292,10 @@ def told() -> Iterator[None]:
     except Exception as error:
         say(traceback.format_exc())
         if "RESOURCE_EXHAUSTED" in str(error):
-            reason = "the device has too little memory for this: ask for fewer or smaller pictures"
+            reason = "the device has too little memory for this: ask for fewer or smaller images"
         else:
             reason = f"sampling failed ({type(error).__name__}); the server's output has the details"
         raise gr.Error(reason, print_exception=False) from error
-
-
-def displayed(pixels_hwc: np.ndarray, request: Request, steps: int, index: int) -> Image.Image:
-    """A picture as it is shown and downloaded: enlarged where it is small, with what it was made by in its metadata."""
-    picture = to_image(pixels_hwc)
-    factor = max(DISPLAYED // max(picture.size), 1)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    made_by = {"prompt": request.prompt, "steps": steps, "seed": request.seed, "index": index}
-    made_by |= {"guidance": request.guidance, "view": request.view, "lora_scale": request.lora_scale}
-    # The time also keeps files apart: gradio names them by their content, and would write one that is being read.
-    made_by["time"] = datetime.now(UTC).isoformat()
-    picture.info["shortcut_jax"] = json.dumps(made_by)
-    return picture
 
 
 def duration(seconds: float) -> str:
@@ -272,7 +309,7 @@ def summary(answer: Answer) -> str:
     """What an answer is and what it cost."""
     num = len(answer.pictures)
     each = f", {duration(answer.seconds / num)} each" if num > 1 else ""
-    line = f"<b>{count_label(num, 'picture')} in {count_label(answer.steps)}: {duration(answer.seconds)}</b>{each}"
+    line = f"<b>{count_label(num, 'image')} in {count_label(answer.steps)}: {duration(answer.seconds)}</b>{each}"
     return "<br>".join([line, *costs([answer])])
 
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from shortcut_jax import __version__
 from shortcut_jax.app_models import Model
 from shortcut_jax.app_request import Offer, Request, RequestError
+from shortcut_jax.pictures_out import Record
 
 COMPARED = (1, 2, 4, 32)
 """Step counts that are shown side by side."""
@@ -67,6 +69,19 @@ class Studio:
         """What a visitor should know of a request."""
         with self._lock:
             return self._model.notes(request)
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """Rows, columns and channels in which an image of `height` x `width` pixels is edited."""
+        return self._model.picture_size(height, width)
+
+    def record(self, request: Request, steps: int, index: int) -> Record:
+        """What one image of a request is made by, as `sample` records it in its PNGs."""
+        made: Record = {"prompt": request.prompt, "seed": request.seed, "index": index, "steps": steps}
+        made |= {"method": request.method, **self._model.facts(request), "version": __version__}
+        if request.edit is not None:
+            made |= {"source_prompt": request.edit.source_prompt, "skip": request.edit.skip, "plain": 0, "average": 1}
+            made |= {"source_guidance": made["guidance"]}
+        return made
 
     def close(self, timeout: float) -> bool:
         """Answers no further request; tells whether the one under way, if any, ended within so many seconds."""

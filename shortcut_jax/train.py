@@ -172,6 +172,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
                 state, start, base = restore_or_init(assembly, checkpoints, initial)
             progress.begin(start)
             write_record(workdir, assembly)
+            log.config(start, record_of(assembly))
             announce(assembly, workdir, start)
             announce_data(assembly, data)
             stop = min(stop_at or settings.steps, settings.steps)

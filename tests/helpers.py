@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import shutil
+import struct
 import weakref
 
 import jax
@@ -12,6 +14,9 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.resolve import from_config
 from shortcut_jax.settings import default_config
 from shortcut_jax.weights.params import Params, Spec
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+"""The browser of the tests of pages; None where there is none."""
 
 
 def tiny_config(**changes):
@@ -115,3 +120,22 @@ class Watched(Params):
 
     def __len__(self):
         return len(self._names)
+
+
+def read_events(path):
+    """The scalars of an event file by tag and step, and the text of its other entries."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, scalars, rest = path.read_bytes(), 0, {}, {}
+    while at < len(data):  # records: length, its checksum, data, its checksum
+        (size,) = struct.unpack("<Q", data[at : at + 8])
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        at += 16 + size
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                scalars.setdefault(value.tag, {})[event.step] = round(value.simple_value, 6)
+            else:
+                content = value.metadata.plugin_data.content
+                text = b"".join(value.tensor.string_val) + (content if isinstance(content, bytes) else content.encode())
+                rest[value.tag] = text.decode("utf-8", "replace")
+    return scalars, rest

@@ -8,11 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from shortcut_jax import TextToImage, app, app_studio, command
+from shortcut_jax import TextToImage, app, app_studio, command, sample
 from shortcut_jax.app_models import FEW, ConvertedPipeline, TrainedRun, captions_of
-from shortcut_jax.app_request import MAX_STEPS, Offer, Request, RequestError, make_request
+from shortcut_jax.app_request import MAX_STEPS, Offer, Request, RequestError, make_edit, make_request
 from shortcut_jax.app_studio import COMPARED, Studio
 from shortcut_jax.command import UsageError
+from shortcut_jax.pictures_out import read_records
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
@@ -107,6 +108,55 @@ def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted
     assert any("is cut off" in line for line in model.notes(dataclasses.replace(request, prompt="a cat " * 20)))
 
 
+def _edit(model, rows, columns, **values):
+    """The request for an edit of a fixed image, and its pixels."""
+    size = model.picture_size(rows, columns)
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    chosen = {"prompt": SEVEN, "source_prompt": "a handwritten digit one", "steps": 4, "skip": 1, "seed": 3}
+    return make_edit(model.offer, {**chosen, **values}, pixels), pixels[None]
+
+
+def test_method_shift_and_edits_are_those_of_the_command_line(trained):
+    run, reference = TrainedRun(trained), _reference(trained)
+    request = make_request(run.offer, {"prompt": SEVEN, "steps": 3, "num": 2, "seed": 5, "method": "heun", "shift": 3})
+    drawn = run.pictures(request, 3)
+    assert _close(drawn, reference(SEVEN, steps=3, num=2, seed=5, method="heun", shift=3.0))
+    assert not _close(drawn, reference(SEVEN, steps=3, num=2, seed=5))
+    studio = Studio(run)
+    # Four steps of training tell the prompts hardly apart: guidance shows that they are.
+    edit, pixels = _edit(run, 30, 20, guidance=30.0)
+    assert pixels.shape == (1, 8, 8, 1) and run.program(edit) != run.program(dataclasses.replace(edit, edit=None))
+    alone, draws = _reference(trained, batch_size=1), {"draws": [(3, 0)]}
+    wanted = lambda **more: alone.edit(
+        pixels, "a handwritten digit one", SEVEN, 4, 1, guidance=30.0, source_guidance=30.0, **draws, **more
+    )
+    edited = studio.sample(edit).pictures
+    assert _close(edited, wanted()) and not _close(edited, pixels)
+    shifted, _ = _edit(run, 30, 20, guidance=30.0, shift=3.0)
+    assert _close(run.pictures(shifted, 4), wanted(shift=3.0)) and not _close(wanted(shift=3.0), edited)
+
+
+def test_records_are_those_of_the_command_line(trained, converted_folder, tmp_path):
+    for flag, model, own in (
+        (f"--workdir={trained}", TrainedRun(trained), ["--num=4", "--batch=4"]),
+        (
+            f"--checkpoint={converted_folder}",
+            ConvertedPipeline(converted_folder, (), 32),
+            ["--height=32", "--width=32"],
+        ),
+    ):
+        sample.main(["sample", flag, f"--prompt={SEVEN}", "--seed=3", "--steps=1", f"--out={tmp_path}/sheet.png", *own])
+        (expected, *_) = read_records(tmp_path / "sheet.png")
+        request = make_request(model.offer, {"prompt": SEVEN, "seed": 3, "steps": 1})
+        assert Studio(model).record(request, 1, 0) == expected
+    edit, _ = _edit(model, 100, 50)
+    assert (edit.height, edit.width) == (32, 16)
+    told = {"source_prompt": "a handwritten digit one", "skip": 1, "plain": 0, "average": 1}
+    assert told.items() <= Studio(model).record(edit, 4, 0).items()
+    model.load(edit)
+    assert model.pictures(edit, 4).shape == (1, 32, 16, 3)
+
+
 def test_examples_are_captions_that_the_run_knows(trained):
     settings = Pipeline(trained).settings
     assert captions_of(settings)[7] == SEVEN and len(captions_of(settings)) == 10
@@ -118,9 +168,17 @@ def test_examples_are_captions_that_the_run_knows(trained):
 
 def test_a_cut_prompt_is_told(trained):
     run = TrainedRun(trained)
-    notes = run.notes(make_request(run.offer, {"prompt": "a b c d e f g h i j"}))
-    assert notes == ["the prompt has 10 words, the model reads 8: it is cut to 'a b c d e f g h'"]
+    notes = run.notes(make_request(run.offer, {"prompt": "a handwritten digit one two three four five six seven"}))
+    kept = "a handwritten digit one two three four five"
+    assert notes == [f"the prompt has 10 words, the model reads 8: it is cut to '{kept}'"]
     assert run.notes(make_request(run.offer, {"prompt": SEVEN})) == []
+
+
+def test_notes_are_those_of_the_pipeline_for_both_prompts_of_an_edit(trained):
+    run = TrainedRun(trained)
+    run._pipeline.notes = lambda prompts: [f"never seen in training: {word}" for word in prompts]
+    request, _ = _edit(run, 8, 8, source_prompt="cat")
+    assert run.notes(request) == [f"never seen in training: {SEVEN}", "never seen in training: cat"]
 
 
 def test_pictures_side_by_side_start_from_the_same_noise(trained):

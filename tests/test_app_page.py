@@ -1,11 +1,10 @@
 """The web page as a visitor has it: a real browser, the app as a process of its own, bad input and many clicks."""
 
 import contextlib
-import io
+import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +16,19 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gradio_client
 import pytest
 from PIL import Image
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from shortcut_jax.pictures_out import read_records, save_picture
+from tests.helpers import CHROMIUM
+
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 pytestmark = pytest.mark.slow
 
 SEVEN = "a handwritten digit seven"
-GOOD = [SEVEN, 4, 4, 0, 1.0, "slow"]
-"""Values in the order of the offer's fields: prompt, steps, num, seed, guidance, view."""
+GOOD = [SEVEN, 4, 4, 0, 1.0, "slow", "euler", 0]
+"""Values in the order of the offer's fields: prompt, steps, num, seed, guidance, view, method, shift."""
 BUSY = re.compile("queue is full|busy", re.IGNORECASE)
 
 
@@ -111,13 +113,21 @@ def test_a_prompt_becomes_pictures_and_a_comparison(served, page):
     page.click("button#sample")
     _shown(page, "#gallery img", 4)
     status = page.inner_text("#sample-status")
-    assert re.search(r"4 pictures in 4 steps: [\d.]+ m?s, [\d.]+ m?s each", status)
+    assert re.search(r"4 images in 4 steps: [\d.]+ m?s, [\d.]+ m?s each", status)
     assert re.search(r"Compiled once in [\d.]+ m?s, which is not part of the times", status)
     assert all(re.fullmatch(r"[\d.]+ m?s", x) for x in page.locator("#gallery .caption-label").all_inner_texts())
-    with urllib.request.urlopen(page.get_attribute("#gallery img", "src")) as reply:
-        picture = Image.open(io.BytesIO(reply.read()))
-    made_by = json.loads(picture.text["shortcut_jax"])
-    assert picture.size == (256, 256) and (made_by["prompt"], made_by["steps"], made_by["seed"]) == (SEVEN, 4, 0)
+    page.locator("#gallery .thumbnail-item").nth(2).click()
+    with page.expect_download() as downloading:
+        page.locator("#gallery").get_by_label("Download").click()
+    download = downloading.value
+    assert download.suggested_filename == "a-handwritten-digit-seven-seed0-2-steps4.png"
+    picture, (made_by,) = Image.open(download.path()), read_records(download.path())
+    assert picture.size == (256, 256) and made_by["enlarged"] == 32
+    assert picture.text["parameters"].startswith(
+        f"{SEVEN}\nSteps: 4, Sampler: Euler, CFG scale: 1.0, Seed: 0, Size: 8x8"
+    )
+    assert [made_by[k] for k in ("prompt", "steps", "seed", "index", "view")] == [SEVEN, 4, 0, 2, "slow"]
+    page.keyboard.press("Escape")
     page.click("#random")
     page.wait_for_function("document.querySelector('#seed-row input').value != '0'")
     page.get_by_role("tab", name="Compare").click()
@@ -135,7 +145,7 @@ def test_a_prompt_becomes_pictures_and_a_comparison(served, page):
 def test_an_empty_prompt_is_told_and_the_page_goes_on(page):
     page.fill("#prompt textarea", "  ")
     page.click("button#sample")
-    page.get_by_text("the prompt is empty: say what the picture shall show").wait_for()
+    page.get_by_text("the prompt is empty: say what the image shall show").wait_for()
     page.fill("#prompt textarea", SEVEN)
     page.click("button#sample")
     _shown(page, "#gallery img", 4)
@@ -150,21 +160,142 @@ def test_what_a_browser_would_not_send_is_told_and_ends_nothing(served):
         (4, float("nan"), "guidance is"),
         (4, None, "guidance is None"),
         (5, "../../x", "view is '../../x', but must be one of slow, online, fast"),
+        (6, "magic", "method is 'magic', but must be one of euler, heun"),
+        (7, -1, "shift is -1, but must be 0 to 20"),
     ):
         values = [*GOOD[:place], value, *GOOD[place + 1 :]]
         kind, data = served.ask("sample", values)
         assert kind == "error" and message in data, data
-    assert served.ask("compare", ["", 0, 1.0, "slow"])[0] == "error"
+    assert served.ask("compare", ["", 0, 1.0, "slow", "euler", 0])[0] == "error"
     assert "Traceback" not in served.log.read_text()
     assert served.ask("sample", GOOD[:3])[0] == "error"
     assert served.ask("sample", GOOD)[0] == "complete"
 
 
 @needs_chromium
+@pytest.mark.parametrize("width, height", [(390, 844), (1280, 800)])
+def test_nothing_is_wider_than_the_screen(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    page.reload()
+    page.wait_for_selector("button#sample")
+    button = page.locator("button#sample").bounding_box()
+    assert button["y"] > 0 and button["y"] + button["height"] <= height
+    page.click("button#sample")
+    _shown(page, "#gallery img", 4)
+    for name in ("Sample", "Compare", "Edit"):
+        page.get_by_role("tab", name=name).click()
+        wide = """() => [...document.querySelectorAll('.gradio-container *')].filter(
+            x => x.checkVisibility() && x.getBoundingClientRect().right > innerWidth + 1).length"""
+        assert page.evaluate("document.documentElement.scrollWidth") <= width and page.evaluate(wide) == 0, name
+    page.get_by_role("tab", name="Sample").click()
+    cells = [page.locator("#gallery .thumbnail-item").nth(i).bounding_box() for i in range(4)]
+    assert len({round(cell["y"]) for cell in cells}) == (2 if width == 390 else 1)
+
+
+@needs_chromium
+def test_an_uploaded_image_is_edited(page, tmp_path):
+    Image.new("RGB", (60, 40), "gray").save(tmp_path / "one.png")
+    page.get_by_role("tab", name="Edit").click()
+    page.fill("#prompt textarea", SEVEN)
+    page.click("button#edit")
+    page.get_by_text("the image is missing: upload the one to edit").wait_for()
+    page.set_input_files("#source input[type=file]", tmp_path / "one.png")
+    page.wait_for_selector("#source img")
+    page.fill("#source-prompt textarea, #source-prompt input", "a handwritten digit one")
+    page.click("button#edit")
+    _shown(page, "#edited img", 1)
+    assert "Resized from 60 x 40 and cut to 8 x 8 pixels" in page.inner_text("#edit-status")
+    with page.expect_download() as downloading:
+        page.locator("#edited a[download]").first.click()
+    (made_by,) = read_records(downloading.value.path())
+    assert downloading.value.suggested_filename == "a-handwritten-digit-seven-edit-seed0-steps8.png"
+    assert (made_by["source_prompt"], made_by["skip"], made_by["prompt"]) == ("a handwritten digit one", 1, SEVEN)
+
+
+def test_endpoints_have_names_and_so_have_their_parameters(served, tmp_path):
+    client = gradio_client.Client(served.url, verbose=False, download_files=str(tmp_path / "got"))
+    described = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(described) == {"/sample", "/compare", "/edit"}
+    names = {name: [p["parameter_name"] for p in found["parameters"]] for name, found in described.items()}
+    assert names["/sample"] == ["prompt", "steps", "num", "seed", "guidance", "view", "method", "shift"]
+    for name, found in described.items():
+        assert all(f"{parameter}: " in found["description"] for parameter in names[name]), name
+    images, status = client.predict(prompt=SEVEN, steps=2, num=3, seed=5, method="heun", shift=2.0, api_name="/sample")
+    assert len(images) == 3 and "3 images in 2 steps" in status
+    (made_by,) = read_records(images[1]["image"])
+    assert [made_by[k] for k in ("steps", "seed", "index", "method", "shift")] == [2, 5, 1, "heun", 2.0]
+    *shown, last = client.predict(prompt=SEVEN, view="online", api_name="/compare")[:4]
+    assert [read_records(x)[0]["steps"] for x in (*shown, last)] == [1, 2, 4, 32]
+    upload = gradio_client.handle_file(images[0]["image"])
+    values = dict(source_prompt=SEVEN, prompt="a handwritten digit one", api_name="/edit")
+    edited, status = client.predict(image=upload, steps=4, skip=1, **values)
+    assert read_records(edited)[0]["source_prompt"] == SEVEN and "1 image in 4 steps" in status
+    sheet = tmp_path / "sheet.png"
+    save_picture(sheet, Image.open(edited), [made_by, made_by])
+    for changes, message in (
+        (dict(image=upload, steps=4, skip=4), "skip is 4, but must be less than the 4 steps"),
+        (dict(image=upload, method="heun"), "an edit goes with euler only"),
+        (dict(image=gradio_client.handle_file(sheet)), "the image is a sheet of several"),
+        (dict(image=gradio_client.handle_file(__file__)), "the image cannot be read: unsupported format"),
+        (dict(image={"path": "/etc/hostname"}), "the image is no file that was uploaded here"),
+        (dict(image={"path": ["x"]}), ""),
+        (dict(image=upload, source_prompt=" "), "the source prompt is empty"),
+    ):
+        with pytest.raises(gradio_client.exceptions.AppError) as refused:
+            client.predict(**{**values, **changes})
+        assert message in str(refused.value), changes
+
+
+def _raw(served, method, path, headers, body=None):
+    """Status, headers and text of one request, with a Host of one's own."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(served.url.rpartition(":")[2]), timeout=30)
+    with contextlib.closing(connection):
+        connection.putrequest(method, path, skip_host=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        reply = connection.getresponse()
+        return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read().decode()
+
+
+def test_foreign_hosts_and_pages_are_refused(served):
+    own, port = served.url.removeprefix("http://"), served.url.rpartition(":")[2]
+    assert _raw(served, "GET", "/config", {"Host": own})[0] == 200
+    assert _raw(served, "GET", "/", {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"})[0] == 200
+    call = json.dumps({"data": GOOD}).encode()
+    send = {"Content-Type": "application/json", "Content-Length": str(len(call))}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    for method, path, headers, body in (
+        ("GET", "/", {}, None),
+        ("GET", "/config", {}, None),
+        ("OPTIONS", "/gradio_api/queue/join", ask, None),
+        ("POST", "/gradio_api/call/sample", send, call),
+        ("POST", "/gradio_api/queue/join", send, call),
+        ("GET", "/gradio_api/queue/data?session_hash=x", {}, None),
+        ("GET", "/gradio_api/heartbeat/x", {}, None),
+    ):
+        for foreign in ({"Host": "evil.example"}, {"Host": own, "Origin": "http://evil.example"}):
+            status, answered, text = _raw(served, method, path, {**foreign, **headers}, body)
+            assert status == 403 and "evil.example" in text and text.count("\n") == 1, (path, foreign, text)
+            assert not [name for name in answered if name.startswith("access-control")]
+    assert served.ask("sample", GOOD)[0] == "complete"
+
+
+def test_large_bodies_are_refused_unread(served):
+    own = {"Host": served.url.removeprefix("http://"), "Content-Type": "application/json"}
+    for path in ("/gradio_api/call/sample", "/gradio_api/queue/join", "/gradio_api/upload", "/login"):
+        status, _, text = _raw(served, "POST", path, {**own, "Content-Length": str(200 * 2**20)})
+        assert status == 413 and "at most" in text, (path, text)
+    chunks = b"".join(b"10000\r\n%b\r\n" % (b" " * 2**16) for _ in range(20))
+    status, _, text = _raw(served, "POST", "/gradio_api/call/sample", {**own, "Transfer-Encoding": "chunked"}, chunks)
+    assert status == 413 and "at most 1 MiB" in text
+
+
+@needs_chromium
 def test_fifty_at_once_are_answered_or_told_that_the_queue_is_full(served, page):
     start = time.monotonic()
     with ThreadPoolExecutor(50) as pool:
-        slow = [[SEVEN, 64, 4, seed, 1.0, "slow"] for seed in range(50)]
+        slow = [[SEVEN, 64, 4, seed, *GOOD[4:]] for seed in range(50)]
         answers = list(pool.map(lambda values: served.ask("sample", values), slow))
     assert time.monotonic() - start < 120
     kinds = Counter("full" if BUSY.search(data) else kind for kind, data in answers)
@@ -193,7 +324,7 @@ def test_fifty_at_once_are_answered_or_told_that_the_queue_is_full(served, page)
 def test_sigterm_ends_it_while_it_works(served):
     pool = ThreadPoolExecutor(4)
     for _ in range(4):
-        pool.submit(served.ask, "sample", [SEVEN, 64, 16, 0, 1.0, "slow"])
+        pool.submit(served.ask, "sample", [SEVEN, 64, 16, *GOOD[3:]])
     time.sleep(0.3)
     start = time.monotonic()
     assert served.end(signal.SIGTERM) == 0

@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
-from shortcut_jax.app_request import FIELDS, MAX_SEED, Offer, Request, RequestError, make_request
+from shortcut_jax.app_request import FIELDS, MAX_SEED, Offer, Request, RequestError, make_edit, make_request
 
 RUN = Offer("digits", (), 8, 8, views=("slow", "online", "fast"), min_guidance=1.0)
 PIPELINE = Offer("flux", (), 1024, 1024, max_size=1024, guidance=3.5, adapters=True)
@@ -25,6 +26,7 @@ def test_values_within_the_bounds_become_plain_numbers():
     assert [type(v) for v in (request.steps, request.seed, request.guidance)] == [int, int, float]
     assert _asked(guidance=0).guidance == 1.0  # none, as pasted from snippets of diffusers
     assert _asked(PIPELINE, height=16, width=1008, lora_scale=-4).width == 1008
+    assert _asked(method="heun", shift=3).shift == 3.0 and _asked(shift=0).shift is None
 
 
 BAD = [
@@ -52,6 +54,11 @@ BAD = [
     (dict(guidance={"x": "y" * 99}), r"guidance is \{'x': 'y+\.\.\., but must be a number"),
     (dict(view="middle"), "view is 'middle', but must be one of slow, online, fast"),
     (dict(view=["slow"]), "view is "),
+    (dict(method="midpoint"), "method is 'midpoint', but must be one of euler, heun"),
+    (dict(method=["euler"]), "method is "),
+    (dict(shift=-0.1), "shift is -0.1, but must be 0 to 20"),
+    (dict(shift=21), "shift is 21"),
+    (dict(shift=math.nan), "shift is nan"),
     (dict(lora_scale=1.0), "lora_scale cannot be chosen for this model"),
     (dict(height=64), "height cannot be chosen"),
     (dict(colour="red"), "colour cannot be chosen"),
@@ -75,3 +82,19 @@ def test_sizes_are_multiples_of_sixteen_up_to_the_bound():
     ):
         with pytest.raises(RequestError, match=message):
             _asked(PIPELINE, **values)
+
+
+def test_an_edit_has_its_own_fields_and_the_size_of_its_image():
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    request = make_edit(PIPELINE, {"prompt": "a dog", "source_prompt": " a  cat", "steps": 8, "skip": 2.0}, pixels)
+    assert (request.height, request.width, request.num, request.steps) == (32, 48, 1, 8)
+    assert (request.edit.source_prompt, request.edit.skip) == ("a cat", 2) and request.edit.pixels_hwc is pixels
+    for changes, message in (
+        (dict(skip=8), "skip is 8, but must be less than the 8 steps"),
+        (dict(skip=-1), "skip is -1, but must be 0 to 63"),
+        (dict(source_prompt=""), "the source prompt is empty: say what the image shows now"),
+        (dict(source_prompt=None), "the source prompt is None"),
+        (dict(method="heun"), "the method is heun, but an edit goes with euler only"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            make_edit(PIPELINE, {"prompt": "a dog", "source_prompt": "a cat", "steps": 8, **changes}, pixels)

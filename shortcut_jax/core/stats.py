@@ -36,6 +36,27 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(mean + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * np.sqrt(cross).sum())
 
 
+def frechet_error(samples_SF: np.ndarray, real: Gaussian) -> float | None:
+    """The standard error of the distance of these samples' Gaussian to another one, by the delta method.
+
+    To first order a sample x moves the distance by 2 (m - m_r) d + d (1 - T) d over S, where d = x - m and
+    T = R (R S R)^(-1/2) R with R = S_r^(1/2): the map that carries the samples' Gaussian to the other one. None for too
+    few samples for a covariance of full rank, where the distance is mostly bias.
+    """
+    count, size = samples_SF.shape
+    if count <= size:
+        return None
+    own = fit_gaussian(samples_SF)
+    values, vectors = np.linalg.eigh(real.covariance)
+    root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    values, vectors = np.linalg.eigh(root @ own.covariance @ root)
+    inverse = np.where(values > 1e-12 * values.max(initial=0.0), 1.0 / np.sqrt(np.clip(values, 1e-300, None)), 0.0)
+    carry = root @ (vectors * inverse) @ vectors.T @ root
+    d_SF = np.asarray(samples_SF, np.float64) - own.mean
+    moved_S = 2.0 * d_SF @ (own.mean - real.mean) + (d_SF**2).sum(axis=1) - ((d_SF @ carry) * d_SF).sum(axis=1)
+    return float(moved_S.std() / np.sqrt(count))
+
+
 class Moments(NamedTuple):
     """What a Gaussian is fitted from, gathered in a stream: its size does not depend on the number of samples.
 

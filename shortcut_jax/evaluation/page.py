@@ -3,8 +3,8 @@
 import base64
 import html
 import io
-import re
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -14,21 +14,31 @@ from shortcut_jax.report import count_label
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d8dce3; --soft: #667085; --page: #f6f7f9; --card: #fff; --ink: #1c2430;
-  --best: #e3f4e8; }
+  --best: #e3f4e8; --shade: #0003; }
 @media (prefers-color-scheme: dark) { :root { --line: #333b47; --soft: #98a2b3; --page: #14181e; --card: #1c222b;
-  --ink: #e6eaf0; --best: #1e3d2a; } }
+  --ink: #e6eaf0; --best: #1e3d2a; --shade: #000b; } }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.3rem;
-  margin-top: 1.1rem; overflow-x: auto; }
+  margin-top: 1.1rem; min-width: 0; }
+.wide { overflow-x: auto; max-width: 100%; border-radius: 4px; background:
+  linear-gradient(to left, var(--card) 40%, transparent) right / 48px 100% no-repeat local,
+  linear-gradient(to left, var(--shade), transparent) right / 16px 100% no-repeat scroll, var(--card); }
+.wide:focus-visible { outline: 2px solid var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .2rem 0 .4rem; }
-caption { text-align: left; font-weight: 600; padding: .5rem 0 .3rem; }
+h3 { font-size: 1rem; margin: .5rem 0 .3rem; } .table { max-width: 100%; min-width: 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card);
+  border-right: 1px solid var(--line); }
+@media (max-width: 700px) { th:first-child, td:first-child { min-width: 6rem; max-width: 42vw; white-space: normal;
+  overflow-wrap: anywhere; } }
+th { color: var(--soft); font-weight: 600; }
 td.best { background: var(--best); font-weight: 600; }
+td small { color: var(--soft); font-weight: 400; }
 p, li, dd { color: var(--soft); margin: .2rem 0; max-width: 75ch; }
-dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; margin: .6rem 0 0; }
+dl { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr); overflow-wrap: anywhere;
+  gap: .1rem 1rem; margin: .6rem 0 0; }
 dt { font-weight: 600; } dd { margin: 0; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; } .plot { background: #fff; border-radius: 8px; padding: .4rem; }
 .plot svg, img { max-width: 100%; height: auto; } img { border-radius: 6px; image-rendering: pixelated; }
@@ -43,30 +53,30 @@ class Metric(NamedTuple):
     """A figure of a cell.
 
     Attributes:
-      key: in a row.
+      key: in a row; its standard error is `key_std`.
       title: of its table.
-      form: of a number, for `format`.
+      digits: after the point; None for as many as the numbers of a column need.
       best: min or max, whichever is better; empty for neither.
     """
 
     key: str
     title: str
-    form: str
+    digits: int | None = None
     best: str = ""
 
 
 def metrics_of(distance: str) -> tuple[Metric, ...]:
     """The figures of a cell in the order of the page; `distance` is what the Frechet distance is called."""
     return (
-        Metric("distance", f"{distance} (lower is better)", ".3g", "min"),
-        Metric("accuracy", "Caption accuracy", ".3f", "max"),
-        Metric("clip_score", "CLIP score", ".2f", "max"),
-        Metric("kid", "KID (unbiased)", ".3g", "min"),
-        Metric("precision", "Precision", ".3f", "max"),
-        Metric("recall", "Recall", ".3f", "max"),
-        Metric("abs_gap", f"Gap to the teacher: |difference of {distance}|", ".3g", "min"),
-        Metric("to_teacher", f"{distance} to the teacher's own pictures", ".3g", "min"),
-        Metric("images_per_second", "Images a second, in batches", ".3g", ""),
+        Metric("distance", f"{distance} (lower is better)", None, "min"),
+        Metric("accuracy", "Caption accuracy", 3, "max"),
+        Metric("clip_score", "CLIP score", 2, "max"),
+        Metric("kid", "KID (unbiased; ± deviation between subsets)", None, "min"),
+        Metric("precision", "Precision", 3, "max"),
+        Metric("recall", "Recall", 3, "max"),
+        Metric("abs_gap", f"Gap to the teacher: |difference of {distance}|", None, "min"),
+        Metric("to_teacher", f"{distance} to the teacher's own images", None, "min"),
+        Metric("images_per_second", "Images a second, in batches"),
     )
 
 
@@ -88,51 +98,81 @@ def known(rows: Sequence[dict[str, Any]], key: str) -> bool:
 
 
 def table(
-    head: Sequence[str],
-    body: Sequence[Sequence[str]],
-    caption: str = "",
-    best: str = "",
-    among: Sequence[int] | None = None,
+    head: Sequence[str], body: Sequence[Sequence[str]], caption: str = "", marked: Collection[tuple[int, int]] = ()
 ) -> str:
-    """An HTML table; with `best` (min or max) the best number of each column is marked, `among` these rows (all)."""
-    number = lambda text: float(m[0]) if (m := re.match(r"-?[\d.]+(e[+-]?\d+)?", text.replace(",", ""))) else None
-    among = range(len(body)) if among is None else among
-    marked = {}
-    for column in range(1, len(head)) if best and len(among) > 1 else ():
-        values = [(v, i) for i in among if (v := number(body[i][column])) is not None]
-        if values:
-            marked[column] = {min: min, max: max}[{"min": min, "max": max}[best]](values)[0]
-    cells = lambda i, row: "".join(
-        f"<td{' class=best' if j in marked and i in among and number(c) == marked[j] else ''}>{html.escape(c)}</td>"
-        for j, c in enumerate(row)
-    )
-    lines = [f"<caption>{html.escape(caption)}</caption>" if caption else ""]
-    lines.append("<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>")
-    lines += [f"<tr>{cells(i, row)}</tr>" for i, row in enumerate(body)]
-    return "<table>" + "".join(lines) + "</table>"
+    """An HTML table that scrolls where it is too wide; cells (row, column) of `marked` are the best.
+
+    What stands behind a " ± " is set smaller.
+    """
+
+    def cell(i: int, j: int, text: str) -> str:
+        value, sign, error = text.partition(" ± ")
+        small = f" <small>± {html.escape(error)}</small>" if sign else ""
+        return f"<td{' class=best' if (i, j) in marked else ''}>{html.escape(value)}{small}</td>"
+
+    lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
+    lines += ["<tr>" + "".join(cell(i, j, text) for j, text in enumerate(row)) + "</tr>" for i, row in enumerate(body)]
+    name = html.escape(caption or head[0], quote=True)
+    title = f"<h3>{html.escape(caption)}</h3>" if caption else ""
+    scrolled = f'<div class=wide tabindex=0 role=region aria-label="{name}"><table>{"".join(lines)}</table></div>'
+    return f"<div class=table>{title}{scrolled}</div>"
+
+
+def digits_of(values: Sequence[float], most: int = 6) -> int:
+    """Digits after the point for numbers of one column: three that count of the least, five at most of the largest."""
+    sizes = [abs(v) for v in values if v and math.isfinite(v)]
+    if not sizes:
+        return 0
+    place = lambda size: math.floor(math.log10(size))
+    return min(max(2 - place(min(sizes)), 0), max(4 - place(max(sizes)), 0), most)
+
+
+def column(values: Sequence[float | None], digits: int | None = None, unit: str = "") -> list[str]:
+    """Numbers as texts with the same digits after the point; `ABSENT` for None."""
+    digits = digits_of([v for v in values if v is not None]) if digits is None else digits
+    return [ABSENT if v is None else f"{v:,.{digits}f}{unit}" for v in values]
+
+
+def best_rows(values: Sequence[float | None], errors: Sequence[float | None], best: str) -> set[int]:
+    """The rows that may be the best: those within two standard errors of the difference to it.
+
+    None where an error is not known (or 0, as that of KID with subsets of all samples), where only one row has a value,
+    or where all of them may be it.
+    """
+    rows = [(v, e, i) for i, (v, e) in enumerate(zip(values, errors, strict=True)) if v is not None]
+    if len(rows) < 2 or not best:
+        return set()
+    top, error, _ = (min if best == "min" else max)(rows, key=lambda row: row[0])
+    if not all(e for _, e, _ in rows) or error is None:
+        return set()
+    near = {i for v, e, i in rows if abs(v - top) <= 2.0 * math.hypot(error, e or 0.0)}
+    return near if len(near) < len(rows) else set()
 
 
 def metric_table(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
-    """Rows are labels, columns step counts. `*` marks pictures too few for the features.
+    """Rows are labels, columns step counts. `*` marks images too few for the features.
 
-    The best is marked among the rows of most pictures: those of fewer do not compare with them.
+    The best is marked among the rows of most images: those of fewer do not compare with them.
     """
     values, steps = pivot(rows, metric.key), sorted({row["steps"] for row in rows})
+    errors = pivot(rows, f"{metric.key}_std")
     few = {(row["label"], row["steps"]) for row in rows if row["few_images"]}
     images = {row["label"]: row["images"] for row in rows}
-
-    def cell(label: str, n: int) -> str:
-        value = values[label].get(n)
-        if value is None:
-            return ABSENT
-        star = " *" if metric.key in ("distance", "abs_gap", "to_teacher") and (label, n) in few else ""
-        return (format(value, metric.form) if abs(value) < 1000 else f"{value:,.0f}") + star
-
     labels = [label for label in values if any(v is not None for v in values[label].values())]
-    body = [[f"{label} ({images[label]:,})", *(cell(label, n) for n in steps)] for label in labels]
     most = max(images[label] for label in labels)
     among = [i for i, label in enumerate(labels) if images[label] == most]
-    return table(["weights (images)", *map(count_label, steps)], body, metric.title, metric.best, among)
+    starred = metric.key in ("distance", "abs_gap", "to_teacher")
+    body, marked = [[f"{label} ({images[label]:,})"] for label in labels], set[tuple[int, int]]()
+    for j, n in enumerate(steps):
+        found = [values[label].get(n) for label in labels]
+        spread = [errors[label].get(n) for label in labels]
+        digits = digits_of([v for v in found if v is not None]) if metric.digits is None else metric.digits
+        for i, text in enumerate(column(found, digits)):
+            error = "" if spread[i] is None or found[i] is None else f" ± {spread[i]:.{digits}f}"
+            body[i].append(text + (" *" if starred and found[i] is not None and (labels[i], n) in few else "") + error)
+        best = best_rows([found[i] for i in among], [spread[i] for i in among], metric.best)
+        marked |= {(among[i], j + 1) for i in best}
+    return table(["weights (images)", *map(count_label, steps)], body, metric.title, marked)
 
 
 def plot(draw: Callable[[Any], None], size: tuple[float, float] = (5.0, 3.2)) -> str:
@@ -195,18 +235,15 @@ def path_section(paths: dict[str, Any], times: Sequence[float]) -> str:
         axes.set(xlabel="step size", yscale="log", title="one step against two of half its size")
 
     head = ["weights", "mean change", *(f"step 1/{m}" if m > 1 else "step 1" for m in CONSISTENCY_STEPS)]
-    body = [
-        [label, f"{sum(m['change']) / len(m['change']):.3g}", *(f"{v:.3g}" for v in m["consistency"])]
-        for label, m in paths.items()
-    ]
+    means = [[sum(m["change"]) / len(m["change"]), *m["consistency"]] for m in paths.values()]
+    columns = [column(found) for found in zip(*means, strict=True)]
+    body = [[label, *row] for label, row in zip(paths, zip(*columns, strict=True), strict=True)]
     text = (
         f"Euler's path from noise in {len(times) + 1} steps. Change: |v_k - v_(k-1)| / |v_(k-1)|. Self-consistency: "
         "where one step ends against where two of half its size end, over the length of the two; this is what SCFM "
         "minimises."
     )
-    return f"<p>{html.escape(text)}</p><div class=pair>{plot(change)}{plot(consistency)}</div>" + table(
-        head, body, best="min"
-    )
+    return f"<p>{html.escape(text)}</p><div class=pair>{plot(change)}{plot(consistency)}</div>" + table(head, body)
 
 
 def picture(image: Image.Image, alt: str) -> str:

@@ -110,7 +110,8 @@ def _look(judges: Judges, asked: Asked, pictures: np.ndarray, mine: np.ndarray) 
         sums |= {"classified": float(hits.sum()), "labelled": float(len(mine))}
     if judges.clip:
         scores = judges.clip(pictures[mine], [asked.captions[i] for i in mine])
-        sums |= {"clip": float(scores.sum()), "captioned": float(len(mine))}
+        squares = float((np.asarray(scores, np.float64) ** 2).sum())
+        sums |= {"clip": float(scores.sum()), "clip_squares": squares, "captioned": float(len(mine))}
     return sums
 
 

@@ -22,7 +22,7 @@ from shortcut_jax.core.stats import (
 RESERVOIR, RESERVOIR_SEED = 10_000, 0
 """Features that are kept for KID, precision and recall, and the seed of their choice."""
 
-SUMS = ("classified", "labelled", "clip", "captioned", "seconds")
+SUMS = ("classified", "labelled", "clip", "clip_squares", "captioned", "seconds")
 """Names of what is added up beside the features."""
 
 

@@ -7,7 +7,7 @@ import jax
 
 from shortcut_jax.evaluation.judge import public_names
 from shortcut_jax.evaluation.page import (
-    ABSENT,
+    column,
     known,
     metric_table,
     metrics_of,
@@ -21,6 +21,7 @@ from shortcut_jax.evaluation.page import (
 from shortcut_jax.evaluation.run import Result
 from shortcut_jax.report import count_label
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.metrics import add_config
 
 
 def write(result: Result, out: Path) -> None:
@@ -44,17 +45,28 @@ def write(result: Result, out: Path) -> None:
 
 
 def _tensorboard(result: Result, rows: list[dict], out: Path) -> None:
+    """A run of TensorBoard for each set of weights, so that a tag is a figure, its curves the weights, and x the steps.
+
+    The events of an earlier evaluation go: it would be drawn over by this one.
+    """
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(out / "tensorboard")) as writer:
-        for row in rows:
-            step = result.steps.get(row["label"], 0)
-            for name, value in row.items():
-                if isinstance(value, float):
-                    writer.add_scalar(f"evaluation/{row['label']}/{row['steps']}_steps/{name}", value, step)
-        for label, losses in result.validation.items():
-            for name, value in losses.items():
-                writer.add_scalar(f"evaluation/{label}/{name}", value, result.steps.get(label, 0))
+    for label in dict.fromkeys([*(row["label"] for row in rows), *result.validation]):
+        of_label = [row for row in rows if row["label"] == label]
+        folder = out / "tensorboard" / label.replace("/", "-")
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        with SummaryWriter(str(folder)) as writer:
+            figures = {"steps", "images", "label", "few_images"}
+            tags = {k for row in of_label for k, v in row.items() if k not in figures and isinstance(v, float)}
+            for row in of_label:
+                for name in sorted(tags):
+                    if row.get(name) is not None:
+                        writer.add_scalar(f"evaluation/{name}", row[name], row["steps"])
+            for name, value in result.validation.get(label, {}).items():
+                writer.add_scalar(f"evaluation/{name}", value, result.steps.get(label, 0))
+            known_by = {"weights": label, "training step": result.steps.get(label), **result.facts}
+            add_config(writer, "evaluation", known_by, [f"evaluation/{name}" for name in sorted(tags)])
 
 
 def to_html(result: Result) -> str:
@@ -71,6 +83,11 @@ def to_html(result: Result) -> str:
         "<p>A Frechet distance from fewer pictures is biased upwards; KID is not. KID, precision and recall come from "
         "a fixed sample of at most 10,000 features.</p>"
     )
+    if any(row.get(f"{m.key}_std") is not None for row in result.rows for m in metrics):
+        notes.append(
+            "<p>± is a standard error: what other noise would change a figure by. Marked are the cells that may be the "
+            "best of their column, those within two standard errors of it; none where that is all of them.</p>"
+        )
     plots = "".join(quality_plot(result.rows, m) for m in metrics if m.key not in ("images_per_second", "kid"))
     quality = f"<div class=pair>{''.join(tables)}</div>"
     curves = f"<div class=pair>{plots}</div>"
@@ -89,16 +106,17 @@ def to_html(result: Result) -> str:
 
 def _losses(validation: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for losses in validation.values() for name in losses))
-    show = lambda losses, name: f"{losses[name]:.4f}" if name in losses else ABSENT
-    body = [[label, *(show(losses, n) for n in names)] for label, losses in validation.items()]
+    columns = [column([losses.get(name) for losses in validation.values()], 4) for name in names]
+    body = [[label, *row] for label, row in zip(validation, zip(*columns, strict=True), strict=True)]
     short = [name.rpartition("/")[2] for name in names]
     text = "Flow matching at fixed times with fixed noise, mean and by time (mlperf: 0, 1/8 ... 7/8, as the benchmark)."
-    return f"<p>{text}</p>" + table(["weights", *short], body, best="min")
+    return f"<p>{text}</p>" + table(["weights", *short], body)
 
 
 def _latency(latency: dict[str, dict[int, float]]) -> str:
     steps = sorted({n for times in latency.values() for n in times})
-    show = lambda times, n: f"{1000 * times[n]:.3g} ms" if n in times else ABSENT
-    body = [[label, *(show(times, n) for n in steps)] for label, times in latency.items()]
+    milliseconds = lambda n: [None if n not in times else 1000 * times[n] for times in latency.values()]
+    columns = [column(milliseconds(n), unit=" ms") for n in steps]
+    body = [[label, *row] for label, row in zip(latency, zip(*columns, strict=True), strict=True)]
     text = "Time of one picture alone, encoding and decoding included, without compilation; median of 3."
     return f"<p>{text}</p>" + table(["weights", *map(count_label, steps)], body)

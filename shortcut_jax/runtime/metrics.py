@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,10 @@ class MetricLog:
         for name, value in values.items():
             self._tensorboard(functools.partial(_add_scalar, name=name, value=value, step=step))
 
+    def config(self, step: int, values: dict[str, Any], shown: Sequence[str] = ("loss",)) -> None:
+        """Records what a run is made by, as text and as hyperparameters; their table shows the scalars `shown`."""
+        self._tensorboard(lambda writer: add_config(writer, "config", values, shown, step))
+
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Records a picture."""
         pixels = np.asarray(picture.convert("RGB"))
@@ -115,6 +119,26 @@ class MetricLog:
         except OSError as error:
             print(f"TensorBoard gets no more of this run: {error}", file=sys.stderr, flush=True)
             self._writer = None
+
+
+def add_config(writer: Any, tag: str, values: dict[str, Any], shown: Sequence[str], step: int = 0) -> None:
+    """Settings, nested or flat, for TensorBoard's tabs TEXT and HPARAMS, which compares runs by the `shown` tags."""
+    from tensorboardX.summary import hparams
+
+    flat = dict(_flat("", values))
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in flat.items()]
+    writer.add_text(tag, "\n".join(["| name | value |", "| --- | --- |", *lines]), step)
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items() if v is not None}
+    for summary in hparams(plain, dict.fromkeys(shown, 0.0)):
+        writer.file_writer.add_summary(summary)
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield prefix + name, value
 
 
 def _add_scalar(writer: Any, name: str, value: float, step: int) -> None:

@@ -8,6 +8,7 @@ from shortcut_jax.core.stats import (
     clip_score,
     fit_gaussian,
     frechet_distance,
+    frechet_error,
     gaussian_of,
     kernel_distance,
     merge_moments,
@@ -100,6 +101,19 @@ def test_frechet_distance_equals_that_of_pytorch_fid(count):
     a, b = fit_gaussian(_features(0, count)), fit_gaussian(_features(1, count, shift=0.3))
     expected = reference(a.mean, a.covariance, b.mean, b.covariance)
     assert expected > 0.1 and abs(frechet_distance(a, b) - expected) < 1e-3
+
+
+@pytest.mark.parametrize("shift, scale", [(0.0, 1.0), (1.0, 1.0), (0.3, 1.5)])
+def test_the_error_of_a_distance_is_its_deviation_over_samples(shift, scale):
+    rng = np.random.default_rng(0)
+    mix, real = np.eye(6) + 0.1 * rng.normal(size=(6, 6)), Gaussian(np.zeros(6), np.eye(6))
+    sets = [(rng.normal(size=(400, 6)) * scale + shift) @ mix for _ in range(100)]
+    deviation = np.std([frechet_distance(fit_gaussian(x_SF), real) for x_SF in sets])
+    assert np.mean([frechet_error(x_SF, real) for x_SF in sets]) == pytest.approx(deviation, rel=0.2)
+
+
+def test_too_few_samples_for_a_covariance_have_no_error():
+    assert frechet_error(np.random.default_rng(0).normal(size=(6, 6)), Gaussian(np.zeros(6), np.eye(6))) is None
 
 
 def test_moments_in_a_stream_are_those_of_all_samples_however_they_are_split():

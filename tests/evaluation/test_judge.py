@@ -36,6 +36,23 @@ def test_a_shifted_normal_is_at_the_square_of_the_shift():
     assert row["distance"] == pytest.approx(16.0, rel=1e-5) and row["accuracy"] == 0.75 and row["clip_score"] == 20.0
 
 
+def test_standard_errors_stand_beside_the_figures():
+    sums = dict(classified=3.0, labelled=4.0, clip=60.0, clip_squares=1400.0, captioned=3.0)
+    few = figures(*_cell("slow", 1, _normal(500, 1.0), **sums), REFERENCE, FEATURES)
+    many = figures(*_cell("slow", 1, _normal(2000, 1.0)), REFERENCE, FEATURES)
+    assert few["distance_std"] == pytest.approx(2 * many["distance_std"], rel=0.3) and few["distance_std"] > 0
+    assert few["clip_score_std"] == pytest.approx(np.std([10.0, 20.0, 30.0], ddof=1) / 3**0.5)
+    assert 0.1 < few["accuracy_std"] < 0.3 and many["accuracy_std"] is many["clip_score_std"] is None
+    assert 0 < few["precision_std"] < 0.03 and few["kid_std"] > 0
+    assert figures(*_cell("slow", 1, _normal(4, 1.0)), REFERENCE, FEATURES)["distance_std"] is None
+    own, other = _cell("slow", 1, _normal(500, 1.0)), _cell("teacher", 1, _normal(500, 2.0, seed=1))
+    teacher = figures(*other, REFERENCE, FEATURES)
+    row = against_teacher(figures(*own, REFERENCE, FEATURES), own[1], teacher, other[1])
+    assert row["abs_gap_std"] == pytest.approx(np.hypot(row["distance_std"], teacher["distance_std"]))
+    assert 0 < row["to_teacher_std"] < 1
+    assert public_names(row, "FID")["fid_to_teacher_std"] == row["to_teacher_std"]
+
+
 def test_a_reference_without_features_has_no_kid():
     row = figures(*_cell("slow", 4, _normal(500, 0.0)), REFERENCE._replace(features=None), FEATURES)
     assert row["kid"] is row["precision"] is row["recall"] is None and row["distance"] < 1e-8

@@ -5,6 +5,7 @@ import pytest
 from shortcut_jax.runtime import timing
 from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics
 from shortcut_jax.runtime.timing import Stopwatch
+from tests.helpers import read_events
 
 
 @pytest.fixture
@@ -88,3 +89,18 @@ def test_a_writer_that_storage_failed_is_left_alone_for_it_would_block(tmp_path,
     log.close()
     assert capfd.readouterr().err.count("TensorBoard gets no more of this run") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 39
+
+
+def test_the_config_of_a_run_is_in_its_log(trained):
+    (path,) = (trained / "tensorboard").iterdir()
+    scalars, rest = read_events(path)
+    assert set(scalars["loss"]) == {1, 2, 3, 4}
+    text = rest["config/text_summary"]
+    for line in (
+        "| objective | scfm |",
+        "| batch_size | 32 |",
+        "| optimizer.learning_rate | 0.02 |",
+        "| train | all |",
+    ):
+        assert line in text, line
+    assert "optimizer.learning_rate" in rest["_hparams_/session_start_info"] and "loss" in rest["_hparams_/experiment"]

@@ -1,0 +1,83 @@
+"""Images of the web page as files: what is downloaded, with what it was made by, and what is uploaded."""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shortcut_jax.app_guard import MAX_UPLOAD
+from shortcut_jax.app_request import RequestError
+from shortcut_jax.command import UsageError
+from shortcut_jax.data.images import BadImage, decode, fit
+from shortcut_jax.pictures_out import Record, read_records, save_picture, to_image
+
+DISPLAYED = 256
+"""Pixels that a smaller image is enlarged to, by a whole factor."""
+
+
+def file_name(record: Record) -> str:
+    """Such as `a-red-fox-in-the-snow-seed0-2-steps4.png`, the third image of seed 0."""
+    words = re.sub(r"\W+", "-", record["prompt"].lower()).strip("-_")
+    number = f"-{record['index']}" if record["index"] else ""
+    kind = "-edit" if "source_prompt" in record else ""
+    return f"{words[:48].rstrip('-') or 'image'}{kind}-seed{record['seed']}{number}-steps{record['steps']}.png"
+
+
+def save(folder: Path, pixels_hwc: np.ndarray, record: Record) -> str:
+    """Writes an image as it is shown and downloaded, in a folder of its own, and returns its path.
+
+    The metadata is that of `sample`; where the image is enlarged, `enlarged` is the factor.
+    """
+    picture = to_image(pixels_hwc)
+    factor = max(DISPLAYED // max(picture.size), 1)
+    if factor > 1:
+        size = picture.width * factor, picture.height * factor
+        picture, record = picture.resize(size, Image.Resampling.NEAREST), {**record, "enlarged": factor}
+    path = Path(tempfile.mkdtemp(prefix="made-", dir=folder)) / file_name(record)
+    save_picture(path, picture, [record])
+    return str(path)
+
+
+def read_upload(folder: Path, value: Any) -> Image.Image:
+    """The image that gradio has put into its folder.
+
+    Args:
+      folder: of gradio; nothing outside of it is read.
+      value: as it was sent, of whatever type.
+
+    Raises:
+      RequestError: there is none, or it cannot be read as an image, or it is a sheet of several.
+    """
+    given = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(given, str) or not given:
+        raise RequestError("the image is missing: upload the one to edit")
+    path = Path(given).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise RequestError("the image is no file that was uploaded here: upload it again")
+    with path.open("rb") as file:
+        data = file.read(MAX_UPLOAD + 1)
+    try:
+        image = decode(data)
+    except BadImage as error:
+        raise RequestError(f"the image cannot be read: {error}") from error
+    if _on_it(path) > 1:
+        raise RequestError("the image is a sheet of several: upload one of its images alone")
+    return image
+
+
+def _on_it(path: Path) -> int:
+    """How many images the metadata of ours says are on it; 1 for others."""
+    try:
+        return len(read_records(path))
+    except (UsageError, ValueError, KeyError, TypeError, RecursionError):
+        return 1
+
+
+def fitted(image: Image.Image, size: tuple[int, int, int]) -> np.ndarray:
+    """Pixels [h, w, c], uint8: resized to cover rows x columns, and cut to their middle."""
+    *shape, channels = size
+    pixels, _ = fit(image, (shape[0], shape[1]))
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if channels == 1 else pixels
