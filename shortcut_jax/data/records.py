@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax.data.format import INFO, DataError, Size
+from shortcut_jax.data.arrays import first_line
+from shortcut_jax.data.format import INFO, DataError, PreparedSet, Size
+from shortcut_jax.data.stored import open_records
 
 EMBEDDED = ("digits",)
 """Sets that are generated on first use from what the installation ships."""
@@ -91,7 +93,10 @@ def check_available(settings: DataSettings) -> None:
     """
     for name in (settings.name, *settings.mix):
         folder = data_folder(settings, name)
-        if is_prepared(folder) or (settings.store == "pixels" and (name in EMBEDDED or folder.exists())):
+        if is_prepared(folder):
+            PreparedSet(folder).check_split(settings.split)
+            continue
+        if settings.store == "pixels" and (name in EMBEDDED or folder.exists()):
             continue
         unfinished = folder.with_name(f".{folder.name}.partial").exists()
         raise DataError(
@@ -122,11 +127,23 @@ def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dic
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         if name in EMBEDDED:
             builder.download_and_prepare()
-        source = builder.as_data_source(split=settings.split)
+        _check_split(builder, name, folder, settings.split)
+        source = open_records(builder, settings.split)
+        if not len(source):
+            raise DataError(f"the split {settings.split!r} of the data set {name!r} in {folder} has no records")
+    except DataError:
+        raise
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"cannot open the data set {name!r} in {folder}: {reason}") from error
+        raise DataError(f"cannot open the data set {name!r} in {folder}: {first_line(error)}") from error
     return in_memory(source, int(np.prod(source[0]["image"].shape)))
+
+
+def _check_split(builder: Any, name: str, folder: str, split: str) -> None:
+    try:
+        builder.info.splits[split]  # which may also be a part of one, or a sum
+    except (KeyError, ValueError) as error:
+        held = ", ".join(f"{name} ({part.num_examples:,} records)" for name, part in builder.info.splits.items())
+        raise DataError(f"the data set {name!r} in {folder} has no split {split!r}: it has {held or 'none'}") from error
 
 
 def in_memory(records: Sequence[dict[str, Any]], num_bytes: int) -> Sequence[dict[str, Any]]:
