@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from shortcut_jax.core.json_text import to_json
 from shortcut_jax.data.arrays import first_line, read_arrays, read_headers
 from shortcut_jax.data.check_info import check_info
 
@@ -264,7 +265,7 @@ def write_set(
         split: np.concatenate([s.buckets for s in parts]).astype(np.uint16) for split, parts in shards.items()
     }
     np.savez(folder / INDEX, **index)
-    (folder / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+    (folder / INFO).write_text(to_json(dataclasses.asdict(info), indent=2) + "\n")
 
 
 class PreparedSet:
