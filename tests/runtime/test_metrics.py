@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from shortcut_jax.runtime import timing
-from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics
+from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics, save_curves
 from shortcut_jax.runtime.timing import Stopwatch
 
 
