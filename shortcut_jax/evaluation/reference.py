@@ -23,6 +23,8 @@ HOW = "make them with python -m shortcut_jax.evaluate --save_reference=FILE.npz 
 BATCH = 256
 KNOWN = ("mu", "sigma", "features", "label", "source", "count")
 """Arrays of statistics; others in a file are not read."""
+MAX_TEXT = 40_000
+"""Bytes of a name in a file."""
 ROUNDING = 1e-3
 """Of covariances that tools keep in float32, relative to the largest value."""
 
@@ -89,9 +91,8 @@ def load_reference(path: Path, features: Features) -> Reference:
     if name != features.name:
         raise ConfigError(f"{path} is for {name}, but {features.name} is asked for: {HOW}")
     gaussian = Gaussian(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    return Reference(
-        gaussian, arrays.get("features"), str(arrays.get("source", path.name)), int(arrays.get("count", 0))
-    )
+    source, count = str(arrays.get("source", path.name)), int(arrays.get("count", 0))
+    return Reference(gaussian, arrays.get("features"), source, count)
 
 
 def _check_headers(held: Mapping[str, Header], size: int) -> None:
@@ -112,9 +113,9 @@ def _check_headers(held: Mapping[str, Header], size: int) -> None:
     ):
         header = held.get(name, Header(shape, np.dtype(kinds[0])))
         if header.shape != shape or header.dtype.kind not in kinds:
-            raise ValueError(
-                f"its {name} has the shape {header.shape} and type {header.dtype}, not {shape} and numbers"
-            )
+            raise ValueError(f"its {name} has the shape {header.shape} and the type {header.dtype}, not {shape}")
+        if kinds == "U" and header.dtype.itemsize > MAX_TEXT:
+            raise ValueError(f"its {name} is a text of {header.dtype.itemsize:,} bytes")
     if rows and rows[0] > RESERVOIR:
         raise ValueError(f"its features are {rows[0]:,}, but at most {RESERVOIR:,} are kept")
 

@@ -68,19 +68,26 @@ def _save_with(path, **more):
         (lambda path: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"statistics of 4 features, but 18 are asked"),
         (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(18), label="FID"), "is for FID, but Frechet"),
         (lambda path: _save_as_one(path), r"it is one array \(\.npy\)"),
-        (lambda path: np.savez(path, mu=np.zeros(18).astype(str), sigma=np.eye(18)), r"mu has the shape .* type <U32"),
+        (
+            lambda path: np.savez(path, mu=np.zeros(18).astype(str), sigma=np.eye(18)),
+            r"mu has the shape .* the type <U32",
+        ),
         (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(18).astype(object)), "Python objects"),
         (lambda path: np.savez(path, mu=np.zeros((18, 1)), sigma=np.eye(18)), r"mu has the shape \(18, 1\)"),
         (lambda path: np.savez(path, mu=np.zeros(()), sigma=np.eye(18)), r"mu has the shape \(\)"),
         (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(17)), r"sigma has the shape \(17, 17\)"),
         (lambda path: np.savez(path, mu=np.full(18, np.nan), sigma=np.eye(18)), "mu has values that are not finite"),
-        (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(18) / 0.0), "sigma has values that are not finite"),
+        (
+            lambda path: np.savez(path, mu=np.zeros(18), sigma=np.full((18, 18), np.inf)),
+            "sigma has values that are not finite",
+        ),
         (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.triu(np.ones((18, 18)))), "sigma is not symmetric"),
         (lambda path: np.savez(path, mu=np.zeros(18), sigma=-np.eye(18)), "negative eigenvalues"),
         (lambda path: _save_with(path, features=np.zeros((5, 4), "f4")), r"features has the shape \(5, 4\)"),
         (lambda path: _save_with(path, features=np.full((5, 18), np.nan, "f4")), "features has values that are not"),
         (lambda path: _save_with(path, count=np.zeros(3)), r"count has the shape \(3,\)"),
         (lambda path: _save_with(path, label=3), "label has the shape"),
+        (lambda path: _save_with(path, source="x" * 20_000), "source is a text of 80,000 bytes"),
     ],
 )
 def test_what_is_no_reference_is_told_with_how_to_make_one(make, pattern, tmp_path):

@@ -71,6 +71,18 @@ def test_a_line_of_metrics_that_was_cut_off_is_passed_over(tmp_path):
     assert {step: row["loss"] for step, row in read_metrics(path).items()} == {1: 3.0, 2: 2.0}
 
 
+def test_a_loss_that_is_not_finite_leaves_a_curve_of_the_others(tmp_path):
+    log = MetricLog(tmp_path)
+    for step, loss in ((1, 3.0), (2, float("nan")), (3, 2.0)):
+        log.scalars(step, {"loss": loss})
+    log.close()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[2]["loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    save_curves(tmp_path / "loss.png", records, ["loss", "absent"])
+    save_curves(tmp_path / "none.png", {}, ["loss"])
+    assert (tmp_path / "loss.png").stat().st_size > (tmp_path / "none.png").stat().st_size > 100
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("cpu", None)],
