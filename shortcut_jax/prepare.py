@@ -11,7 +11,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from shortcut_jax.data.format import TEXT_DTYPES, Size
 from shortcut_jax.data.inputs import NAMES, Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.units import Record, Skip, Unit
-from shortcut_jax.data.writing import Job, already_written, captions_hash, units_done, write_units
+from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, stale_units, units_done, write_units
 from shortcut_jax.runtime import distributed
 
 STORES = ("pixels", "latents")
@@ -106,7 +105,12 @@ def define_flags() -> Any:
 def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
     """Prepares the set that the options describe; says what came of it."""
     prompts = read_prompts("eval_prompts", options.eval_prompts)
-    source = open_source(options.source, source_options(options), _say if processes.index == 0 else lambda line: None)
+    say = _say if processes.index == 0 else lambda line: None
+    try:
+        source = open_source(options.source, source_options(options), say)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise UsageError(f"--source={options.source} cannot be read: {error.filename or ''}: {what}") from error
     with contextlib.closing(_Pool()) as held:
         pool = held.pool
         buckets, encode, fields = make_store(options, pool)
@@ -159,7 +163,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
     return write(job, teacher, processes)
 
 
-def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processes: Processes) -> int:
+def write(job: Job, produce: Produce, processes: Processes) -> int:
     """Writes a set, or the rest of one; says what came of it. Returns the exit code."""
     say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
     start = time.monotonic()
@@ -168,6 +172,8 @@ def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processe
         return 0
     if done := units_done(job):
         say(f"going on: {done:,} of {len(job.units):,} units are done")
+    if stale := len(stale_units(job)):
+        say(f"read again: {stale:,} units whose source has changed, or that left out too much before")
     try:
         with _signals():
             info = write_units(job, produce, processes.index, processes.count)

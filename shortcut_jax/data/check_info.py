@@ -54,6 +54,7 @@ _FIELDS: dict[str, Check] = {
     "counts": _mapping_to(_list_of(_whole(most=2**53))),
     "request": lambda x: isinstance(x, dict),
     "skipped": _mapping_to(_whole(most=2**53)),
+    "unused": _mapping_to(_whole(most=2**53)),
     "enlarged": _whole(most=2**53),
     "text": _or_none(_fields(_TEXT)),
     "latents": _or_none(_fields(_LATENTS)),
@@ -63,16 +64,20 @@ _FIELDS: dict[str, Check] = {
 }
 
 
+_OPTIONAL = {"unused"}
+"""Fields that sets of earlier days lack."""
+
+
 def check_info(stored: Any) -> None:
     """Raises ValueError, in one line, where the JSON of a set has not the fields of one."""
     if not isinstance(stored, dict):
         raise ValueError(f"it holds a {type(stored).__name__}, not an object")
-    if missing := sorted(_FIELDS.keys() - stored.keys()):
+    if missing := sorted(_FIELDS.keys() - stored.keys() - _OPTIONAL):
         raise ValueError(f"it has no {missing[0]}")
     if unknown := sorted(stored.keys() - _FIELDS.keys()):
         raise ValueError(f"it has an unknown {unknown[0]!r}"[:200])
     for name, check in _FIELDS.items():
-        if not check(stored[name]):
+        if name in stored and not check(stored[name]):
             raise ValueError(f"its {name} cannot be {stored[name]!r:.80}")
     if any(len(numbers) != len(stored["buckets"]) for numbers in stored["counts"].values()):
         raise ValueError(f"its counts are not of {len(stored['buckets'])} buckets each")

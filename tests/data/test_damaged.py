@@ -168,6 +168,7 @@ def test_damaged_prompts_are_told(tmp_path, damage, told):
         ({"eval_prompts": "a cat"}, "its eval_prompts cannot be"),
         ({"encoders": {"vae": "x"}}, "its encoders cannot be"),
         ({"skipped": None}, "its skipped cannot be"),
+        ({"unused": {"files": "3"}}, "its unused cannot be"),
         ({"format_version": "1"}, "its format_version cannot be"),
         ({"surprise": 1}, "it has an unknown 'surprise'"),
     ],
@@ -176,6 +177,14 @@ def test_wrong_types_in_set_json_are_one_line(tmp_path, values, told):
     folder = write_small_set(tmp_path / "set", "pixels", COUNTS)
     _change(folder, **values)
     _refused(lambda: PreparedSet(folder), f"{folder / 'set.json'} cannot be read: ", told)
+
+
+def test_sets_of_earlier_days_are_read(tmp_path):
+    folder = write_small_set(tmp_path / "set", "pixels", COUNTS)
+    stored = json.loads((folder / "set.json").read_text())
+    del stored["unused"]
+    (folder / "set.json").write_text(json.dumps(stored))
+    assert PreparedSet(folder).info.unused == {}
 
 
 @pytest.mark.parametrize(

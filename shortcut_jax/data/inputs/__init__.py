@@ -9,6 +9,7 @@ from shortcut_jax.data.inputs.catalogue import PREFIX, CatalogueSource
 from shortcut_jax.data.inputs.items import Item, Source, SourceOptions
 from shortcut_jax.data.inputs.layouts import LAYOUTS, NAMES, UNDERSTOOD, recognise
 from shortcut_jax.data.inputs.parquet import ParquetSource
+from shortcut_jax.data.inputs.tar_files import ENDINGS
 from shortcut_jax.data.inputs.tree import Tree, walk
 from shortcut_jax.data.inputs.webdataset import TarSource
 
@@ -43,7 +44,7 @@ def _open(source: str, options: SourceOptions) -> tuple[Source, tuple[str, ...]]
         tree, layout, notes = recognise(walk(path), options)
         check_options(options, layout.name)
         return layout.open(tree, options), (f"{layout.what} in {tree.folder}", *notes)
-    if source.endswith(".tar"):
+    if source.lower().endswith(ENDINGS):
         check_options(options, "tars")
         return TarSource(source, options), ()
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
@@ -96,9 +94,7 @@ class CatalogueSource:
             if not isinstance(value, Mapping) or part not in value:
                 raise DataError(f"--caption_field={self._field} is not there: the fields are {', '.join(record)}")
             value = value[part]
-        if isinstance(value, list | tuple | np.ndarray) and np.ndim(value):  # several captions: the first
-            value = value[0] if len(value) else ""
-        return value.item() if isinstance(value, np.ndarray | np.generic) else value
+        return value
 
     def _word(self, name: str, value: Any) -> Any:
         import tensorflow_datasets as tfds

@@ -1,6 +1,5 @@
 """Folders of images without a table: with captions in files beside them, or with classes as the names of folders."""
 
-import hashlib
 import os
 import posixpath
 import re
@@ -16,12 +15,13 @@ from shortcut_jax.data.inputs.items import (
     caption_in,
     captioned,
     consecutive,
+    hash_of,
     printable,
 )
 from shortcut_jax.data.inputs.tables import parse_json
 from shortcut_jax.data.inputs.template import fields_of, fill
 from shortcut_jax.data.inputs.tree import Tree, is_image
-from shortcut_jax.data.units import Skip, Unit
+from shortcut_jax.data.units import Skip, Unit, stamp
 
 CAPTIONS = (".txt", ".caption", ".json")
 """Endings of files that hold the caption of the image of the same name, the first of them that exists."""
@@ -62,24 +62,15 @@ class SidecarSource:
             raise DataError(f"--caption_field={self._field}: no image in {tree.folder} has a .json beside it")
         tree.check_links(used)
         self.num_items = len(self._pairs)
-        self.units = consecutive(self.num_items, options.unit, "images")
-        self.fingerprint = self._fingerprint()
+        lines = [self._stated(pair) for pair in self._pairs]
+        self.units = consecutive(self.num_items, options.unit, "images", lambda a, b: hash_of(lines[a:b]))
+        self.fingerprint = hash_of(["sidecars", *lines])
         found = Counter(os.path.splitext(p.caption)[1].lower() for p in self._pairs if p.image and p.caption)
         told = ", ".join(f"{found[ending]:,} of {ending}" for ending in CAPTIONS if found[ending])
         self.notes = (f"captions: {told}", *_repeats(tree), *tree.rest(used | bookkeeping))
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(b"sidecars")
-        for image, caption in self._pairs:
-            stated = f"{image} {caption}"
-            if caption:
-                try:
-                    status = (self._folder / caption).stat()
-                    stated += f" {status.st_size} {status.st_mtime_ns}"
-                except OSError:
-                    pass
-            digest.update(f"{stated}\n".encode("utf-8", "backslashreplace"))
-        return digest.hexdigest()
+    def _stated(self, pair: Pair) -> str:
+        return f"{pair.image} {pair.caption} {stamp(self._folder / pair.caption) if pair.caption else ''}"
 
     def items(self, unit: Unit) -> Iterator[Item | Skip]:
         """The images of a unit."""
@@ -133,9 +124,9 @@ class ClassSource:
         tree.check_links(self._images)
         fields_of(self._template, ["label"])
         self.num_items = len(self._images)
-        self.units = consecutive(self.num_items, options.unit, "images")
-        stated = "\n".join(self._images).encode("utf-8", "backslashreplace")
-        self.fingerprint = hashlib.sha256(b"classes\n" + stated).hexdigest()
+        state = lambda first, end: hash_of(self._images[first:end])
+        self.units = consecutive(self.num_items, options.unit, "images", state)
+        self.fingerprint = hash_of(["classes", *self._images])
         classes = sorted({_label(name) for name in self._images} - {""})
         listed = ", ".join(classes[:LISTED]) + (", ..." if len(classes) > LISTED else "")
         self.notes = (f"classes: {len(classes):,} ({listed})", *tree.rest(self._images))

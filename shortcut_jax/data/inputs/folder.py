@@ -15,6 +15,7 @@ from shortcut_jax.data.inputs.items import (
     caption_in,
     captioned,
     consecutive,
+    hash_of,
     printable,
 )
 from shortcut_jax.data.inputs.tables import Table
@@ -42,6 +43,7 @@ class FolderSource:
         self._where = _parse_where(options.where)
         self._places = array("Q")  # where the rows begin
         self._lines = array("Q")
+        self._states = array("Q")  # a hash of each row
         self._duplicates: set[int] = set()
         digest = hashlib.sha256()
         named = self._scan(digest)
@@ -54,7 +56,8 @@ class FolderSource:
         self.fingerprint = digest.hexdigest()
         self.num_items = len(self._places) + len(self._unnamed)
         self._unit = options.unit
-        self.units = consecutive(self.num_items, options.unit, "rows")
+        state = lambda first, end: hash_of([*map(str, self._states[first:end]), *self._unnamed_in(first, end)])
+        self.units = consecutive(self.num_items, options.unit, "rows", state)
         self.notes = tree.rest({*images, table.path.name})
 
     def _scan(self, digest: Any) -> set[bytes]:
@@ -77,11 +80,18 @@ class FolderSource:
                 if known in seen:
                     self._duplicates.add(len(self._places))
                 seen.add(known)
+            stated = f"{line} {len(self._places) in self._duplicates} {row!r}".encode("utf-8", "backslashreplace")
+            self._states.append(int.from_bytes(hashlib.blake2b(stated, digest_size=8).digest(), "big"))
             self._places.append(place)
             self._lines.append(line)
         fields.check(self._table)
         seen |= named
         return seen
+
+    def _unnamed_in(self, first: int, end: int) -> list[str]:
+        """The images among some items that no row names: they come behind all rows."""
+        num = len(self._places)
+        return self._unnamed[max(first - num, 0) : max(end - num, 0)]
 
     def _chosen(self, row: dict[str, Any]) -> bool:
         return all(name in row and _text(row[name]) == value for name, value in self._where)
@@ -93,8 +103,7 @@ class FolderSource:
         rows = self._table.read(self._places[start:stop])
         for index, row in zip(range(start, stop), rows, strict=False):
             yield self._item(index, row)
-        num = len(self._places)
-        for name in self._unnamed[max(start - num, 0) : max(stop - num, 0)]:
+        for name in self._unnamed_in(start, stop):
             yield Skip(printable(name), "missing caption", f"no row of {self._table.path.name} names it")
 
     def _item(self, index: int, row: dict[str, Any] | Skip) -> Item | Skip:

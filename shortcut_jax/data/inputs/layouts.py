@@ -10,6 +10,7 @@ from shortcut_jax.data.inputs.folder import FolderSource
 from shortcut_jax.data.inputs.items import Source, SourceOptions
 from shortcut_jax.data.inputs.parquet import SPLITS, ParquetSource, data_files
 from shortcut_jax.data.inputs.tables import Csv, JsonLines, ParquetTable, Table
+from shortcut_jax.data.inputs.tar_files import is_tar_name
 from shortcut_jax.data.inputs.tree import Tree
 from shortcut_jax.data.inputs.webdataset import TarSource
 
@@ -30,6 +31,10 @@ class Layout(NamedTuple):
     found: Callable[[Tree, SourceOptions], bool]
     open: Callable[[Tree, SourceOptions], Source]
     unfit: tuple[str, ...] = ()
+
+
+def _tars(tree: Tree) -> set[str]:
+    return {name for name in [*tree.files, *tree.unread] if "/" not in name and is_tar_name(name)}
 
 
 def _table(name: str, what: str, make: Callable[..., Table]) -> Layout:
@@ -53,8 +58,8 @@ LAYOUTS = (
     Layout(
         "tars",
         "WebDataset tar files",
-        lambda tree, options: any(name.endswith(".tar") for name in tree.files if "/" not in name),
-        lambda tree, options: TarSource(str(tree.folder), options),
+        lambda tree, options: bool(_tars(tree)),
+        lambda tree, options: TarSource(str(tree.folder), options, tree.rest(_tars(tree))),
         ("where", "template"),
     ),
     Layout(
@@ -122,8 +127,14 @@ def _training_part(tree: Tree) -> tuple[Tree, tuple[str, ...]]:
     """A folder whose only folders are splits is read in its `train`."""
     tops = tree.tops()
     at_top = [name for name in tree.files if "/" not in name]
-    own = any(name.startswith(("metadata.", DATASET_INFO)) or name.endswith((".tar", ".parquet")) for name in at_top)
-    if own or "train" not in tops or not tops <= {*SPLITS} or Tree(tree.folder, at_top, tree.links, []).images():
+    own = any(name.startswith(("metadata.", DATASET_INFO)) or name.endswith(".parquet") for name in at_top)
+    if (
+        own
+        or _tars(tree)
+        or "train" not in tops
+        or not tops <= {*SPLITS}
+        or Tree(tree.folder, at_top, tree.links, []).images()
+    ):
         return tree, ()
     others = sorted(tops - {"train"})
     told = f"reads {tree.folder / 'train'}" + (

@@ -15,7 +15,7 @@ from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, 
 from shortcut_jax.data.inputs.tables import parquet_errors
 from shortcut_jax.data.inputs.template import fields_of, fill
 from shortcut_jax.data.inputs.tree import Tree
-from shortcut_jax.data.units import Skip, Unit
+from shortcut_jax.data.units import Skip, Unit, stamp
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 """Names of a column of bytes that is one of images; a struct with `bytes` is one by any name."""
@@ -81,7 +81,7 @@ class ParquetSource:
             rows += metadata.row_group(group).num_rows
             if rows >= unit or group == metadata.num_row_groups - 1:
                 title = f"{printable(posixpath.splitext(name)[0])} rows {first} to {first + rows - 1}"
-                self.units.append(Unit(len(self.units), title, rows))
+                self.units.append(Unit(len(self.units), title, rows, f"{stamp(path)} {groups}"))
                 self._parts.append(Part(path, tuple(groups), first))
                 groups, rows, first = [], 0, first + rows
         self.num_items += metadata.num_rows

@@ -82,7 +82,10 @@ class Csv:
         with self.path.open("rb") as file:
             lines = _Lines(file, digest)
             reader = csv.reader(lines, strict=True)
-            self._names = [name.strip().removeprefix("\ufeff") for name in _next(reader) or ()]
+            header = _next(reader)
+            if isinstance(header, Skip):
+                raise DataError(f"the first line of {self.path} cannot be read as names of columns: {header.detail}")
+            self._names = [name.strip().removeprefix("\ufeff") for name in header or ()]
             while True:
                 place, line = lines.place, lines.number + 1
                 values = _next(reader)

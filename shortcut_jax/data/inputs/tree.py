@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shortcut_jax.data.format import DataError
+from shortcut_jax.data.images import ENDINGS
 
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 """Endings of images, in small letters; what cannot be decoded of them is counted when it is read."""
 
 
