@@ -44,7 +44,7 @@ _TEXT = {
     "tokens": _size,
     "width": _size,
     "pooled_width": _size,
-    "error": _number,
+    "error": lambda x: x is None or _number(x),  # of states that are not finite
 }
 _LATENTS = {"channels": _size, "stride": _size, "scale": _number, "shift": _number}
 _or_none = lambda check: lambda x: x is None or check(x)

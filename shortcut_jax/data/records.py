@@ -89,7 +89,7 @@ def check_available(settings: DataSettings) -> None:
     """Says at once what is missing, before anything long starts.
 
     Raises:
-      DataError: a set is neither embedded nor present.
+      DataError: a set is neither embedded nor present, or has no such split.
     """
     for name in (settings.name, *settings.mix):
         folder = data_folder(settings, name)
@@ -97,6 +97,8 @@ def check_available(settings: DataSettings) -> None:
             PreparedSet(folder).check_split(settings.split)
             continue
         if settings.store == "pixels" and (name in EMBEDDED or folder.exists()):
+            if folder.exists():
+                _open_builder(settings, name)
             continue
         unfinished = folder.with_name(f".{folder.name}.partial").exists()
         raise DataError(
@@ -116,34 +118,41 @@ def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dic
       DataError: the set is absent.
     """
     check_available(settings)
+    name = name or settings.name
+    builder = _open_builder(settings, name)
+    source = open_records(builder, settings.split)
+    if not len(source):
+        raise DataError(f"the split {settings.split!r} of the data set {name!r} in {settings.dir} has no records")
+    return in_memory(source, int(np.prod(source[0]["image"].shape)))
+
+
+def _open_builder(settings: DataSettings, name: str) -> Any:
+    """The builder of a TFDS set that has images, captions and the split; an embedded one is generated."""
     import tensorflow_datasets as tfds
 
     tfds.display_progress_bar(False)
     import shortcut_jax.data.datasets.digits  # noqa: F401  (registers the builder)
 
-    name = name or settings.name
     folder = os.path.expanduser(settings.dir)
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         if name in EMBEDDED:
             builder.download_and_prepare()
-        _check_split(builder, name, folder, settings.split)
-        source = open_records(builder, settings.split)
-        if not len(source):
-            raise DataError(f"the split {settings.split!r} of the data set {name!r} in {folder} has no records")
-    except DataError:
-        raise
+        held, fields = builder.info.splits, set(builder.info.features)
     except Exception as error:
         raise DataError(f"cannot open the data set {name!r} in {folder}: {first_line(error)}") from error
-    return in_memory(source, int(np.prod(source[0]["image"].shape)))
-
-
-def _check_split(builder: Any, name: str, folder: str, split: str) -> None:
+    if missing := {"image", "caption"} - fields:
+        raise DataError(
+            f"the data set {name!r} in {folder} has no {' and '.join(sorted(missing))}, only "
+            f"{', '.join(sorted(fields))}: make a set of it with "
+            f"python -m shortcut_jax.prepare --source=tfds:{name} --tfds_dir={folder} --out=..."
+        )
     try:
-        builder.info.splits[split]  # which may also be a part of one, or a sum
+        held[settings.split]  # which may also be a part of one, or a sum
     except (KeyError, ValueError) as error:
-        held = ", ".join(f"{name} ({part.num_examples:,} records)" for name, part in builder.info.splits.items())
-        raise DataError(f"the data set {name!r} in {folder} has no split {split!r}: it has {held or 'none'}") from error
+        told = ", ".join(f"{split} ({part.num_examples:,} records)" for split, part in held.items()) or "none"
+        raise DataError(f"the data set {name!r} in {folder} has no split {settings.split!r}: it has {told}") from error
+    return builder
 
 
 def in_memory(records: Sequence[dict[str, Any]], num_bytes: int) -> Sequence[dict[str, Any]]:

@@ -211,8 +211,18 @@ def test_a_set_without_the_split_is_told_before_anything_is_opened(tmp_path, dat
     folder = write_small_set(tmp_path / "set", "pixels", COUNTS, splits=("validation",))
     _refused(lambda: check_available(_settings(folder)), "has no split 'train': it has validation (15 records)")
     settings = DataSettings(dir=data_dir, split="test")
-    _refused(lambda: TrainingData(settings), "'digits'", "has no split 'test': it has train (1,797 records)")
+    _refused(lambda: check_available(settings), "'digits'", "has no split 'test': it has train (1,797 records)")
     assert TrainingData(dataclasses.replace(settings, split="train[:10]")).num_records == 10
+
+
+def test_a_tfds_set_without_images_is_told_how_to_prepare_it(tmp_path):
+    write_small_set(tmp_path / "plain", "latents", COUNTS)
+    (tmp_path / "plain" / "set.json").unlink()  # what is left is a set of TFDS
+    (tmp_path / "plain").rename(tmp_path / "moved")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "plain" / "1.0.0")
+    settings = DataSettings(name="plain", dir=str(tmp_path))
+    _refused(lambda: check_available(settings), "'plain'", "has no image, only caption", "prepare --source=tfds:plain")
 
 
 def test_headers_are_read_without_what_they_announce(tmp_path):
