@@ -1,4 +1,4 @@
-"""Arrays in `.npz` files, whose headers are looked at before anything is inflated."""
+"""Arrays in `.npz` files, whose headers are checked before anything is decompressed."""
 
 import math
 import zipfile
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Header(NamedTuple):
-    """What an array says of itself."""
+    """The header of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -28,7 +28,7 @@ def read_headers(path: Path) -> dict[str, Header]:
                 raise ValueError("it is one array (.npy), not a file of several (.npz)")
         with zipfile.ZipFile(path) as archive:
             return {item.filename.removesuffix(".npy"): _header(archive, item) for item in archive.infolist()}
-    except Exception as error:  # zipfile and NumPy raise whatever they like for broken files
+    except Exception as error:  # zipfile and NumPy raise errors of many types for damaged files
         raise ValueError(first_line(error)) from error
 
 
@@ -42,7 +42,7 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
+    """The first line of an error's message, cut to 200 characters; its type where it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

@@ -65,7 +65,7 @@ _FIELDS: dict[str, Check] = {
 
 
 _OPTIONAL = {"unused"}
-"""Fields that sets of earlier days lack."""
+"""Fields that older sets lack."""
 
 
 def check_info(stored: Any) -> None:

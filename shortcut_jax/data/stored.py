@@ -1,4 +1,4 @@
-"""Records of TFDS sets stored as ArrayRecord; what is damaged is told with its shard and its record."""
+"""Records of TFDS sets stored as ArrayRecord; an error names the shard and the record that is damaged."""
 
 import bisect
 import itertools
@@ -64,7 +64,7 @@ class Records(Sequence[dict[str, Any]]):
 
 
 def _complete(record: dict[str, Any]) -> dict[str, Any]:
-    """A record, of which TFDS leaves fields that are not there as None. Raises ValueError for one of those."""
+    """A record as it is. Raises ValueError where a field is missing, for which TFDS gives None."""
     for name, value in record.items():
         if value is None:
             raise ValueError(f"it has no {name}")
@@ -72,7 +72,7 @@ def _complete(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_records(builder: Any, split: str, decoders: Any = None) -> Records:
-    """The records of a split of a TFDS set, each of whose shards is there and has its records.
+    """The records of a split of a TFDS set, after a look at every shard: it exists and has its number of records.
 
     Raises:
       DataError: a shard is missing or damaged, or holds another number of records.
@@ -93,7 +93,7 @@ def _check_shard(instruction: Any) -> None:
     try:
         reader = ArrayRecordReader(str(path))
         num = reader.num_records()
-        reader.close()  # which tells of what the reader met
+        reader.close()  # which raises what the reader ran into
     except Exception as error:
         raise DataError(f"the shard {path} is damaged ({first_line(error)}): {AGAIN}") from error
     if num != expected:

@@ -179,7 +179,7 @@ def test_wrong_types_in_set_json_are_one_line(tmp_path, values, told):
     _refused(lambda: PreparedSet(folder), f"{folder / 'set.json'} cannot be read: ", told)
 
 
-def test_sets_of_earlier_days_are_read(tmp_path):
+def test_older_sets_without_the_newer_fields_are_read(tmp_path):
     folder = write_small_set(tmp_path / "set", "pixels", COUNTS)
     stored = json.loads((folder / "set.json").read_text())
     del stored["unused"]
