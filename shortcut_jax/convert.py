@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
@@ -33,11 +34,12 @@ from shortcut_jax.runtime.converted import (
     write_record,
 )
 from shortcut_jax.runtime.distributed import say, tell
-from shortcut_jax.runtime.tokenizers import CLIP, check_tokenizer, copy_tokenizer
+from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab, copy_tokenizer
 from shortcut_jax.sources import (
     JUDGES,
     Model,
     bases_of,
+    check_geometry,
     holds_lora,
     needs_fresh_embedding,
     network_of,
@@ -45,8 +47,10 @@ from shortcut_jax.sources import (
     open_models,
     param_shapes,
     sampling_of,
+    scheduler_notes,
 )
 from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.weights.finite import Finite
 from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
@@ -140,6 +144,8 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
     if options.base and not options.merged:
         raise UsageError("--base goes with a LoRA given by --from; to merge one use --lora")
     _check_merged(sources, options)
+    folders = _tokenizers(sources, options)
+    tokenizers = {name: Tokenizer(folder, name) for name, folder in folders.items()}  # read, for copies are not
     models: dict[str, Model] = {}
     sampling: Sampling | None = None
     for source in sources:
@@ -148,14 +154,20 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
             if model.kind in models:
                 raise UsageError(f"two of the sources hold a {model.kind} model: {models[model.kind].origin}; {source}")
             models[model.kind] = model
+            if (source / RECORD).is_file():
+                check_geometry(model)
             _tell(model)
         if sampling is None or any(m.kind == "flux" for m in found):
             sampling = sampling_of(source, found)
+            tell(scheduler_notes(source))
     models = {kind: _changed(model, options) for kind, model in models.items()}
     if options.lora and "flux" not in models:
         raise UsageError("--lora is merged into a Flux transformer, but no --from holds one")
+    for name, kind in ((CLIP, "clip"), (T5, "t5")):
+        if name in tokenizers and kind in models:
+            check_vocab(folders[name], tokenizers[name], models[kind].config.vocab)
     assert sampling is not None
-    return Job(models, sampling, None, _tokenizers(sources, options))
+    return Job(models, sampling, None, folders)
 
 
 def _check_merged(sources: Sequence[Path], options: Any) -> None:
@@ -213,9 +225,10 @@ def _changed(model: Model, options: Any) -> Model:
         params = Merged(params, modules, shapes_of(params))
         say(f"merging a LoRA of {len(modules)} modules")
         tell(notes)
+    before = None if params is model.params else model.params
     if options.dtype:
-        params = Cast(params, DTYPES[options.dtype])
-    return model._replace(params=params)
+        before, params = params, Cast(params, DTYPES[options.dtype])
+    return model._replace(params=Finite(params, before))
 
 
 def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
@@ -227,7 +240,6 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
         beside += [s for s in sources if name == CLIP and (s / "merges.txt").is_file()]
         if given or beside:
             found[name] = Path(given).expanduser() if given else beside[0]
-            check_tokenizer(found[name], name)
     return found
 
 
@@ -236,6 +248,8 @@ def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path],
     if target.exists() and not overwrite:
         raise UsageError(f"{target} is there already: give another --to, or --overwrite")
     given = (*sources, *others)
+    if absent := next((path for path in given if not path.exists()), None):
+        raise UsageError(f"{absent} is not there{download_hint(absent)}")
     for path in (*given, *(base.resolve() for place in given for base in bases_of(place))):
         if target == path or target in path.parents or path in target.parents:
             raise UsageError(f"--to={target} and {path}, which is read, overlap: write somewhere else")
@@ -334,7 +348,7 @@ def _write_diffusers(job: Job, folder: Path, progress: exported.Progress) -> Non
         component = folder / exported.COMPONENTS[kind].folder
         exported.write_component(component, kind, model.config, model.params, progress)
     _copy_tokenizers(job, folder)
-    exported.write_pipeline_index(folder, list(job.models), job.sampling.shift)
+    exported.write_pipeline_index(folder, list(job.models), job.sampling)
 
 
 def _copy_tokenizers(job: Job, folder: Path) -> None:

@@ -23,7 +23,7 @@ from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
-from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
+from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
@@ -79,6 +79,24 @@ def abstract_params(kind: str, config: Any) -> dict[str, Any]:
         return jax.eval_shape(ClipPair(config).init, key, picture, tokens)["params"]
     module: Any = T5Encoder(config) if kind == "t5" else ClipText(config)
     return jax.eval_shape(module.init, key, tokens)["params"]
+
+
+def buildable_params(model: Model) -> dict[str, Any]:
+    """`abstract_params` of a model whose geometry is that of a record. Raises ConvertedError where it has none."""
+    try:
+        return abstract_params(model.kind, model.config)
+    except Exception as error:  # heads that do not divide a width, and whatever else flax and JAX find
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConvertedError(f"{model.origin}: no model has this geometry ({reason}): convert it again") from error
+
+
+def check_geometry(model: Model) -> None:
+    """Raises ConvertedError where parameters do not have the names and shapes that the record of a folder says."""
+    wanted, found = {k: tuple(v.shape) for k, v in flat_paths(buildable_params(model)).items()}, shapes_of(model.params)
+    if found != wanted:
+        name = min(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        there, needed = (shapes.get(name, "missing") for shapes in (found, wanted))
+        raise ConvertedError(f"{model.origin}: {name} is {there}, but by its record {needed}: convert it again")
 
 
 def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
@@ -208,20 +226,28 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
         stored = data["text_encoder"] == "stored"
         tokens = data["text_tokens"] if stored else length
         return Sampling(ShiftRule(dynamic=guided), tokens, data.get("text_states", "full") if stored else "full")
-    file = path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
+    schedule = _schedule_of(path)
+    if schedule is None:
         return Sampling(ShiftRule(dynamic=guided), length)
-    c, d = {k: v for k, v in read_json(file).items() if v is not None}, ShiftRule()
-    number = lambda name, default, kind=NUMBER: told(c, name, kind, default, str(file))
-    rule = ShiftRule(
-        number("use_dynamic_shifting", False, FLAG),
-        number("shift", d.shift),
-        number("base_shift", d.base_shift),
-        number("max_shift", d.max_shift),
-        number("base_image_seq_len", d.base_tokens, WHOLE),
-        number("max_image_seq_len", d.max_tokens, WHOLE),
-    )
-    return Sampling(rule, length)
+    return Sampling(schedule.shift, length, spacing=schedule.spacing)
+
+
+def scheduler_notes(path: Path) -> tuple[str, ...]:
+    """What a reader should be told of the scheduler of a source, if it has one."""
+    schedule = None if (path / RECORD).is_file() else _schedule_of(path)
+    return () if schedule is None else schedule.notes
+
+
+def _schedule_of(path: Path) -> schedulers.Schedule | None:
+    """The scheduler of a diffusers pipeline; diffusers takes the class that its index names."""
+    file, index = path / "scheduler" / "scheduler_config.json", path / "model_index.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    named = (read_json(index).get("scheduler") if index.is_file() else None) or [None, None]
+    for where, name in ((str(file), config.get("_class_name")), (str(index), named[-1])):
+        schedulers.check_class(name, config, where)
+    return schedulers.read(config, str(file))
 
 
 def holds_lora(path: Path) -> bool:

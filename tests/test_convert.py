@@ -359,3 +359,62 @@ def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, 
     fast, slow = (OrbaxParams(tmp_path / view / "flux") for view in ("fast", "slow"))
     assert "step_in/in_layer/kernel" in slow
     assert not np.array_equal(fast["final_linear/kernel"], slow["final_linear/kernel"])
+
+
+@pytest.mark.parametrize("form", ["orbax", "diffusers", "bfl", "comfy"])
+def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing(form, params, tmp_path, capfd):
+    tensors = to_torch(params, flux_bfl.RULES)
+    name = "double_blocks.1.img_attn.qkv.weight"
+    tensors[name] = np.copy(tensors[name])
+    tensors[name][3, 2] = np.inf
+    (tmp_path / "in").mkdir()
+    exported.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
+    error = _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out", f"--format={form}")
+    assert f"{name} has 1 of {tensors[name].size:,} values that are NaN or infinite" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("form", ["orbax", "bfl"])
+def test_values_beyond_the_dtype_asked_for_are_refused_by_name(form, params, tmp_path, capfd):
+    tensors = to_torch(params, flux_bfl.RULES)
+    tensors["img_in.bias"] = np.full_like(tensors["img_in.bias"], 3.4e38)
+    (tmp_path / "in").mkdir()
+    exported.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
+    error = _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out", f"--format={form}", "--dtype=bfloat16")
+    assert "img_in/bias has values beyond the range of bfloat16: convert with --dtype=float32" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_converted_folder_that_is_not_finite_is_not_converted_on(bfl, params, tmp_path, capfd):
+    from shortcut_jax.runtime.converted import write_params
+
+    folder = _orbax(bfl, tmp_path)
+    broken = {k: np.full_like(v, np.nan) if k == "img_in/bias" else v for k, v in params.items()}
+    shutil.rmtree(folder / "flux")
+    write_params(folder / "flux", broken.items())
+    error = _fails(capfd, f"--from={folder}", f"--to={tmp_path}/x.safetensors", "--format=bfl")
+    assert "img_in/bias has" in error and [p.name for p in tmp_path.iterdir()] == ["orbax"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("tokenizer", "vocab.json", b"{"),
+        ("tokenizer", "merges.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        ("tokenizer_2", "tokenizer.json", b"<html>"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_before_anything_is_written(
+    name, file, content, pipeline_folder, tmp_path, capfd, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for part in pipeline_folder.iterdir():
+        (tmp_path / "in" / part.name).symlink_to(part)
+    (tmp_path / "in" / name).unlink()
+    folder = shutil.copytree(pipeline_folder / name, tmp_path / "in" / name)
+    (folder / file).write_bytes(content)
+    monkeypatch.setattr(convert, "_write", lambda *args: pytest.fail("it was converted"))
+    assert f"{folder} cannot be read (" in _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out")
+    rest = [f"--from={pipeline_folder}", f"--to={tmp_path}/out"]
+    assert f"{folder} cannot be read (" in _fails(capfd, *rest, f"--{name}={folder}")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]

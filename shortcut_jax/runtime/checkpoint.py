@@ -276,7 +276,7 @@ def stored_meta(folder: Path) -> dict[str, Any] | None:
         try:
             meta = _checked(json.loads((path / META / "metadata").read_text()), path)
             return {"base": None, **meta, "config": meta["config"]}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 
