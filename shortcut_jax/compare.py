@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from shortcut_jax import command
-from shortcut_jax.data.records import open_source
+from shortcut_jax.data.training import TrainingData
 from shortcut_jax.pipeline import Pipeline
-from shortcut_jax.report import Score, cell, count_label, grid_captions, make_reference, markdown, score
+from shortcut_jax.report import Score, cell, count_label, grid_captions, markdown, reference_of, score
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.steps.views import VIEWS
@@ -45,8 +45,10 @@ def main(argv: Sequence[str]) -> int:
         names = [Path(w).name for w in options.workdir]
 
     data = pipelines[0].settings.data
-    source = open_source(data if options.data_dir is None else dataclasses.replace(data, dir=options.data_dir))
-    reference = make_reference(source)
+    data = dataclasses.replace(data, dir=options.data_dir or data.dir, mix=(), weights=())
+    reference = reference_of(TrainingData(data))
+    if isinstance(reference, str):
+        raise command.UsageError(f"{options.workdir[0]} cannot be compared in pixels: {reference}")
     scores: dict[str, list[Score]] = {}
     for name, pipeline in zip(names, pipelines, strict=True):
         scores[name] = []

@@ -166,4 +166,4 @@ def _read(records: Any, places: Sequence[int] | np.ndarray) -> Iterator[Mapping[
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -211,8 +211,9 @@ def check_options(options: types.SimpleNamespace) -> None:
     for name in needed:
         if getattr(options, name) is None:
             raise UsageError(f"--{name} is missing; {USAGE}")
-    if options.from_teacher and (options.source or options.checkpoint or options.text_states != "full"):
-        raise UsageError("--source, --checkpoint and --text_states do not go with --from_teacher")
+    of_sources = ("source", "checkpoint", "where", "caption_field", "template", "layout")
+    if options.from_teacher and (any(getattr(options, n) for n in of_sources) or options.text_states != "full"):
+        raise UsageError(f"--{', --'.join(of_sources)} and --text_states do not go with --from_teacher")
     for name in ("validation", "max_skipped"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageError(f"--{name} is {getattr(options, name):g}, but is a share, from 0 to 1")

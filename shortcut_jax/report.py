@@ -1,4 +1,4 @@
-"""Judging a digits-like model: Frechet distance in pixel space, caption accuracy, sample grids, as a table."""
+"""Judging a model of small images: Frechet distance in pixel space, caption accuracy, sample grids, as a table."""
 
 import functools
 import time
@@ -10,9 +10,16 @@ import numpy as np
 from PIL import Image
 
 from shortcut_jax.core.stats import Gaussian, fit_gaussian, frechet_distance
+from shortcut_jax.data.pipeline import read_many
 from shortcut_jax.data.records import to_latents
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.evaluation.features import MAX_PIXELS
 from shortcut_jax.generate import Generator
 from shortcut_jax.runtime.metrics import contact_sheet
+
+MOST_RECORDS = 10_000
+"""Of a set that samples are judged against, evenly spread over it: it is held in memory."""
+EVALUATE = "python -m shortcut_jax.evaluate judges such runs"
 
 
 class Reference(NamedTuple):
@@ -21,14 +28,14 @@ class Reference(NamedTuple):
     Attributes:
       gaussian: of the pixels in [-1, 1].
       captions: one an image, in storage order.
-      labels: class of each image.
-      classify: pixels [S, h, w, c] uint8 -> classes [S].
+      labels: class of each image, where the data has classes.
+      classify: pixels [S, h, w, c] uint8 -> classes [S], where it has.
     """
 
     gaussian: Gaussian
     captions: list[str]
-    labels: np.ndarray
-    classify: Callable[[np.ndarray], np.ndarray]
+    labels: np.ndarray | None = None
+    classify: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class Score(NamedTuple):
@@ -39,7 +46,7 @@ class Score(NamedTuple):
       steps: sampling steps.
       images: images judged for each seed.
       distances: Frechet distance to the data, one a seed.
-      accuracies: share of images whose class is the caption's, one a seed.
+      accuracies: share of images whose class is the caption's, one a seed; none where the data has no classes.
     """
 
     view: str
@@ -50,19 +57,44 @@ class Score(NamedTuple):
 
 
 def make_reference(source: Sequence[dict[str, Any]]) -> Reference:
-    """Statistics of a data set with `image`, `caption` and `label`, and a classifier fitted on it.
+    """Statistics of a data set with `image` and `caption`, and a classifier fitted on its `label`, if it has that.
 
     The classifier is scikit-learn's support vector machine with the settings of its own digits example.
     """
+    images = np.stack([record["image"] for record in source])
+    captions = [record["caption"].decode("utf-8") for record in source]
+    gaussian = fit_gaussian(to_latents(images))
+    if "label" not in source[0]:
+        return Reference(gaussian, captions)
     from sklearn.svm import SVC
 
-    images = np.stack([record["image"] for record in source])
     labels = np.array([record["label"] for record in source])
     features = lambda pixels: pixels.reshape(len(pixels), -1) * (16.0 / 255.0)
     classifier = SVC(gamma=0.001).fit(features(images), labels)
-    captions = [record["caption"].decode("utf-8") for record in source]
     classify = lambda pixels: classifier.predict(features(pixels))
-    return Reference(fit_gaussian(to_latents(images)), captions, labels, classify)
+    return Reference(gaussian, captions, labels, classify)
+
+
+def reference_of(data: TrainingData) -> Reference | str:
+    """What samples of a run on `data` are judged against: its first set, the images of the size that is sampled.
+
+    Returns:
+      the statistics, or in words why there are none.
+    """
+    first, size = data.sets[0], (data.settings.height, data.settings.width)
+    if data.settings.store != "pixels":
+        return f"the data set holds latents, not pixels; {EVALUATE}"
+    places = data.places[data.buckets.index(size)][0] if first.prepared else np.arange(len(first.records))
+    if len(places) < 2:
+        return f"the data set has {len(places)} images of {size[0]} x {size[1]}, but a distance needs 2"
+    values = np.asarray(first.records[int(places[0])]["image"]).size
+    if values > MAX_PIXELS:
+        return (
+            f"images of {values:,} values are too large for a distance in pixels (at most {MAX_PIXELS:,}); {EVALUATE}"
+        )
+    if len(places) > MOST_RECORDS:
+        places = places[np.linspace(0, len(places) - 1, MOST_RECORDS).round().astype(int)]
+    return make_reference(read_many(first.records, [int(i) for i in places]))
 
 
 def score(
@@ -82,12 +114,13 @@ def score(
     for seed in seeds:
         pictures = generate(params, captions, num_steps, seed=seed)
         distances.append(frechet_distance(fit_gaussian(to_latents(pictures)), reference.gaussian))
-        accuracies.append(float(np.mean(reference.classify(pictures) == reference.labels[picks])))
+        if reference.classify is not None and reference.labels is not None:
+            accuracies.append(float(np.mean(reference.classify(pictures) == reference.labels[picks])))
     return Score(view, num_steps, len(picks), tuple(distances), tuple(accuracies))
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Scores as a Markdown table: a row a view, a column a step count, `distance / accuracy` in each cell.
+    """Scores as a Markdown table: a row a view, a column a step count, `distance / accuracy` (see `cell`) in each.
 
     With several seeds a cell gives means, and half the distance between the extremes behind +-.
     """
@@ -113,9 +146,18 @@ def count_label(num: int, noun: str = "step") -> str:
 
 
 def cell(s: Score) -> str:
-    """`distance / accuracy`: means, and behind +- half the distance of the extremes where there are several seeds."""
+    """`distance / accuracy`: means, and behind +- half the distance of the extremes where there are several seeds.
+
+    The distance alone where the data has no classes.
+    """
     spread = f" ±{(max(s.distances) - min(s.distances)) / 2:.2f}" if len(s.distances) > 1 else ""
-    return f"{np.mean(s.distances):.2f}{spread} / {np.mean(s.accuracies):.3f}"
+    accuracy = f" / {np.mean(s.accuracies):.3f}" if s.accuracies else ""
+    return f"{np.mean(s.distances):.2f}{spread}{accuracy}"
+
+
+def measures(scores: Sequence[Score]) -> str:
+    """What is in the cells, in words."""
+    return f"Frechet distance{' / caption accuracy' if any(s.accuracies for s in scores) else ''}"
 
 
 def sample_grid(
@@ -151,25 +193,39 @@ def judge(
             begin = time.perf_counter()
             scores.append(score(generate, params, view, n, reference, num, seeds))
             took = time.perf_counter() - begin
-            progress(f"{view} at {count_label(n)}: distance / accuracy {cell(scores[-1])} ({took:.0f} s)")
+            progress(f"{view} at {count_label(n)}: {measures(scores[-1:])} {cell(scores[-1])} ({took:.0f} s)")
     return scores
 
 
-def write_report(
-    path: Path, title: str, scores: Sequence[Score], facts: dict[str, Any], times: str, pictures: Sequence[str]
-) -> str:
-    """Writes `report.md`: the table, how it was measured, where the time went, the pictures. Returns the table."""
-    body = table(scores)
+def explained(scores: Sequence[Score]) -> str:
+    """How the cells of a table were measured."""
     seeds = len(scores[0].distances)
+    accuracy = " / share of images that a support vector machine fitted on the real images assigns to their caption"
+    return (
+        "Each cell: squared Frechet distance to the data in pixel space (pixels in [-1, 1])"
+        f"{accuracy if scores[0].accuracies else ''}; {seeds} noise seed"
+        f"{'s: means, and half the distance of the extremes' if seeds > 1 else ''}. A distance from fewer images is "
+        "biased upwards: compare rows of equal counts."
+    )
+
+
+def write_report(
+    path: Path,
+    title: str,
+    scores: Sequence[Score],
+    facts: dict[str, Any],
+    times: str,
+    pictures: Sequence[str],
+    unjudged: str = "",
+) -> None:
+    """Writes `report.md`: the table, how it was measured, where the time went, the pictures.
+
+    Without scores `unjudged` says why there is no table.
+    """
     lines = [
         f"# {title}",
         "",
-        body,
-        "",
-        "Each cell: squared Frechet distance to the data in pixel space (pixels in [-1, 1]) / share of images that a "
-        f"support vector machine fitted on the real digits assigns to their caption; {seeds} noise seed"
-        f"{'s: means, and half the distance of the extremes' if seeds > 1 else ''}. A distance from fewer images is "
-        "biased upwards: compare rows of equal counts.",
+        *([table(scores), "", explained(scores)] if scores else [f"No table: {unjudged}."]),
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
         "",
@@ -182,4 +238,3 @@ def write_report(
         *(f"![{name}]({name})\n" for name in pictures),
     ]
     path.write_text("\n".join(lines))
-    return body

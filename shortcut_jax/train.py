@@ -23,7 +23,7 @@ from shortcut_jax.ends import training_ends
 from shortcut_jax.generate import Generator
 from shortcut_jax.local_path import local_path
 from shortcut_jax.loop import Outputs, busy, grid_name, loop, show
-from shortcut_jax.report import grid_captions, judge, make_reference, sample_grid, write_report
+from shortcut_jax.report import Score, grid_captions, judge, measures, reference_of, sample_grid, table, write_report
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import agreement, distributed
 from shortcut_jax.runtime.agreement import check_devices
@@ -229,9 +229,8 @@ def finish(
     s = assembly.settings
     with busy(outputs, "sampling", s.steps):
         show(s.steps, s, outputs, state)
-    if s.eval.views:
-        with busy(outputs, "reporting", s.steps):
-            report(assembly, data, outputs, state, interruptions)
+    with busy(outputs, "reporting", s.steps):
+        report(assembly, data, outputs, state, interruptions)
 
 
 def report(
@@ -241,28 +240,26 @@ def report(
     state: TrainState,
     interruptions: distributed.Interruptions,
 ) -> None:
-    """Judges the views; writes the loss curve, the table, and where the time went."""
+    """Judges the views, where the data can be judged by; writes the loss curve, the table, and where the time went."""
     s, e = assembly.settings, assembly.settings.eval
-    source = data.sets[0].records
-    if "label" not in source[0]:
-        say("no table: the data set has no labels to judge captions by")
-        return
 
     def tell(line: str) -> None:
         say(line)
         outputs.watchdog.beat("the report", slow=True)
         interruptions.check()
 
-    tell("judging the samples")
-    generator = Generator(assembly, e.batch_size, max(e.steps), e.shift)
-    views = {view: choose_view(state, view) for view in e.views}
-    reference = make_reference([source[i] for i in range(len(source))])
-    scores = judge(generator, views, e.images, e.steps, e.seeds, e.guidance, reference, tell)
+    scores: list[Score] = []
+    reference = reference_of(data) if e.views else "eval.views names no view to judge"
+    if isinstance(reference, str):
+        tell(f"no table: {reference}")
+    else:
+        tell("judging the samples")
+        generator = Generator(assembly, e.batch_size, max(e.steps), e.shift)
+        views = {view: choose_view(state, view) for view in e.views}
+        scores = judge(generator, views, e.images, e.steps, e.seeds, e.guidance, reference, tell)
     if jax.process_index() != 0:
         return
     workdir = outputs.workdir
-    records = read_metrics(workdir / "metrics.jsonl")
-    save_curves(workdir / "loss.png", records, ["loss", "loss/flow", "loss/self", "loss/teacher"])
     facts = {
         "objective": s.objective,
         "steps": s.steps,
@@ -277,8 +274,16 @@ def report(
     path = workdir / "report.md"
     title = f"{s.objective} on {s.data.name}, {s.steps} steps"
     where = goodput_table(outputs.progress.account())
-    printed = write_report(path, title, scores, facts, where, [grid_name(s.steps), "loss.png"])
-    print(f"\n{title}: Frechet distance / caption accuracy\n\n{printed}\n")
+    unjudged = reference if isinstance(reference, str) else ""
+    if scores:
+        print(f"\n{title}: {measures(scores)}\n\n{table(scores)}\n", flush=True)
+    try:
+        records = read_metrics(workdir / "metrics.jsonl")
+        save_curves(workdir / "loss.png", records, ["loss", "loss/flow", "loss/self", "loss/teacher"])
+        write_report(path, title, scores, facts, where, [grid_name(s.steps), "loss.png"], unjudged)
+    except OSError as error:  # a full disk takes no report, but the run is done and saved
+        say(f"the report is not written: {error}")
+        return
     print(f"report   {path}\npicture  {workdir / grid_name(s.steps)}", flush=True)
 
 

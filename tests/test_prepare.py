@@ -116,6 +116,11 @@ def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
     assert "1 of 61 pictures were smaller than their bucket and were enlarged" in capsys.readouterr().err
 
 
+def test_a_set_that_ends_without_a_train_split_says_so(source, tmp_path, capsys):
+    assert prepare.main(_arguments(source, tmp_path / "set", validation=1)) == 0
+    assert "there is no train split, so nothing to train on" in capsys.readouterr().err
+
+
 def test_a_corrected_source_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, capsys):
     folder = simple_folder(tmp_path / "a", 40)
     good = (folder / "p/020.png").read_bytes()

@@ -63,7 +63,8 @@ def _settings(folder, name="pixels", **changes):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """24 steps on four buckets with a validation at the end, on one device; the assembly and its workdir."""
-    settings = _settings(folder, validation__every=24, log_every=1)
+    judged = dict(eval__views=("slow",), eval__images=(6,), eval__batch_size=4, eval__steps=(1,))
+    settings = _settings(folder, validation__every=24, log_every=1, **judged)
     assembly = Assembly(settings, jax.devices()[:1])
     workdir = tmp_path_factory.mktemp("runs") / "run"
     assert train.train(assembly, workdir) == 0
@@ -77,6 +78,14 @@ def test_a_step_is_compiled_exactly_once_for_each_bucket(run, folder):
     reader = BatchReader(data, None, np.arange(8), 8, assembly.settings.seed)
     assert {reader.schedule.entry(step).bucket for step in range(24)} == {0, 1, 2, 3}
     assert assembly.train_step._cache_size() == 4
+
+
+def test_a_run_on_images_without_labels_leaves_a_report(run):
+    _, workdir = run
+    report = (workdir / "report.md").read_text()
+    assert "| slow (6)" in report and "squared Frechet distance" in report and "support vector" not in report
+    for name in ("loss.png", "samples/step_00000024.png"):
+        assert f"]({name})" in report and (workdir / name).stat().st_size > 100
 
 
 def test_all_micro_batches_of_a_step_are_of_one_bucket(folder):

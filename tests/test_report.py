@@ -2,7 +2,20 @@ import numpy as np
 import pytest
 
 from shortcut_jax.data.records import DataSettings, open_source
-from shortcut_jax.report import Score, cell, grid_captions, make_reference, score, table
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.report import (
+    Reference,
+    Score,
+    cell,
+    grid_captions,
+    make_reference,
+    measures,
+    reference_of,
+    score,
+    table,
+    write_report,
+)
+from tests.data.prepared import LATENTS, TEXT, write_small_set
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +85,51 @@ def test_a_table_has_a_row_a_view_and_a_column_a_step_count():
 def test_grid_captions_are_the_chosen_ones_or_the_first_different_ones():
     assert grid_captions(("a", "b"), ["c"], 3) == ["a", "b", "a"]
     assert grid_captions((), ["x", "x", "y", "z"], 2) == ["x", "y"]
+
+
+def _unlabelled(folder, store="pixels", counts=(12, 9), **changes):
+    write_small_set(folder, store, counts)
+    kind = dict(store=store, text_encoder="stored", stride=LATENTS.stride) if store == "latents" else {}
+    sizes = dict(height=16, width=16, text_tokens=TEXT.tokens)
+    return TrainingData(DataSettings(name=str(folder), **{**sizes, **kind, **changes}))
+
+
+def test_images_without_labels_are_judged_by_their_distance_alone(tmp_path):
+    data = _unlabelled(tmp_path / "set", height=8, width=24)
+    reference = reference_of(data)
+    assert isinstance(reference, Reference) and reference.classify is None
+    assert len(reference.captions) == 9 and all("of bucket 1" in caption for caption in reference.captions)
+    real = np.stack([data.sets[0].records[i]["image"] for i in data.places[1][0]])
+    judged = score(lambda params, captions, steps, seed: real, None, "slow", 4, reference, 0, (0,))
+    assert judged.images == 9 and judged.accuracies == ()
+    assert judged.distances[0] == pytest.approx(0.0, abs=1e-3)
+    black = score(lambda *args, **kwargs: np.zeros_like(real), None, "slow", 1, reference, 0, (0, 1))
+    assert cell(black) == f"{black.distances[0]:.2f} ±0.00" and measures([black]) == "Frechet distance"
+    write_report(tmp_path / "report.md", "title", [judged, black], {"objective": "flow"}, "times", ["loss.png"])
+    report = (tmp_path / "report.md").read_text()
+    assert "| slow (9)" in report and "squared Frechet distance" in report and "![loss.png](loss.png)" in report
+    assert "support vector" not in report and " / " not in report
+
+
+@pytest.mark.parametrize(
+    ("store", "changes", "reason"),
+    [
+        ("latents", {}, "holds latents, not pixels; python -m shortcut_jax.evaluate"),
+        ("pixels", {"counts": (1, 9)}, "has 1 images of 16 x 16"),
+        ("pixels", {"most": 700}, "images of 768 values are too large"),
+    ],
+)
+def test_what_has_no_distance_in_pixels_says_why_in_the_report(tmp_path, monkeypatch, store, changes, reason):
+    monkeypatch.setattr("shortcut_jax.report.MAX_PIXELS", changes.pop("most", 4096))
+    told = reference_of(_unlabelled(tmp_path / "set", store, **changes))
+    assert isinstance(told, str) and reason in told
+    write_report(tmp_path / "report.md", "title", [], {"objective": "flow"}, "times", ["loss.png"], told)
+    report = (tmp_path / "report.md").read_text()
+    assert f"No table: {told}." in report and "- objective: flow" in report and "|" not in report
+
+
+def test_a_large_set_is_judged_by_records_spread_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("shortcut_jax.report.MOST_RECORDS", 5)
+    data = _unlabelled(tmp_path / "set", counts=(30,))
+    numbers = [int(caption.split()[2]) for caption in reference_of(data).captions]
+    assert len(numbers) == 5 and numbers[0] == 0 and numbers[-1] == 29

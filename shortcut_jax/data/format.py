@@ -20,6 +20,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from shortcut_jax.core.json_text import to_json
+from shortcut_jax.data.arrays import first_line, read_arrays, read_headers
+from shortcut_jax.data.check_info import check_info
+
 FORMAT_VERSION = 1
 INFO, INDEX, PROMPTS, SKIPPED = "set.json", "index.npz", "prompts.safetensors", "skipped.jsonl"
 VAE = "vae"
@@ -263,7 +267,7 @@ def write_set(
         split: np.concatenate([s.buckets for s in parts]).astype(np.uint16) for split, parts in shards.items()
     }
     np.savez(folder / INDEX, **index)
-    (folder / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+    (folder / INFO).write_text(to_json(dataclasses.asdict(info), indent=2) + "\n")
 
 
 class PreparedSet:
@@ -287,30 +291,63 @@ class PreparedSet:
         """The records of a split, read by index; `decode=False` leaves pictures encoded.
 
         Raises:
-          DataError: there is no such split, or its files are damaged.
+          DataError: there is no such split, or its files are damaged or tell different things.
         """
         import tensorflow_datasets as tfds
 
+        from shortcut_jax.data.stored import open_records
+
         decoders = None if decode or self.info.store == "latents" else {"image": tfds.decode.SkipDecoding()}
-        self._check_split(split)
+        self.check_split(split)
         try:
             builder = tfds.builder_from_directory(self.folder)
-            return builder.as_data_source(split=split, decoders=decoders)
+            stored, held = set(builder.info.features), builder.info.splits[split].num_examples
         except Exception as error:
-            raise DataError(f"cannot open the records of {self.folder}: {str(error).splitlines()[0]}") from error
+            raise DataError(f"cannot open the records of {self.folder}: {first_line(error)}") from error
+        if missing := sorted(set(set_features(self.info.store, self.info.text, self.info.latents)) - stored):
+            raise DataError(f"{self.folder / 'features.json'} has no {missing[0]}, but {INFO} is of a set that has it")
+        if held != self.info.num_records(split):
+            raise DataError(
+                f"{self.folder / INFO} counts {self.info.num_records(split):,} records of {split!r}, but its shards "
+                f"hold {held:,}: prepare the set again"
+            )
+        return open_records(builder, split, decoders)
 
     def buckets(self, split: str) -> np.ndarray:
-        """The bucket of each record, an index into `info.buckets`."""
-        self._check_split(split)
-        with np.load(self.folder / INDEX) as index:
-            return index[split]
+        """The bucket of each record, an index into `info.buckets`. Raises DataError where the index is damaged."""
+        self.check_split(split)
+        path, counts = self.folder / INDEX, self.info.counts[split]
+        try:
+            header = read_headers(path).get(split)
+            if header is None or header.shape != (sum(counts),) or header.dtype.kind != "u":
+                raise ValueError(f"it has not the buckets of {sum(counts):,} records of {split!r}")
+            index = read_arrays(path, [split])[split]
+            if np.bincount(index, minlength=len(counts)).tolist() != list(counts):
+                raise ValueError(f"its buckets of {split!r} are not those that {INFO} counts")
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): copy the set again, or prepare it again") from error
+        return index
 
     def prompts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Caption -> txt [M, T] bfloat16 and vec [V] float32, of the empty caption and the prompts of the set."""
-        stored = load_file(self.folder / PROMPTS)
+        """Caption -> txt [M, T] bfloat16 and vec [V] float32, of the empty caption and the prompts of the set.
+
+        Raises:
+          DataError: their file is missing or damaged.
+        """
+        path, text, num = self.folder / PROMPTS, self.info.text, 1 + len(self.info.eval_prompts)
+        try:
+            stored = load_file(path)
+            shapes = {name: array.shape for name, array in stored.items()}
+            if text and shapes != {"txt": (num, text.tokens, text.width), "vec": (num, text.pooled_width)}:
+                raise ValueError(f"it has not the states of {num} captions: {shapes}")
+        except Exception as error:  # safetensors has errors of its own
+            raise DataError(
+                f"{path} is damaged ({first_line(error)}): copy the set again, or prepare it again"
+            ) from error
         return dict(zip(("", *self.info.eval_prompts), zip(stored["txt"], stored["vec"], strict=True), strict=True))
 
-    def _check_split(self, split: str) -> None:
+    def check_split(self, split: str) -> None:
+        """Raises DataError where the set has no record of a split."""
         if not self.info.num_records(split):
             held = ", ".join(f"{n} ({self.info.num_records(n):,} records)" for n in self.info.counts)
             raise DataError(f"{self.folder} has no split {split!r}: it has {held}")
@@ -329,8 +366,10 @@ def read_info(folder: Path) -> SetInfo:
         )
     try:
         stored = json.loads(path.read_text())
-        if stored["format_version"] != FORMAT_VERSION:
-            raise DataError(f"{path} has format version {stored['format_version']}, not {FORMAT_VERSION}")
+        version = stored.get("format_version") if isinstance(stored, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise DataError(f"{path} has format version {version}, not {FORMAT_VERSION}")
+        check_info(stored)
         return SetInfo(
             **{
                 **stored,
@@ -341,7 +380,8 @@ def read_info(folder: Path) -> SetInfo:
                 "eval_prompts": tuple(stored["eval_prompts"]),
             }
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise DataError(f"{path} cannot be read: {reason}") from error

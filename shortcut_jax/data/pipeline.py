@@ -16,9 +16,11 @@ import grain
 import numpy as np
 
 from shortcut_jax.core.types import Batch
-from shortcut_jax.data.format import LatentInfo, unpack_text
-from shortcut_jax.data.records import fold, stride_of, to_latents
+from shortcut_jax.data.arrays import first_line
+from shortcut_jax.data.format import DataError, LatentInfo, unpack_text
+from shortcut_jax.data.records import fold, latent_size, stride_of, to_latents
 from shortcut_jax.data.schedule import BatchSchedule
+from shortcut_jax.data.stored import Records
 from shortcut_jax.data.training import TrainingData
 
 EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
@@ -107,7 +109,8 @@ class BatchReader:
         """
         self.schedule = BatchSchedule(data.epoch_sizes, global_batch, seed)
         self._streams = make_streams(data, seed)
-        self._records = [s.records for s in data.sets]
+        self._records, self._names = [s.records for s in data.sets], [s.name for s in data.sets]
+        self._sizes = [latent_size(data.settings, size) for size in data.buckets]
         self._to_row = RowMaker(data, encode_text)
         self._rows = rows
 
@@ -125,7 +128,22 @@ class BatchReader:
             at = [i for i, draw in enumerate(draws) if draw.set == which]
             for i, record in zip(at, read_many(self._records[which], [draws[i].record for i in at]), strict=True):
                 records[i] = record
-        return stack_rows([self._to_row(record, draw) for record, draw in zip(records, draws, strict=True)])
+        size = self._sizes[self.schedule.entry(int(step)).bucket]
+        return stack_rows([self._row(record, draw, size) for record, draw in zip(records, draws, strict=True)])
+
+    def _row(self, record: dict[str, Any], draw: Draw, size: tuple[int, int]) -> Batch:
+        try:
+            row = self._to_row(record, draw)
+            found = row.latents_BhwC.shape[:2]
+            if found != size:
+                raise ValueError(f"its latents are {found[0]} x {found[1]}, those of its bucket {size[0]} x {size[1]}")
+            return row
+        except Exception as error:  # whatever a record holds that it should not
+            records = self._records[draw.set]
+            place = records.place(draw.record) if isinstance(records, Records) else f"record {draw.record:,}"
+            raise DataError(
+                f"{place} of the set {self._names[draw.set]!r} cannot be used ({first_line(error)}): prepare it again"
+            ) from error
 
 
 def read_many(records: Any, indices: list[int]) -> list[Any]:

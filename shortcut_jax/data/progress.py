@@ -135,6 +135,8 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
     for split, numbers in info.counts.items():
         sizes = [f"{n:,} of {h}x{w}" for n, (h, w) in zip(numbers, info.buckets, strict=True) if n]
         lines.append(f"{split}: {sum(numbers):,} records ({', '.join(sizes)})")
+    if not info.num_records("train"):
+        lines.append("there is no train split, so nothing to train on: prepare it with a smaller --validation")
     if info.skipped:
         lines.append(
             f"left out: {sum(info.skipped.values()):,} ({skipped_text(info.skipped)}), listed in {folder / SKIPPED}"

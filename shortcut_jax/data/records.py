@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax.data.format import INFO, DataError, Size
+from shortcut_jax.data.arrays import first_line
+from shortcut_jax.data.format import INFO, DataError, PreparedSet, Size
+from shortcut_jax.data.stored import open_records
 
 EMBEDDED = ("digits",)
 """Sets that are generated on first use from what the installation ships."""
@@ -87,11 +89,16 @@ def check_available(settings: DataSettings) -> None:
     """Says at once what is missing, before anything long starts.
 
     Raises:
-      DataError: a set is neither embedded nor present.
+      DataError: a set is neither embedded nor present, or has no such split.
     """
     for name in (settings.name, *settings.mix):
         folder = data_folder(settings, name)
-        if is_prepared(folder) or (settings.store == "pixels" and (name in EMBEDDED or folder.exists())):
+        if is_prepared(folder):
+            PreparedSet(folder).check_split(settings.split)
+            continue
+        if settings.store == "pixels" and (name in EMBEDDED or folder.exists()):
+            if folder.exists():
+                _open_builder(settings, name)
             continue
         unfinished = folder.with_name(f".{folder.name}.partial").exists()
         raise DataError(
@@ -111,22 +118,41 @@ def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dic
       DataError: the set is absent.
     """
     check_available(settings)
+    name = name or settings.name
+    builder = _open_builder(settings, name)
+    source = open_records(builder, settings.split)
+    if not len(source):
+        raise DataError(f"the split {settings.split!r} of the data set {name!r} in {settings.dir} has no records")
+    return in_memory(source, int(np.prod(source[0]["image"].shape)))
+
+
+def _open_builder(settings: DataSettings, name: str) -> Any:
+    """The builder of a TFDS set that has images, captions and the split; an embedded one is generated."""
     import tensorflow_datasets as tfds
 
     tfds.display_progress_bar(False)
     import shortcut_jax.data.datasets.digits  # noqa: F401  (registers the builder)
 
-    name = name or settings.name
     folder = os.path.expanduser(settings.dir)
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         if name in EMBEDDED:
             builder.download_and_prepare()
-        source = builder.as_data_source(split=settings.split)
+        held, fields = builder.info.splits, set(builder.info.features)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"cannot open the data set {name!r} in {folder}: {reason}") from error
-    return in_memory(source, int(np.prod(source[0]["image"].shape)))
+        raise DataError(f"cannot open the data set {name!r} in {folder}: {first_line(error)}") from error
+    if missing := {"image", "caption"} - fields:
+        raise DataError(
+            f"the data set {name!r} in {folder} has no {' and '.join(sorted(missing))}, only "
+            f"{', '.join(sorted(fields))}: make a set of it with "
+            f"python -m shortcut_jax.prepare --source=tfds:{name} --tfds_dir={folder} --out=..."
+        )
+    try:
+        held[settings.split]  # which may also be a part of one, or a sum
+    except (KeyError, ValueError) as error:
+        told = ", ".join(f"{split} ({part.num_examples:,} records)" for split, part in held.items()) or "none"
+        raise DataError(f"the data set {name!r} in {folder} has no split {settings.split!r}: it has {told}") from error
+    return builder
 
 
 def in_memory(records: Sequence[dict[str, Any]], num_bytes: int) -> Sequence[dict[str, Any]]:

@@ -3,27 +3,33 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
 from shortcut_jax.core.stats import Gaussian, gaussian_of
+from shortcut_jax.data.arrays import Header, read_arrays, read_headers
 from shortcut_jax.data.images import ENDINGS, BadImage, decode, read_image
 from shortcut_jax.data.inputs.unused import is_system_file
 from shortcut_jax.data.progress import skipped_text
 from shortcut_jax.data.units import stamp
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import Features
-from shortcut_jax.evaluation.tally import Tally, add, no_tally, of_all_processes
+from shortcut_jax.evaluation.tally import RESERVOIR, Tally, add, no_tally, of_all_processes
 from shortcut_jax.runtime import distributed, key_value
 from shortcut_jax.settings import ConfigError
 
 HOW = "make them with python -m shortcut_jax.evaluate --save_reference=FILE.npz --reference=FOLDER_OF_PICTURES"
 BATCH = 256
+KNOWN = ("mu", "sigma", "features", "label", "source", "count")
+"""Arrays of statistics; others in a file are not read."""
+MAX_TEXT = 40_000
+"""Bytes of a name in a file."""
+ROUNDING = 1e-3
+"""Of covariances that tools keep in float32, relative to the largest value."""
 MAX_BAD = 0.05
 """Share of a folder's images that may be left out because they cannot be used, and at least one."""
 
@@ -84,21 +90,56 @@ def load_reference(path: Path, features: Features) -> Reference:
       ConfigError: it is no such file, or of other features.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            held = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise ConfigError(f"reference statistics {path} cannot be read ({error}): {HOW}") from None
-    if "mu" not in held or "sigma" not in held:
-        raise ConfigError(f"{path} has no mu and sigma, but {', '.join(held) or 'nothing'}: {HOW}")
-    if held["mu"].shape != (features.size,) or held["sigma"].shape != (features.size, features.size):
-        raise ConfigError(
-            f"{path} has statistics of {held['mu'].size} features, but {features.name} has {features.size}: {HOW}"
-        )
-    name = str(held.get("label", features.name))
+        held = read_headers(path)
+        _check_headers(held, features.size)
+        arrays = read_arrays(path, [name for name in KNOWN if name in held])
+        _check_values(arrays)
+    except ValueError as error:
+        raise ConfigError(f"reference statistics {path} cannot be used ({error}): {HOW}") from None
+    name = str(arrays.get("label", features.name))
     if name != features.name:
         raise ConfigError(f"{path} is for {name}, but {features.name} is asked for: {HOW}")
-    gaussian = Gaussian(held["mu"].astype(np.float64), held["sigma"].astype(np.float64))
-    return Reference(gaussian, held.get("features"), str(held.get("source", path.name)), int(held.get("count", 0)))
+    gaussian = Gaussian(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+    source, count = str(arrays.get("source", path.name)), int(arrays.get("count", 0))
+    return Reference(gaussian, arrays.get("features"), source, count)
+
+
+def _check_headers(held: Mapping[str, Header], size: int) -> None:
+    """Raises ValueError where arrays have not the shapes of statistics of `size` features; none of them is read yet."""
+    if "mu" not in held or "sigma" not in held:
+        raise ValueError(f"it has no mu and sigma, but {', '.join(held) or 'nothing'}"[:200])
+    shape = held["mu"].shape
+    if len(shape) == 1 and shape != (size,):
+        raise ValueError(f"it has statistics of {shape[0]} features, but {size} are asked for")
+    rows = held["features"].shape[:1] if "features" in held else ()
+    for name, shape, kinds in (
+        ("mu", (size,), "fiu"),
+        ("sigma", (size, size), "fiu"),
+        ("features", (*rows, size), "f"),
+        ("label", (), "U"),
+        ("source", (), "U"),
+        ("count", (), "iu"),
+    ):
+        header = held.get(name, Header(shape, np.dtype(kinds[0])))
+        if header.shape != shape or header.dtype.kind not in kinds:
+            raise ValueError(f"its {name} has the shape {header.shape} and the type {header.dtype}, not {shape}")
+        if kinds == "U" and header.dtype.itemsize > MAX_TEXT:
+            raise ValueError(f"its {name} is a text of {header.dtype.itemsize:,} bytes")
+    if rows and rows[0] > RESERVOIR:
+        raise ValueError(f"its features are {rows[0]:,}, but at most {RESERVOIR:,} are kept")
+
+
+def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where numbers are not finite, or sigma is not the covariance of anything."""
+    for name in ("mu", "sigma", "features"):
+        if name in arrays and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"its {name} has values that are not finite")
+    sigma = arrays["sigma"].astype(np.float64)
+    largest = np.abs(sigma).max(initial=0.0)
+    if np.abs(sigma - sigma.T).max(initial=0.0) > ROUNDING * largest:
+        raise ValueError("its sigma is not symmetric, so not a covariance")
+    if np.linalg.eigvalsh(sigma).min(initial=0.0) < -ROUNDING * largest * np.sqrt(len(sigma)):
+        raise ValueError("its sigma has negative eigenvalues, so is not a covariance")
 
 
 def save_reference(path: Path, reference: Reference, features: Features) -> None:

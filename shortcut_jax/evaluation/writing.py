@@ -1,10 +1,10 @@
 """The files of an evaluation: `evaluation.json`, TensorBoard's scalars, `evaluation.html`."""
 
-import json
 from pathlib import Path
 
 import jax
 
+from shortcut_jax.core.json_text import to_json
 from shortcut_jax.evaluation.judge import public_names
 from shortcut_jax.evaluation.page import (
     column,
@@ -38,7 +38,7 @@ def write(result: Result, out: Path) -> None:
         "validation": result.validation,
         "latency_seconds": result.latency,
     }
-    (out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "evaluation.json").write_text(to_json(record, indent=2) + "\n")
     _tensorboard(result, rows, out)
     (out / "evaluation.html").write_text(to_html(result), "utf-8")
     say(f"page     {out / 'evaluation.html'}\nnumbers  {out / 'evaluation.json'}")

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from shortcut_jax.core.json_text import to_json
 from shortcut_jax.runtime.goodput import ENDS, Account, account
 from shortcut_jax.runtime.json_lines import append_line, read_lines
 from shortcut_jax.runtime.logs import LOGGER
@@ -135,7 +136,7 @@ class Progress:
             "loss": self._loss,
             "images_per_second": self.rate,
         }
-        line = json.dumps({**self._record(), **shown, **who}) + "\n"
+        line = to_json({**self._record(), **shown, **who}) + "\n"
 
         def replace() -> None:
             self._file.parent.mkdir(exist_ok=True)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shortcut_jax.core.json_text import to_json
+
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Adds a record at the end of a file, which is made where there is none."""
-    line = json.dumps(record) + "\n"
+    line = to_json(record) + "\n"
     with path.open("a+b") as file:
         if file.tell() > 0:
             file.seek(-1, 2)

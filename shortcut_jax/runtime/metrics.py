@@ -194,10 +194,11 @@ def save_curves(path: Path, records: dict[int, dict[str, float]], names: Sequenc
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for name in names:
-        points = [(step, row[name]) for step, row in records.items() if name in row]
+        points = [(step, row[name]) for step, row in records.items() if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
     axes.set(xlabel="step", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

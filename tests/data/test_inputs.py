@@ -215,7 +215,7 @@ def test_what_is_no_source_is_told(tmp_path):
     (tmp_path / "file.txt").write_text("x")
     os.mkfifo(tmp_path / "fifo")
     for text, told in (
-        (str(tmp_path / "absent"), "is not there"),
+        (str(tmp_path / "absent"), "was not found"),
         (str(tmp_path / "absent.tar"), "no such tar file"),
         (str(tmp_path), r"no captioned images \(1 file\)\. Understood are: .*metadata\.jsonl.*metadata\.csv.*parquet"),
         (str(tmp_path / "file.txt"), "no kind"),

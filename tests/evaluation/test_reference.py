@@ -1,4 +1,7 @@
+import io
 import os
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -49,14 +52,44 @@ def test_statistics_of_other_tools_are_read_and_ours_have_their_names(tmp_path):
         np.testing.assert_array_equal(arrays["sigma"], covariance)
 
 
+def _save_as_one(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(18))
+
+
+def _save_with(path, **more):
+    np.savez(path, mu=np.zeros(18), sigma=np.eye(18), **more)
+
+
 @pytest.mark.parametrize(
     ("make", "pattern"),
     [
         (lambda path: None, r"are not there: make them with python -m shortcut_jax.evaluate --save_reference"),
-        (lambda path: path.write_bytes(b"no"), "cannot be read"),
+        (lambda path: path.write_bytes(b"no"), "cannot be used .*not a zip"),
         (lambda path: np.savez(path, mean=np.zeros(18)), "has no mu and sigma, but mean"),
-        (lambda path: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"statistics of 4 features, but .* has 18"),
+        (lambda path: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"statistics of 4 features, but 18 are asked"),
         (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(18), label="FID"), "is for FID, but Frechet"),
+        (lambda path: _save_as_one(path), r"it is one array \(\.npy\)"),
+        (
+            lambda path: np.savez(path, mu=np.zeros(18).astype(str), sigma=np.eye(18)),
+            r"mu has the shape .* the type <U32",
+        ),
+        (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(18).astype(object)), "Python objects"),
+        (lambda path: np.savez(path, mu=np.zeros((18, 1)), sigma=np.eye(18)), r"mu has the shape \(18, 1\)"),
+        (lambda path: np.savez(path, mu=np.zeros(()), sigma=np.eye(18)), r"mu has the shape \(\)"),
+        (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.eye(17)), r"sigma has the shape \(17, 17\)"),
+        (lambda path: np.savez(path, mu=np.full(18, np.nan), sigma=np.eye(18)), "mu has values that are not finite"),
+        (
+            lambda path: np.savez(path, mu=np.zeros(18), sigma=np.full((18, 18), np.inf)),
+            "sigma has values that are not finite",
+        ),
+        (lambda path: np.savez(path, mu=np.zeros(18), sigma=np.triu(np.ones((18, 18)))), "sigma is not symmetric"),
+        (lambda path: np.savez(path, mu=np.zeros(18), sigma=-np.eye(18)), "negative eigenvalues"),
+        (lambda path: _save_with(path, features=np.zeros((5, 4), "f4")), r"features has the shape \(5, 4\)"),
+        (lambda path: _save_with(path, features=np.full((5, 18), np.nan, "f4")), "features has values that are not"),
+        (lambda path: _save_with(path, count=np.zeros(3)), r"count has the shape \(3,\)"),
+        (lambda path: _save_with(path, label=3), "label has the shape"),
+        (lambda path: _save_with(path, source="x" * 20_000), "source is a text of 80,000 bytes"),
     ],
 )
 def test_what_is_no_reference_is_told_with_how_to_make_one(make, pattern, tmp_path):
@@ -64,7 +97,31 @@ def test_what_is_no_reference_is_told_with_how_to_make_one(make, pattern, tmp_pa
     make(path)
     with pytest.raises(ConfigError, match=pattern) as error:
         open_reference(str(path), None, FEATURES, tmp_path)
-    assert "--save_reference=FILE.npz" in str(error.value)
+    assert "--save_reference=FILE.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_zip_bomb_is_refused_by_its_headers(tmp_path):
+    path, header = tmp_path / "bomb.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 14, 1 << 14)})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("mu.npy", "sigma.npy", "unknown.npy"):
+            with archive.open(name, "w", force_zip64=True) as file:
+                file.write(header.getvalue())
+                for _ in range(64):  # 64 MB here; a file that is honest about 2 GB is refused all the same
+                    file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"mu\.npy is cut off|mu has the shape \(16384, 16384\)"):
+        load_reference(path, FEATURES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+def test_covariances_in_float32_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((9, 18)).astype(np.float32)  # fewer samples than features: it is singular
+    np.savez(tmp_path / "x.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False, dtype=np.float32))
+    assert load_reference(tmp_path / "x.npz", FEATURES).gaussian.covariance.dtype == np.float64
 
 
 def test_no_reference_at_all_and_too_few_pictures(folder, tmp_path):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from shortcut_jax.runtime import timing
-from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics
+from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics, save_curves
 from shortcut_jax.runtime.timing import Stopwatch
 from tests.helpers import read_events
 
@@ -70,6 +70,18 @@ def test_a_line_of_metrics_that_was_cut_off_is_passed_over(tmp_path):
         file.write('{"step": 2, "lo')  # the machine went down
     MetricLog(tmp_path).scalars(2, {"loss": 2.0})
     assert {step: row["loss"] for step, row in read_metrics(path).items()} == {1: 3.0, 2: 2.0}
+
+
+def test_a_loss_that_is_not_finite_leaves_a_curve_of_the_others(tmp_path):
+    log = MetricLog(tmp_path)
+    for step, loss in ((1, 3.0), (2, float("nan")), (3, 2.0)):
+        log.scalars(step, {"loss": loss})
+    log.close()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[2]["loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    save_curves(tmp_path / "loss.png", records, ["loss", "absent"])
+    save_curves(tmp_path / "none.png", {}, ["loss"])
+    assert (tmp_path / "loss.png").stat().st_size > (tmp_path / "none.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize(

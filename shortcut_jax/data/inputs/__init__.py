@@ -51,7 +51,7 @@ def _open(source: str, options: SourceOptions) -> tuple[Source, tuple[str, ...]]
     if files and all(name.suffix == ".parquet" for name in files):
         check_options(options, "parquet")
         return ParquetSource(_tree_of(files), options), ()
-    state = "is of no kind that can be read" if path.exists() or files else "is not there"
+    state = "is of no kind that can be read" if path.exists() or files else "was not found"
     raise DataError(f"--source={source} {state}. Understood are: {UNDERSTOOD}; or tfds:NAME")
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
 from shortcut_jax.data.inputs.template import fill
 from shortcut_jax.data.records import EMBEDDED
+from shortcut_jax.data.stored import open_records
 from shortcut_jax.data.units import Skip, Unit
 
 PREFIX = "tfds:"
@@ -57,7 +59,7 @@ class CatalogueSource:
         self._split, self.num_items = split, info.num_examples
         stated = f"{builder.info.full_name} {split} {info.shard_lengths} {info.num_bytes}"
         self.fingerprint = hashlib.sha256(stated.encode()).hexdigest()
-        self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
+        self._records = open_records(builder, split, {self._image: tfds.decode.SkipDecoding()})
         self._unit = options.unit
         self.units = consecutive(self.num_items, options.unit, "records")
         if self.num_items:
@@ -133,7 +135,7 @@ def _open(name: str, tfds_dir: str) -> Any:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"cannot open the TFDS set {name!r}: {(str(error) or repr(error)).splitlines()[0]}") from error
+        raise DataError(f"cannot open the TFDS set {name!r}: {first_line(error)}") from error
     form = builder.info.file_format
     if form is None or form.value != "array_record":
         raise DataError(

@@ -44,7 +44,7 @@ class ParquetSource:
     """
 
     def __init__(self, tree: Tree, options: SourceOptions):
-        """Reads what the files say of themselves.
+        """Reads the schemas and the numbers of rows.
 
         Raises:
           DataError: they are not of one kind, or have no images or no captions.
