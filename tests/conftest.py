@@ -1,5 +1,6 @@
 """Shared fixtures. Eight CPU devices are simulated for the whole suite."""
 
+import collections
 import gc
 import os
 
@@ -21,6 +22,12 @@ from filelock import FileLock
 # Tracing makes many objects and little garbage: collecting it as often as by default takes a tenth of the time.
 gc.freeze()
 gc.set_threshold(200_000, 50, 1000)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the slowest tests first, so that no worker is left with one of them at the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # a stable order: that of the files and of their tests stays
 
 
 @pytest.fixture(scope="session", autouse=True)

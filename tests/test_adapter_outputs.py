@@ -17,6 +17,7 @@ from shortcut_jax.weights.rules import nest
 from tests.helpers import relative
 
 
+@pytest.mark.slow
 def test_sampling_adds_the_adapters_by_their_scale(distilled, trained, one_device):
     captions = ["a handwritten digit seven"]
     draw = lambda p: p(captions, steps=2, num=8)
@@ -55,6 +56,7 @@ def _modules(path, view="slow"):
     return open_lora(path, network, view)[0]
 
 
+@pytest.mark.slow
 def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, trained, tmp_path, capfd):
     modules = _modules(distilled)
     network = open_models(distilled)[0].config
@@ -82,6 +84,7 @@ def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, 
         convert.main(["convert", f"--from={trained}", f"--to={tmp_path}/x", "--merged"])
 
 
+@pytest.mark.slow
 def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path, post_arguments, one_device, capfd):
     changes = {"guide": "teacher", "guidance": "(1.0,4.0)", "model__guidance": True}
     assert train.main(post_arguments(tmp_path / "run", **changes)) == 0

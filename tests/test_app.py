@@ -86,6 +86,7 @@ def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, 
     assert run.offer.adapters and run.offer.views == ("slow",)
 
 
+@pytest.mark.slow
 def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted_folder, tmp_path):
     shapes = param_shapes("flux", TextToImage(converted_folder).models["flux"].config)
     some = random_modules(shapes, rank=2, alpha=1.5, keep=lambda name: "to_q" in name)

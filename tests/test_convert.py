@@ -159,6 +159,7 @@ def test_every_view_of_a_workdir_converts_in_its_own_numbers(trained, tmp_path, 
     assert not told["missing_keys"] and not told["unexpected_keys"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_goes_to_every_format_and_back(pipeline_folder, converted_folder, tmp_path, capfd):
     import torch
     from diffusers import FluxPipeline

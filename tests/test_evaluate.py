@@ -177,6 +177,7 @@ def test_a_view_that_is_not_there_and_a_reference_that_is_not(trained, data_dir,
         assert pattern in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_converted_pipeline_is_judged_on_a_file_of_prompts_against_a_folder(
     converted_folder,
     inception_folder,

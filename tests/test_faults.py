@@ -98,6 +98,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_restored_and_the_run_goes_on_bit_f
     assert all(np.array_equal(resumed[path], value) for path, value in whole.items())
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch, capfd):
     real, calls, large = loop.to_global, [], {4, 6, 7}
 
@@ -120,6 +121,7 @@ def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch
     assert meta["counters"]["spikes"]["spikes"] == 1 and meta["counters"]["spikes"]["seen"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_end")
 def test_a_run_outlives_a_save_that_fails_and_an_unsaved_end_is_an_error(tmp_path, arguments, monkeypatch, capfd):
     monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.01)
@@ -153,6 +155,7 @@ def test_a_run_outlives_a_save_that_fails_and_an_unsaved_end_is_an_error(tmp_pat
     assert _steps(tmp_path / "run") == [5]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_end")
 def test_what_a_run_does_is_watched(tmp_path, arguments, monkeypatch):
     seen = []

@@ -71,6 +71,7 @@ def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):
     assert loaded.keys() == flat_paths(assembly.state_shapes.params).keys()
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_workdir_and_resumes_without_it(trained, tmp_path, arguments, capfd, monkeypatch):
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: device)

@@ -128,6 +128,7 @@ def test_stored_prompts_are_those_of_the_text_encoders(prepared, converted_folde
         np.testing.assert_allclose(own_vec_V, vec_V, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, converted_folder, tmp_path, capsys):
     assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
     assert _bytes(tmp_path / "set") == _bytes(prepared)
@@ -176,6 +177,7 @@ def test_float8_states_are_near_and_trimmed_ones_are_zero_behind_the_caption(sta
         np.testing.assert_array_equal(fields["mean"], few["mean"])
 
 
+@pytest.mark.slow
 def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipeline, tmp_path, capfd):
     import json
     import shutil
@@ -224,6 +226,7 @@ def _teacher(converted_folder, out, prompts, **changes):
     return ["prepare", *(f"--{name}={value}" for name, value in options.items())]
 
 
+@pytest.mark.slow
 def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_path, capfd):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\n\na photo of a small dog and the cat on the photo of a cat and the dog\n")

@@ -88,6 +88,7 @@ def test_a_run_is_sampled_with_its_sets_prompts_or_with_a_pipelines_encoders(tra
     assert encoded_now("a whale with green", steps=2, num=2).shape == stored.shape
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_with_its_stored_states_and_a_pipeline_teaches_it_on_the_same_captions(
     trained_on_latents, converted_folder, tmp_path
 ):

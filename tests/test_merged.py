@@ -39,6 +39,7 @@ def _write(folder, config, seed=0):
     return folder / "flux.safetensors"
 
 
+@pytest.mark.slow
 def test_adapters_merge_only_into_the_base_they_were_trained_on(distilled, trained, tmp_path, capfd):
     network = network_of(distilled)
     fails = lambda *argv: _merge_fails(capfd, distilled, tmp_path / "x", *argv)

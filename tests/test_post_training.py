@@ -39,6 +39,7 @@ def test_a_checkpoint_holds_the_adapters_and_says_where_the_base_is(distilled, t
     assert "frozen/base/" in (distilled / "shardings.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"train": "all"}], ids=["lora", "all"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     distilled, tmp_path, post_arguments, one_device, changes
@@ -94,6 +95,7 @@ def test_a_changed_base_is_refused_when_resumed_or_sampled(distilled, other, tmp
         train.main(post_arguments(tmp_path / "run", f"--base={other}", steps=5))
 
 
+@pytest.mark.slow
 def test_a_lora_is_where_training_goes_on_from(distilled, trained, tmp_path, post_arguments, one_device, capfd):
     ours, peft = tmp_path / "ours", tmp_path / "peft"
     assert train.main(post_arguments(ours, "--stop_at=1", init_from=str(distilled), **STILL)) == 0
@@ -176,6 +178,7 @@ def test_few_images_are_repeated_and_said(tmp_path, post_arguments, one_device, 
     assert "10 images for 32 rows a step: each is repeated, with noise of its own" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one_device, capfd):
     config = tmp_path / "config.py"
     config.write_text(
@@ -214,6 +217,7 @@ def test_adapters_go_on_only_from_the_base_they_were_trained_on(distilled, other
         assert not (tmp_path / "run/checkpoints").exists() or not list((tmp_path / "run/checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_teachers_adapters_may_move_but_not_change(distilled, tmp_path, post_arguments, one_device):
     first, moved, changed = (tmp_path / f"{name}.safetensors" for name in ("first", "moved", "changed"))
     for file, view in ((first, "slow"), (changed, "online")):

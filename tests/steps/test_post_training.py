@@ -70,6 +70,7 @@ def test_training_starts_as_the_base_and_a_teachers_student_as_a_copy_of_it():
     assert not any(moved(everything.params, everything.ema.slow).values())
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_equal_those_of_two_passes(assembly, highest_precision, monkeypatch):
     settings = step_settings(assembly.settings, assembly.model)
     velocity_of = make_velocity(assembly.model, *assembly.latent_size)
@@ -125,6 +126,7 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank():
     assert float(plain.frozen.scale) == 1.5 and float(stabilised.frozen.scale) == 3.0
 
 
+@pytest.mark.slow
 def test_a_run_without_teacher_rows_is_plain_lora_training():
     assembly = tiny_assembly(train="lora", init_from="given", objective="flow", lora__rank=2)
     state = noisy_state(assembly)
@@ -140,6 +142,7 @@ def test_the_mixed_step_compiles_once(lora):
     assert lora.train_step._cache_size() == max(before, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", ["both", "teacher", "targets"])
 def test_guided_steps_run(guide):
     assembly = tiny_assembly(**POST_TRAINING, guide=guide, guidance=(1.0, 4.0), model__guidance=guide != "both")
@@ -147,6 +150,7 @@ def test_guided_steps_run(guide):
     assert np.isfinite(metrics["loss"]) and int(after.skipped_total) == 0
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_update_and_parts_as_one_batch(lora, highest_precision):
     split = tiny_assembly(**POST_TRAINING, accumulate=4)
     one, two = (a.train_step(noisy_state(a), random_batch(a)) for a in (lora, split))
@@ -174,6 +178,7 @@ def test_views_are_whole_networks(lora):
     assert choose_view(state, "teacher") is state.frozen.base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [True, False])
 def test_a_restart_is_a_step_of_the_run_and_is_counted(every):
     changes = {"ema__restart_every": 2} if every else {"ema__restart_auto": True, "ema__fast": 0.1, "ema__slow": 0.9}

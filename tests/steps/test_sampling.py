@@ -72,6 +72,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     assert abs(float(whole.std()) - 1.0) < 0.1
 
 
+@pytest.mark.slow
 def test_guidance_reaches_the_embedding_of_a_model_that_has_one():
     from shortcut_jax.assemble import init_params
 

@@ -24,6 +24,7 @@ def _run(assembly, scales, state=None):
     return before, state, metrics
 
 
+@pytest.mark.slow
 def test_a_spike_changes_nothing_but_the_counters_and_the_next_step_goes_on(careful):
     before, state, metrics = _run(careful, [1.0, 1.0, 1000.0])
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])

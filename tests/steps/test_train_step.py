@@ -75,6 +75,7 @@ def test_draws_differ_between_steps(scfm):
     assert len(losses) == 3
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_update_as_one_batch(scfm, highest_precision):
     split = tiny_assembly(accumulate=2)
     one, two = (a.train_step(noisy_state(a), random_batch(a)) for a in (scfm, split))
@@ -105,6 +106,7 @@ def test_flow_ignores_the_averages():
     assert set(metrics) >= {"loss", "loss/flow"} and "loss/self" not in metrics
 
 
+@pytest.mark.slow
 def test_the_shortcut_model_learns_its_step_size_input():
     assembly = tiny_assembly(objective="shortcut")
     state = noisy_state(assembly)

@@ -85,6 +85,7 @@ def _guided(state, velocity_of, condition, inputs, weights):
     return v_u + np.asarray(condition.guidance_B)[:, None, None] * (v_c - v_u), v_c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", ["both", "teacher", "targets"])
 def test_guidance_enters_where_it_is_said_to(guide, highest_precision):
     state, velocity_of, condition, inputs = _setting(**GUIDED, guide=guide, model__guidance=guide != "both")
@@ -103,6 +104,7 @@ def test_guidance_enters_where_it_is_said_to(guide, highest_precision):
     assert all(relative(guided, other) > 1e-2 for guided, other in (fast, slow, online))
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_both_branches_of_a_guided_student():
     state, velocity_of, condition, inputs = _setting(**GUIDED, guide="both")
 
