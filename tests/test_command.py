@@ -16,7 +16,9 @@ from shortcut_jax.config_file import load_config, load_teacher_config
 from shortcut_jax.errors import PathError
 from shortcut_jax.fields import attribute_docs, field_types
 from shortcut_jax.resolve import from_config
+from shortcut_jax.runtime.json_objects import parse_json
 from shortcut_jax.settings import ConfigError, Settings, known_fields, parse_field, to_dict
+from shortcut_jax.weights.rules import ConversionError
 from shortcut_jax.workdir import check_workdir, record_of
 from tests.helpers import tiny_config
 
@@ -265,6 +267,11 @@ def test_json_that_is_no_config_is_one_line(text, line, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=line):
         load_config(path, {})
+
+
+def test_json_of_others_that_is_nested_too_deeply_is_one_line():
+    with pytest.raises(ConversionError, match=r"^x is not JSON that can be read: it is nested too deeply$"):
+        parse_json("[" * 100_000, "x")
 
 
 def test_an_unknown_key_of_a_config_json_is_named(tmp_path):
