@@ -223,7 +223,7 @@ def check_options(options: types.SimpleNamespace) -> None:
 
 
 OF_A_TEACHER = ("prompts", "per_bucket", "steps", "guidance", "seed", "lora", "lora_scale")
-OF_A_SOURCE = ("enlarge", "where", "caption_field", "template", "tfds_dir")
+OF_A_SOURCE = ("layout", "enlarge", "where", "caption_field", "template", "tfds_dir")
 OF_LATENTS = ("checkpoint", "text_states", "text_dtype", "text_tokens", "batch")
 
 

@@ -270,7 +270,7 @@ def test_json_that_is_no_config_is_one_line(text, line, tmp_path):
 
 
 def test_json_of_others_that_is_nested_too_deeply_is_one_line():
-    with pytest.raises(ConversionError, match=r"^x is not JSON that can be read: it is nested too deeply"):
+    with pytest.raises(ConversionError, match=r"^x is not JSON that can be read: it is nested too deeply$"):
         parse_json("[" * 100_000, "x")
 
 
