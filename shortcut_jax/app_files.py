@@ -1,5 +1,6 @@
 """Images of the web page as files: what is downloaded, with what it was made by, and what is uploaded."""
 
+import io
 import re
 import tempfile
 from pathlib import Path
@@ -10,9 +11,8 @@ from PIL import Image
 
 from shortcut_jax.app_guard import MAX_UPLOAD
 from shortcut_jax.app_request import RequestError
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.images import BadImage, decode, fit
-from shortcut_jax.pictures_out import Record, read_records, save_picture, to_image
+from shortcut_jax.pictures_out import IMAGE, Record, layout_of, save_picture, to_image
 
 DISPLAYED = 256
 """Pixels that a smaller image is enlarged to, by a whole factor."""
@@ -49,7 +49,7 @@ def read_upload(folder: Path, value: Any) -> Image.Image:
       value: as it was sent, of whatever type.
 
     Raises:
-      RequestError: there is none, or it cannot be read as an image, or it is a sheet of several.
+      RequestError: there is none, or it cannot be read as an image, or it is a sheet or trajectory.
     """
     given = value.get("path") if isinstance(value, dict) else None
     if not isinstance(given, str) or not given:
@@ -63,17 +63,11 @@ def read_upload(folder: Path, value: Any) -> Image.Image:
         image = decode(data)
     except BadImage as error:
         raise RequestError(f"the image cannot be read: {error}") from error
-    if _on_it(path) > 1:
-        raise RequestError("the image is a sheet of several: upload one of its images alone")
+    with Image.open(io.BytesIO(data)) as opened:
+        layout = layout_of(opened)
+    if layout != IMAGE:
+        raise RequestError(f"the image is a {layout} of several: upload one of its images alone")
     return image
-
-
-def _on_it(path: Path) -> int:
-    """How many images the metadata of ours says are on it; 1 for others."""
-    try:
-        return len(read_records(path))
-    except (UsageError, ValueError, KeyError, TypeError, RecursionError):
-        return 1
 
 
 def fitted(image: Image.Image, size: tuple[int, int, int]) -> np.ndarray:

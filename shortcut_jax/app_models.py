@@ -148,7 +148,7 @@ class TrainedRun:
 
     def notes(self, request: Request) -> list[str]:
         """See `Model`."""
-        return notes_of(self._pipeline, request)
+        return self._pipeline.notes(prompts_of(request))
 
     def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
         """See `Model`: all of its images have one size."""
@@ -182,10 +182,9 @@ def captions_of(settings: Settings, most: int = 10) -> tuple[str, ...]:
     return ()
 
 
-def notes_of(pipeline: Pipeline | TextToImage, request: Request) -> list[str]:
-    """Prompts that are cut and, of a run that learned words, those that it never saw."""
-    notes = pipeline.notes if isinstance(pipeline, Pipeline) else pipeline.cuts
-    return notes([request.prompt, *([request.edit.source_prompt] if request.edit else [])])
+def prompts_of(request: Request) -> list[str]:
+    """What a model reads of a request."""
+    return [request.prompt, *([request.edit.source_prompt] if request.edit else [])]
 
 
 class _Adjustable(TextToImage):
@@ -283,7 +282,7 @@ class ConvertedPipeline:
 
     def notes(self, request: Request) -> list[str]:
         """See `Model`."""
-        return notes_of(self._pipeline, request)
+        return self._pipeline.cuts(prompts_of(request))
 
     def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
         """See `Model`: the size of the image, up to the bound."""

@@ -175,11 +175,12 @@ def test_a_cut_prompt_is_told(trained):
     assert run.notes(make_request(run.offer, {"prompt": SEVEN})) == []
 
 
-def test_notes_are_those_of_the_pipeline_for_both_prompts_of_an_edit(trained):
+def test_words_that_the_run_never_saw_are_told_of_both_prompts_of_an_edit(trained):
     run = TrainedRun(trained)
-    run._pipeline.notes = lambda prompts: [f"never seen in training: {word}" for word in prompts]
-    request, _ = _edit(run, 8, 8, source_prompt="cat")
-    assert run.notes(request) == [f"never seen in training: {SEVEN}", "never seen in training: cat"]
+    (note,) = run.notes(make_request(run.offer, {"prompt": "a cat"}))
+    assert note.startswith("never seen in training, so of no meaning: 'cat'; the words it knows are a, handwritten,")
+    request, _ = _edit(run, 8, 8, source_prompt="a dog")
+    assert "'dog'" in run.notes(request)[0]
 
 
 def test_pictures_side_by_side_start_from_the_same_noise(trained):

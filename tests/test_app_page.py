@@ -20,7 +20,7 @@ import gradio_client
 import pytest
 from PIL import Image
 
-from shortcut_jax.pictures_out import read_records, save_picture
+from shortcut_jax.pictures_out import SHEET, read_records, save_picture
 from tests.helpers import CHROMIUM
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -146,8 +146,13 @@ def test_an_empty_prompt_is_told_and_the_page_goes_on(page):
     page.fill("#prompt textarea", "  ")
     page.click("button#sample")
     page.get_by_text("the prompt is empty: say what the image shall show").wait_for()
+    page.fill("#prompt textarea", "a cat")
+    page.click("button#sample")
+    page.wait_for_selector("#sample-status .note")
+    assert "never seen in training, so of no meaning: 'cat'" in page.inner_text("#sample-status .note")
     page.fill("#prompt textarea", SEVEN)
     page.click("button#sample")
+    page.wait_for_selector("#sample-status .note", state="detached")
     _shown(page, "#gallery img", 4)
 
 
@@ -231,7 +236,7 @@ def test_endpoints_have_names_and_so_have_their_parameters(served, tmp_path):
     edited, status = client.predict(image=upload, steps=4, skip=1, **values)
     assert read_records(edited)[0]["source_prompt"] == SEVEN and "1 image in 4 steps" in status
     sheet = tmp_path / "sheet.png"
-    save_picture(sheet, Image.open(edited), [made_by, made_by])
+    save_picture(sheet, Image.open(edited), [made_by], SHEET)
     for changes, message in (
         (dict(image=upload, steps=4, skip=4), "skip is 4, but must be less than the 4 steps"),
         (dict(image=upload, method="heun"), "an edit goes with euler only"),
