@@ -26,6 +26,7 @@ from shortcut_jax.evaluation.subject import CHECKPOINT, ConvertedSubject, RunSub
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.report import make_reference
 from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.claim import Claim
 from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.converted import RECORD
 from shortcut_jax.runtime.distributed import say
@@ -64,12 +65,14 @@ def main(argv: Sequence[str]) -> int:
     images = options.images, other_steps, options.other_images
     plan = Plan(views, steps, *images, options.teacher_steps, options.seed, options.extras)
     entries = entries_of(subjects, teacher, plan)
-    check_folder(out)
-    own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
-    features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
-    judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
-    reference = open_reference(options.reference, own, features, out)
-    write(evaluate(entries, plan, judges, reference, out), out)
+    with Claim(out, "--out") as claim:
+        check_folder(out, "--out")
+        claim.take()
+        own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
+        features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
+        judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
+        reference = open_reference(options.reference, own, features, out)
+        write(evaluate(entries, plan, judges, reference, out), out)
     return 0
 
 

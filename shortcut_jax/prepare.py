@@ -27,6 +27,7 @@ from shortcut_jax.data.progress import summary
 from shortcut_jax.data.units import Record, Skip, Unit
 from shortcut_jax.data.writing import Job, already_written, captions_hash, units_done, write_units
 from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.claim import Claim, Member
 
 STORES = ("pixels", "latents")
 DEFAULT_UNIT = 4096
@@ -168,7 +169,8 @@ def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processe
     if done := units_done(job):
         say(f"going on: {done:,} of {len(job.units):,} units are done")
     try:
-        with _signals():
+        with _signals(), claim(job.out, processes) as held:
+            held.take()
             info = write_units(job, produce, processes.index, processes.count)
     except Stopped as stop:
         say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
@@ -176,6 +178,16 @@ def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processe
     for line in summary(info, job.out, time.monotonic() - start):
         say(line)
     return 0
+
+
+def claim(out: Path, processes: Processes) -> Claim:
+    """The claim on a set that is being written: beside it, for it is a folder only when it is complete.
+
+    Processes that make pixels do not know each other, so each holds its part.
+    """
+    path_of = lambda index: out.with_name(f".{out.name}.claim-{index}.json")
+    group = f"{os.environ.get('JAX_COORDINATOR_ADDRESS')} {processes.count}"
+    return Claim(out, "--out", Member(path_of(processes.index), path_of(0), group))
 
 
 def join(store: str) -> Processes:

@@ -28,6 +28,7 @@ from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import agreement, distributed
 from shortcut_jax.runtime.agreement import check_devices
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
+from shortcut_jax.runtime.claim import Claim
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
 from shortcut_jax.runtime.heartbeat import Progress
@@ -136,10 +137,12 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
       ConfigError: the workdir belongs to another run, or the data are not of the size that the config says.
       TrainingError: the loss stayed non-finite; what was saved before is intact.
       CheckpointError: the last state could not be saved.
+      ClaimError: another run works in the workdir.
     """
     settings, watch = assembly.settings, Stopwatch("starting")
     with (
-        distributed.Interruptions() as interruptions,
+        Claim(workdir) as claim,
+        distributed.Interruptions(claim.ending) as interruptions,
         process_log() as log_in,
         Peers(settings.peer_timeout) as peers,
         Watchdog(settings.watchdog, workdir, peers.leave) as watchdog,
@@ -151,6 +154,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         validation = Validation(assembly) if settings.validation.interval(assembly.batch_size) else None
         initial = open_start(assembly, workdir)
         check_folder(workdir)
+        claim.take()
         log_in(workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep, attempts=settings.save_attempts)
         log = MetricLog(workdir)

@@ -15,6 +15,7 @@ from shortcut_jax import Pipeline, command, loop, train
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.claim import CLAIM, Claim, Times
 from shortcut_jax.settings import ConfigError, to_dict
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.workdir import keep_batch
@@ -93,12 +94,24 @@ def test_another_identity_stops_naming_fields_and_values_and_harms_nothing(train
     assert _listing(trained) == before
 
 
+def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing_of_the_first(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    with Claim(workdir, times=Times(interval=0.05)) as first:
+        first.take()
+        before = {path: when for path, when in _listing(workdir).items() if path != str(first.path)}
+        error = _fails(capfd, arguments(workdir, steps=6))
+        assert f"{workdir} is in use by process {os.getpid()} on " in error and "another --workdir" in error
+        assert {path: when for path, when in _listing(workdir).items() if path != str(first.path)} == before
+
+
 def test_a_longer_schedule_goes_on_and_is_logged(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     assert train.main(arguments(workdir, "--stop_at=5", steps=6, log_every=2)) == 0
     err = capfd.readouterr().err
     assert "changed since the last run: steps: 4 -> 6" in err and "log_every" not in err
+    assert not (workdir / CLAIM).exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

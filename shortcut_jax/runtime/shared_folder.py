@@ -19,7 +19,7 @@ class FolderError(OSError):
     """A folder that cannot be written to, or that is another one for other processes."""
 
 
-def check_folder(folder: Path, patience: float = PATIENCE) -> None:
+def check_folder(folder: Path, flag: str = "--workdir", patience: float = PATIENCE) -> None:
     """Makes a folder if need be, writes into it from every process, and looks whether all see the file of process 0.
 
     Raises:
@@ -30,7 +30,7 @@ def check_folder(folder: Path, patience: float = PATIENCE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe(folder / f"{token}-{key_value.process_id()}", PROBE_BYTES)
     except OSError as error:
-        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
+        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from None
     if key_value.num_processes() == 1:
         return
     path = folder / token
