@@ -33,6 +33,7 @@ from shortcut_jax.runtime.converted import (
     write_record,
 )
 from shortcut_jax.runtime.distributed import say, tell
+from shortcut_jax.runtime.shared_folder import check_place
 from shortcut_jax.runtime.tokenizers import CLIP, check_tokenizer, copy_tokenizer
 from shortcut_jax.sources import (
     JUDGES,
@@ -107,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
     sources = [Path(p).expanduser().resolve() for p in getattr(options, "from")]
     others = [getattr(options, name) for name in ("lora", "base", *exported.TOKENIZERS)]
     _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
+    check_place(target, "--to", folder=False)
     job = _gather(sources, options)
     _check_format(job, options.format)
     if job.models.keys() & {"flux"} and job.sampling.text_states == "trimmed" and options.format != "orbax":

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from shortcut_jax.command import UsageError
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
+from shortcut_jax.runtime.shared_folder import check_place
 
 CHUNK = "shortcut_jax"
 ENDINGS = (".png", ".jpg", ".webp")
@@ -115,6 +116,7 @@ class Output:
             raise UsageError(f"--out={target}: end it in .png, .jpg or .webp, or in / for a folder")
         elif not self._path.absolute().parent.is_dir():
             raise UsageError(f"--out={target}: the folder {self._path.parent} is not there")
+        check_place(self._path, "--out", folder=self.is_folder)
         taken = [int(p.stem) for p in self._path.glob("*.png") if p.stem.isdigit()] if count_on else []
         self._next = max(taken, default=-1) + 1
         self._kept: list[tuple[np.ndarray, Record]] = []

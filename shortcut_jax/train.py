@@ -35,7 +35,7 @@ from shortcut_jax.runtime.heartbeat import Progress
 from shortcut_jax.runtime.logs import mark_stderr, process_log
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
 from shortcut_jax.runtime.peers import Peers
-from shortcut_jax.runtime.shared_folder import check_folder
+from shortcut_jax.runtime.shared_folder import check_folder, check_place
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings, read_stored, to_dict
@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
     check_available(settings.data)
     config_file = Path(config_flags.get_config_filename(values["config"]))
     workdir = local_path(options.workdir or f"runs/{config_file.stem}-{settings.objective}", "--workdir")
+    check_place(workdir, "--workdir")
     check_same(settings, workdir, options.stop_at)
     check_devices()
     assembly = Assembly(keep_batch(settings, workdir, len(jax.devices())))
