@@ -10,6 +10,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.logs import LOGGER
 from shortcut_jax.runtime.shared_folder import probe
 
 ITEMS = ("params", "fast", "slow", "optimizer")
@@ -135,7 +137,8 @@ class Checkpoints:
         try:
             act()
         except Exception as failure:  # Orbax, TensorStore and the disk each raise their own kinds.
-            why = _first_line(_root(failure))
+            why = _reason(_root(failure))
+            LOGGER.info("writing the checkpoint of step %d failed", step, exc_info=failure)
             who = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
             print(f"writing the checkpoint of step {step} failed{who}: {why}", file=sys.stderr, flush=True)
         if _all_agree(not why):
@@ -159,7 +162,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as failure:
-            print(f"writing the last checkpoint failed: {_first_line(_root(failure))}", file=sys.stderr, flush=True)
+            LOGGER.info("writing the last checkpoint failed", exc_info=failure)
+            print(f"writing the last checkpoint failed: {_reason(_root(failure))}", file=sys.stderr, flush=True)
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -234,6 +238,12 @@ def _all_agree(well: bool) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line, or what the system said: TensorStore tells that behind many paths."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return f"[Errno {code[1]}] {os.strerror(int(code[1]))}" if code else _first_line(error)
 
 
 def _root(error: BaseException) -> BaseException:
