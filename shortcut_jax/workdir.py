@@ -11,7 +11,7 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.differences import compare
 from shortcut_jax.initial import BaseRecord, Initial, freeze, open_initial, start
 from shortcut_jax.resolve import mesh_shape, objective_settings
-from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config, stored_meta
+from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import describe_shardings, replicated, summarise_shardings
 from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
@@ -28,21 +28,37 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     """Compares a config with the one a workdir was made by, before anything is written.
 
     Raises:
-      ConfigError: they differ in what makes a run what it is; all such fields and both values are named.
+      ConfigError: they differ in what makes a run what it is; all such fields and both values are named. Or the run
+        stopped by skipped steps, and this config would bear no more of them.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file, not a folder")
-    stored = stored_config(workdir / "checkpoints")
-    if stored is None:
+    meta = stored_meta(workdir / "checkpoints")
+    if meta is None:
         return
-    differences = compare(read_stored(stored), config)
+    stored = read_stored(meta["config"])
+    differences = compare(stored, config)
     if differences["identity"]:
         raise ConfigError(
             f"the workdir {workdir} holds a different run; stored -> asked for: "
             f"{'; '.join(differences['identity'])}. Choose another --workdir, or the stored values"
         )
+    stopped = meta.get("stopped") or 0
+    if config["max_skipped"] < stopped and config["spikes"] == stored["spikes"]:
+        raise ConfigError(
+            f"the run in {workdir} stopped at step {meta['step']} after {stopped} skipped steps in a row (not finite, "
+            f"or spikes), and would again: {remedy(workdir, stopped)}"
+        )
     for line in differences["schedule"]:
         say(f"changed since the last run: {line}")
+
+
+def remedy(workdir: Path, skipped: int) -> str:
+    """How to continue a run that stopped after so many skipped steps in a row."""
+    return (
+        f"to resume after them, set --config.max_skipped={skipped} or more (or change --config.spikes.factor); for a "
+        f"lower learning rate, start another workdir with --config.init_from={workdir}"
+    )
 
 
 def keep_batch(settings: Settings, workdir: Path, num_devices: int) -> Settings:
@@ -108,8 +124,10 @@ def restore_or_init(
     return state, int(meta["step"]), base
 
 
-def meta_of(step: int, assembly: Assembly, state: TrainState, base: BaseRecord | None) -> dict[str, Any]:
-    """What is stored as JSON beside the arrays of a checkpoint."""
+def meta_of(
+    step: int, assembly: Assembly, state: TrainState, base: BaseRecord | None, stopped: int = 0
+) -> dict[str, Any]:
+    """What is stored as JSON beside the arrays of a checkpoint; `stopped`: by so many skipped steps in a row."""
     return {
         "step": step,
         "seed": assembly.settings.seed,
@@ -117,6 +135,7 @@ def meta_of(step: int, assembly: Assembly, state: TrainState, base: BaseRecord |
         "batch_shards": assembly.mesh_shape.batch_shards,
         "counters": to_counters(state),
         "base": base and base._asdict(),
+        **({"stopped": stopped} if stopped else {}),
     }
 
 
