@@ -149,11 +149,11 @@ def test_adapters_are_judged_against_their_teacher(distilled, data_dir, tmp_path
         (["--workdir=x", "--prompts=p"], "--prompts goes with --checkpoint"),
         (["--workdir=x", "--lora=l"], "--lora goes with --checkpoint, not with --workdir"),
         (["--checkpoint=x", "--prompts=p", "--lora=l", "--lora_scale=1", "--lora_scale=2"], "give one for each"),
-        (["--checkpoint=x", "--prompts=none.txt"], "--prompts=none.txt cannot be read: No such file"),
+        (["--checkpoint=x", "--prompts=none.txt"], "/none.txt cannot be read: No such file"),
         (["--checkpoint=x"], "--checkpoint needs --prompts=FILE"),
         (["--workdir=x", "--features=inception"], "convert pt_inception-2015-12-05 with"),
         (["--workdir=a", "--workdir=b"], "several workdirs need --out"),
-        (["--workdir=nowhere"], "no checkpoint in nowhere"),
+        (["--workdir=nowhere"], "/nowhere/checkpoints: train first"),
         (["--save_reference=x.npz"], "--save_reference goes with --reference=FOLDER"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     (tmp_path / "latin.txt").write_bytes("Bär".encode("latin-1"))
     (tmp_path / "torn.png").write_bytes(grey[0].read_bytes()[:60])
     fails = lambda *argv: _fails(capfd, *run, *argv)
-    assert "--prompts=no.txt cannot be read: No such file" in fails("--prompts=no.txt")
+    assert f"--prompts={Path.cwd()}/no.txt cannot be read: No such file" in fails("--prompts=no.txt")
     assert "has no prompt: write one a line" in fails(f"--prompts={tmp_path}/empty.txt")
     assert "is not UTF-8: byte 1 is 0xe4" in fails(f"--prompts={tmp_path}/latin.txt")
     assert "--seeds=1,x, but must be whole numbers" in fails("--prompt=x", "--seeds=1,x")
@@ -256,7 +257,7 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "give --interactive or prompts, not both" in fails("--interactive", "--prompt=x")
     assert "--source_prompt is missing" in fails("--prompt=x", "--edit=a.png")
     edit = ("--prompt=x", "--source_prompt=y")
-    assert "--edit=a.png cannot be read: No such file" in fails(*edit, "--edit=a.png")
+    assert f"--edit={Path.cwd()}/a.png cannot be read: No such file" in fails(*edit, "--edit=a.png")
     assert "torn.png cannot be read as a picture: " in fails(*edit, f"--edit={tmp_path}/torn.png")
     assert "latin.txt cannot be read as a picture: unsupported format" in fails(*edit, f"--edit={tmp_path}/latin.txt")
     assert "an edit of 4 steps, 4 of them skipped" in fails(*edit, f"--edit={grey[0]}", "--skip=4")

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -75,6 +76,7 @@ def decay_at(decay: float, num_updates: Array, warmup: bool) -> Array:
 
 def average(ema: Any, params: Any, decay: Array | float) -> Any:
     """Decay * ema + (1 - decay) * params, leaf by leaf in float32."""
+    chex.assert_trees_all_equal_shapes(ema, params)
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(jnp.float32), ema, params)
 
 
@@ -94,6 +96,7 @@ def staleness(distance_2: Array, decay_2: Array, memory: Memory) -> Array:
       u lag / (s sqrt(1 - noise)) of the slow average: what a restart removes over what it costs. A restart lessens the
       squared error of the slow average exactly where this is above 1.
     """
+    chex.assert_shape([distance_2, decay_2], (2,))
     square_2, lag2_2 = jnp.square(distance_2), jnp.square(memory.lag)
     # What the average held before the update, and the weights, both scatter.
     v_2 = memory.noise - jnp.square(1.0 - decay_2) + jnp.square(decay_2)
@@ -130,6 +133,7 @@ def update_ema(
     Returns:
       Averages, memory, and the staleness by which was decided (0 unless `restart_auto`).
     """
+    chex.assert_rank(num_updates, 0)
     decays = [decay_at(decay, num_updates, settings.warmup) for decay in (settings.fast, settings.slow)]
     ema = DualEma(*(average(old, params, decay) for old, decay in zip(ema, decays, strict=True)))
     decay_2 = jnp.stack(decays)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,12 +17,15 @@ def per_row(scalar_B: Array, like: Array) -> Array:
 
 def interpolate(x0_BNC: Array, noise_BNC: Array, t_B: Array) -> Array:
     """x_t = (1 - t) x_0 + t noise, shape [B, N, C]."""
+    chex.assert_equal_shape([x0_BNC, noise_BNC])
+    chex.assert_shape(t_B, x0_BNC.shape[:1])
     t = per_row(t_B, x0_BNC)
     return (1.0 - t) * x0_BNC + t * noise_BNC
 
 
 def velocity_target(x0_BNC: Array, noise_BNC: Array) -> Array:
     """The velocity of the straight path, d x_t / d t = noise - x_0."""
+    chex.assert_equal_shape([x0_BNC, noise_BNC])
     return noise_BNC - x0_BNC
 
 
@@ -108,6 +112,10 @@ def predictions(
 def _stepper(
     velocity: StepVelocity, times: Array, num_steps: Array, step_sizes: Array | None, method: str
 ) -> Callable[[Array, Array], tuple[Array, Array]]:
+    chex.assert_rank(times, 1)
+    if step_sizes is not None:
+        chex.assert_shape(step_sizes, (len(times) - 1,))
+
     def at(k: Array, x_BNC: Array) -> Array:
         t_B = jnp.broadcast_to(times[k], x_BNC.shape[:1])
         d_B = None if step_sizes is None else jnp.broadcast_to(step_sizes[k], x_BNC.shape[:1])

@@ -1,5 +1,6 @@
 """2x2 patches and their position ids, as Flux packs them."""
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +11,7 @@ PATCH = 2
 
 def patchify(latents_BhwC: Array) -> Array:
     """[B, h, w, c] -> [B, h/2 * w/2, 4 c]: tokens in raster order, packed channels ordered (c, row, column) as Flux."""
+    chex.assert_rank(latents_BhwC, 4)
     b, h, w, c = latents_BhwC.shape
     x = latents_BhwC.reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, c)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
@@ -17,6 +19,7 @@ def patchify(latents_BhwC: Array) -> Array:
 
 def unpatchify(x_BNC: Array, height: int, width: int) -> Array:
     """The inverse of `patchify` for latents of `height` x `width`."""
+    chex.assert_shape(x_BNC, (None, height // PATCH * (width // PATCH), None))
     b, _, packed = x_BNC.shape
     x = x_BNC.reshape(b, height // PATCH, width // PATCH, packed // PATCH**2, PATCH, PATCH)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, height, width, packed // PATCH**2)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -36,6 +37,8 @@ def measure_path(velocity: StepVelocity, noise_BNC: Array, times: Array) -> Path
       noise_BNC: the state at `times[0]`.
       times: decreasing, [PATH_STEPS + 1].
     """
+    chex.assert_rank(noise_BNC, 3)
+    chex.assert_shape(times, (PATH_STEPS + 1,))
     rows = lambda scalar: jnp.broadcast_to(scalar, noise_BNC.shape[:1])
     norm_B = lambda x_BNC: jnp.sqrt(jnp.sum(jnp.square(x_BNC.astype(jnp.float32)), axis=(1, 2)))
     step = lambda x_BNC, t, end: x_BNC - (t - end) * velocity(x_BNC, rows(t), rows(t - end))

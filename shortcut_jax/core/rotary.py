@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +20,7 @@ def rotary_phases(ids_L3: Array, axes: tuple[int, ...], theta: float) -> tuple[A
     Returns:
       cos and sin, each [L, K / 2], float32.
     """
+    chex.assert_shape(ids_L3, (None, len(axes)))
     columns = []
     for axis, size in enumerate(axes):
         # In float64 and then rounded, as the reference does: float32 powers would cost a digit.
@@ -30,6 +32,8 @@ def rotary_phases(ids_L3: Array, axes: tuple[int, ...], theta: float) -> tuple[A
 
 def rotate(x_BLHK: Array, cos_Lk: Array, sin_Lk: Array) -> Array:
     """Rotates adjacent channel pairs (2 i, 2 i + 1) of each head; computed in float32, returned in the input dtype."""
+    chex.assert_rank(x_BLHK, 4)
+    chex.assert_shape([cos_Lk, sin_Lk], (x_BLHK.shape[1], x_BLHK.shape[3] // 2))
     pairs = x_BLHK.astype(jnp.float32).reshape(*x_BLHK.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = cos_Lk[None, :, None, :], sin_Lk[None, :, None, :]
@@ -39,6 +43,7 @@ def rotate(x_BLHK: Array, cos_Lk: Array, sin_Lk: Array) -> Array:
 
 def sinusoidal_embedding(scalar_B: Array, size: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Array:
     """Flux's embedding of a timestep or guidance scale: cosines, then sines, of scale * scalar; [B, size], float32."""
+    chex.assert_rank(scalar_B, 1)
     half = size // 2
     # The exponent is rounded to float32, as the reference rounds it, and its exponential is exact: a guidance scale
     # times 1000 gives phases that show the last digit of a frequency.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +45,8 @@ class RowGroup:
 def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any]:
     """Splits the rows of every leaf [B, ...] into the self and flow rows of each group, order kept."""
 
+    chex.assert_equal_shape_prefix(jax.tree.leaves(tree), 1)
+
     def part(start: int, stop: int) -> Any:
         def take(x: Array) -> Array:
             grouped = x.reshape(x.shape[0] // group.size, group.size, *x.shape[1:])
@@ -71,6 +74,8 @@ def micro_batches(tree: Any, num: int, group: RowGroup) -> Any:
 
     The interleaving keeps every device's rows on that device: each micro-batch takes an equal part of each shard.
     """
+
+    chex.assert_equal_shape_prefix(jax.tree.leaves(tree), 1)
 
     def deal(x: Array) -> Array:
         rows = x.reshape(x.shape[0] // (num * group.size), num, group.size, *x.shape[1:])

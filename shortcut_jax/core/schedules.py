@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -147,6 +148,8 @@ def interval_times(count_B: Array, start_B: Array, shift_B: Array, jumps: int) -
 
     The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`.
     """
+    chex.assert_rank([count_B, start_B, shift_B], 1)
+    chex.assert_equal_shape([count_B, start_B, shift_B])
     index_BJ = start_B[:, None] * jumps + jnp.arange(jumps + 1)
     uniform_BJ = 1.0 - index_BJ / (count_B * jumps)[:, None]
     return jnp.minimum(shift_time(uniform_BJ, shift_B[:, None]), FIRST_TIME)

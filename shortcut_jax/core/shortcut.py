@@ -6,6 +6,7 @@ model tells the network the step size.
 
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +26,7 @@ def jump_target(x_BNC: Array, times_BJ: Array, velocities: Sequence[Velocity]) -
     Returns:
       The target velocity [B, N, C] in float32, through which no gradient flows.
     """
+    chex.assert_shape(times_BJ, (len(x_BNC), len(velocities) + 1))
     path_BNC = jnp.zeros_like(x_BNC)
     for j, velocity in enumerate(velocities):
         dt = per_row(times_BJ[:, j] - times_BJ[:, j + 1], x_BNC)
@@ -34,6 +36,7 @@ def jump_target(x_BNC: Array, times_BJ: Array, velocities: Sequence[Velocity]) -
 
 def scfm_target(x_BNC: Array, times_BJ: Array, first: Velocity, slow: Velocity) -> Array:
     """SCFM's target: the first J / 2 jumps by `first` (teacher or fast EMA), the other J / 2 by the slow EMA."""
+    chex.assert_shape(times_BJ, (len(x_BNC), None))
     half = (times_BJ.shape[1] - 1) // 2
     return jump_target(x_BNC, times_BJ, [first] * half + [slow] * half)
 
@@ -46,6 +49,7 @@ def shortcut_target(
     Where no row trains the smaller step (J m is not a student step count), the network is told d = 0, the
     instantaneous velocity, as the original does at its finest level.
     """
+    chex.assert_shape(count_B, x_BNC.shape[:1])
     taught_B = jnp.isin(count_B * steps.jumps, jnp.asarray(steps.counts))
 
     def jump(j: int) -> Velocity:
@@ -57,5 +61,6 @@ def shortcut_target(
 
 def squared_error(prediction_BNC: Array, target_BNC: Array) -> Array:
     """Mean squared error of each row in float32, shape [B]."""
+    chex.assert_equal_shape([prediction_BNC, target_BNC])  # subtraction alone would broadcast them
     error_BNC = prediction_BNC.astype(jnp.float32) - target_BNC.astype(jnp.float32)
     return jnp.mean(jnp.square(error_BNC), axis=tuple(range(1, error_BNC.ndim)))

@@ -7,6 +7,7 @@ prompts have in common cancels.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -71,6 +72,7 @@ def flow_edit(
       plan: 0 <= skip <= skip + plain <= steps; average at least 1.
       step_sizes: what a model with a step-size input is told at each step, shape [S]; None for other models.
     """
+    chex.assert_rank([x_BNC, times], [3, 1])
     rows = x_BNC.shape[:1]
     last = plan.steps - plan.plain
 

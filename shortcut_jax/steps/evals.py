@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -46,6 +47,7 @@ def make_validation(cfg: FluxConfig, rule: str, seed: int, guidance: float) -> C
     key = jax.random.key(seed)
 
     def validate(params: Any, batch: Batch, index_B: Array) -> Validated:
+        chex.assert_shape(index_B, batch.latents_BhwC.shape[:1])
         x0_BNC = patchify(batch.latents_BhwC.astype(jnp.float32))
         velocity_of = make_velocity(cfg, *batch.latents_BhwC.shape[1:3])
         noise = lambda index: jax.random.normal(jax.random.fold_in(key, index), x0_BNC.shape[1:])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,7 @@ def make_sampler(
         unconditional: Condition | None = None,
         scale: Array | float = 1.0,
     ) -> Array:
+        chex.assert_shape(noise_BNC, (len(condition.txt_BMT), height // PATCH * (width // PATCH), cfg.channels))
         velocity = velocity_of(params, condition)
         if unconditional is not None:
             velocity = guided(velocity, velocity_of(params, unconditional), scale)

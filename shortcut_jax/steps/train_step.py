@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -100,6 +101,8 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
 
 def make_rows(settings: StepSettings, key: Array, batch: Batch) -> Rows:
     """Patchifies a batch and draws its randomness, still as one global batch."""
+    chex.assert_rank(list(batch), [4, 3, 2])
+    chex.assert_equal_shape_prefix(list(batch), 1)
     constrain = settings.model.constrain
     x0_BNC = patchify(batch.latents_BhwC.astype(jnp.float32))
     draws = draw(key, x0_BNC.shape[0], x0_BNC.shape[1:], settings.objective)
@@ -137,6 +140,8 @@ def loss_and_gradients(
     objective = settings.objective
     networks = Networks(velocity_of, state.frozen, state.ema.fast, state.ema.slow, objective.guide)
     examples = OBJECTIVES[objective.name](rows, networks, objective)
+    chex.assert_equal_shape([examples.x_BNC, examples.target_BNC])
+    chex.assert_shape([examples.t_B, examples.step_B], examples.x_BNC.shape[:1])
     target_BNC = jax.lax.stop_gradient(examples.target_BNC)
 
     def loss_fn(params: Any) -> tuple[Array, Array]:

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +27,7 @@ def _run(settings, start, params, num, first=0):
 
 
 def _assert_scaled(tree, params, factor):
-    jax.tree.map(
-        lambda e, p: np.testing.assert_allclose(e, factor * np.asarray(p, np.float32), rtol=1e-5), tree, params
-    )
+    chex.assert_trees_all_close(tree, jax.tree.map(lambda p: factor * p.astype(jnp.float32), params), rtol=1e-5)
 
 
 def _is_equal(a, b):
@@ -45,7 +44,7 @@ def test_constant_weights_give_the_closed_form():
 def test_default_decays_are_the_published_ones():
     (ema,) = _run(EmaSettings(), _zeros(), _params(), 1)
     _assert_scaled(ema.fast, _params(), 0.01)
-    jax.tree.map(lambda e, p: np.testing.assert_allclose(e, 0.001 * p, rtol=1e-4), ema.slow, _params())
+    chex.assert_trees_all_close(ema.slow, jax.tree.map(lambda p: 0.001 * p, _params()), rtol=1e-4)
 
 
 def test_warm_up_limits_the_decay_until_it_reaches_its_own():
@@ -65,8 +64,8 @@ def test_a_restart_sets_both_to_the_weights_at_multiples_of_its_period_only():
     start = _zeros()
     plain = _run(SETTINGS, start, _params(), 2)
     history = _run(settings, start, _params(), 3)
-    assert _is_equal(history[:2], plain)
-    assert _is_equal(history[2], DualEma(_params(), _params()))
+    chex.assert_trees_all_equal(history[:2], plain)
+    chex.assert_trees_all_equal(history[2], DualEma(_params(), _params()))
 
     weights = [_params()] + [jax.tree.map(lambda p, k=k: p * (k + 2.0), _params()) for k in range(7)]
     ema, memory, restarted = start, init_memory(), []
@@ -93,7 +92,7 @@ def test_averages_of_bfloat16_weights_stay_float32_and_move():
 def test_initial_averages_are_float32_copies_that_share_no_buffer():
     params = _params()
     ema = init_ema(params)
-    assert _is_equal(ema, DualEma(params, params))
+    chex.assert_trees_all_equal(ema, DualEma(params, params))
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, ema))]
     assert len(set(buffers)) == len(buffers)
     half = init_ema(_params(jnp.bfloat16))
@@ -165,8 +164,8 @@ def test_an_automatic_restart_sets_both_to_the_weights_and_forgets():
     memory = Memory(jnp.array([1.0, 9.0]), jnp.array([0.3, 0.1]), jnp.int32(3))
     ema, memory, ratio = update_ema(ema, memory, params, jnp.int32(100), settings)
     assert float(ratio) > 1.0 and int(memory.restarts) == 4
-    assert _is_equal(ema, DualEma(params, params))
-    assert _is_equal(memory, init_memory()._replace(restarts=jnp.int32(4)))
+    chex.assert_trees_all_equal(ema, DualEma(params, params))
+    chex.assert_trees_all_equal(memory, init_memory()._replace(restarts=jnp.int32(4)))
 
 
 def test_staleness_of_averages_that_are_the_weights_is_zero():

@@ -1,4 +1,4 @@
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,18 +17,14 @@ def _tree(rows):
     return {"scalar": index, "wide": index[:, None, None] * 100 + jnp.arange(6).reshape(2, 3)}
 
 
-def _equal(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: x.shape == y.shape and bool((x == y).all()), a, b))
-
-
 @pytest.mark.parametrize("group", GROUPS)
 def test_splitting_and_merging_are_inverse(group):
     tree = _tree(24)
-    assert _equal(merge_kinds(split_kinds(tree, group), group), tree)
+    chex.assert_trees_all_equal(merge_kinds(split_kinds(tree, group), group), tree)
     parts = tuple(_tree(6 * count) for count in group.counts)
     merged = merge_kinds(parts, group)
     assert merged["wide"].shape == (24, 2, 3)
-    assert all(_equal(a, b) for a, b in zip(split_kinds(merged, group), parts, strict=True))
+    chex.assert_trees_all_equal(split_kinds(merged, group), parts)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -46,8 +42,8 @@ def test_a_group_of_one_kind_gives_all_rows_to_it(group):
     tree = _tree(8)
     parts = split_kinds(tree, group)
     assert [len(p["scalar"]) for p in parts] == [2 * count for count in group.counts]
-    assert _equal(next(part for part, count in zip(parts, group.counts, strict=True) if count), tree)
-    assert _equal(
+    chex.assert_trees_all_equal(next(part for part, count in zip(parts, group.counts, strict=True) if count), tree)
+    chex.assert_trees_all_equal(
         merge_kinds([part if count else None for part, count in zip(parts, group.counts, strict=True)], group), tree
     )
 
