@@ -1,16 +1,23 @@
 """What the README shows has to work."""
 
+import importlib
 import re
+import shutil
 from pathlib import Path
 
 import jax
+import pytest
+from PIL import Image
 
+from shortcut_jax import command
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.check_data import check_data
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.resolve import from_config
+from tests.conftest import LORA, SMALL_RUN
+from tests.readme_commands import README, shown
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_config_it_shows_can_be_trained(data_dir):
@@ -26,7 +33,61 @@ def test_the_config_it_shows_can_be_trained(data_dir):
 
 
 def test_groups_of_fields_are_where_it_says():
-    package = Path(__file__).parent.parent / "shortcut_jax"
+    package = ROOT / "shortcut_jax"
     for group, name in re.findall(r"`(\w+)` \(`(\w+/\w+\.py)`\)", README):
         assert f"\n    {group}: " in (package / "settings.py").read_text()
         assert "@dataclass" in (package / name).read_text()
+
+
+class ParsedError(Exception):
+    """The options of a command that has been parsed and shall not run."""
+
+
+@pytest.mark.parametrize(("module", "arguments"), shown(), ids=lambda part: part if isinstance(part, str) else "")
+def test_every_command_is_understood(module, arguments, monkeypatch):
+    parse = command.parse
+
+    def parse_only(*args, **options):
+        raise ParsedError(parse(*args, **options))
+
+    monkeypatch.setattr(command, "parse", parse_only)
+    with pytest.raises(ParsedError) as parsed:
+        importlib.import_module(f"shortcut_jax.{module}").main([module, *arguments])
+    (options,) = parsed.value.args
+    if getattr(options, "config", None) is not None:
+        from_config(options.config)
+
+
+def _small(module, arguments, data_dir):
+    """Flags that make a command of the digits small; None for one that is not run here."""
+    text = " ".join(arguments)
+    if module == "train" and re.search("^--config=configs/digits", text) and not re.search("4000|runs/[^m]", text):
+        values = {**SMALL_RUN, "data.dir": data_dir}
+        if "digits_distill" in text:
+            values |= {key.replace("__", "."): value for key, value in LORA.items()}
+        return {f"--config.{key}": value for key, value in values.items()}
+    if module == "evaluate" and "runs/digits" in text:
+        return {"--images": 20, "--steps": 1, "--other_steps": 1, "--other_images": 20, "--data_dir": data_dir}
+    if module in ("sample", "convert") and re.search("runs/(digits|mine)", text) and "--interactive" not in text:
+        return {}
+    return None
+
+
+@pytest.mark.slow
+def test_the_road_of_the_digits_works_from_a_relative_folder(trained, data_dir, tmp_path, monkeypatch, one_device):
+    """Every command about the digits in its order, with a small network and few steps; the first run is given."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    for name in ("digits-scfm", "digits-teacher"):
+        shutil.copytree(trained, Path("runs") / name)
+    Path("prompts.txt").write_text("a handwritten digit three\na handwritten digit nine\n")
+    for module, arguments in shown():
+        small = _small(module, arguments, data_dir)
+        if small is not None:
+            kept = [argument for argument in arguments if argument.split("=")[0] not in small]
+            flags = [f"{name}={value}" for name, value in small.items()]
+            assert importlib.import_module(f"shortcut_jax.{module}").main([module, *kept, *flags]) == 0
+    with Image.open("seven.png") as seven, Image.open("one.png") as one:
+        assert seven.size == one.size == (8, 8)
+    written = {"lora.safetensors", "comfy.safetensors", "merged", "mine", "runs/digits-scfm/evaluation/evaluation.html"}
+    assert all(Path(name).exists() for name in written)

@@ -1,0 +1,44 @@
+"""The commands that the README shows, as a shell would read them."""
+
+import re
+import shlex
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+MODULE = "shortcut_jax."
+
+
+def shown():
+    """[(module, arguments)] of every `python -m shortcut_jax.X` of the README's blocks, in order."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [command for language, block in blocks if not language for command in _read(block)]
+
+
+def _read(block):
+    lines = re.sub(r"\\\n\s*", "", block).splitlines()
+    variables, loop = {}, None
+    for line in lines:
+        if assigned := re.fullmatch(r'(\w+)="(.*)"', line):
+            variables[assigned[1]] = assigned[2]
+        elif started := re.fullmatch(r"for (\w+) in (.*); do", line):
+            loop = started[1], started[2].split()
+        elif line == "done":
+            loop = None
+        else:
+            for value in loop[1] if loop else [None]:
+                yield from _commands(_substituted(line, variables | ({loop[0]: value} if loop else {})))
+
+
+def _substituted(line, variables):
+    return re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
+
+
+def _commands(line):
+    words = []
+    for word in [*shlex.split(line, comments=True), "&&"]:
+        if word != "&&":
+            words.append(word)
+            continue
+        if words[:2] == ["python", "-m"] and words[2].startswith(MODULE):
+            yield words[2].removeprefix(MODULE), words[3:]
+        words = []
