@@ -117,7 +117,7 @@ class Output:
         elif not self._path.absolute().parent.is_dir():
             raise UsageError(f"--out={target}: the folder {self._path.parent} is not there")
         check_place(self._path, "--out", folder=self.is_folder)
-        taken = [int(p.stem) for p in self._path.glob("*.png") if p.stem.isdigit()] if count_on else []
+        taken = [int(p.stem) for p in self._path.glob("*.png") if p.stem.isdecimal()] if count_on else []
         self._next = max(taken, default=-1) + 1
         self._kept: list[tuple[np.ndarray, Record]] = []
         self._strips: list[tuple[np.ndarray, Record]] = []

@@ -27,7 +27,7 @@ from shortcut_jax.report import grid_captions, judge, make_reference, sample_gri
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import agreement, distributed
 from shortcut_jax.runtime.agreement import check_devices
-from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
+from shortcut_jax.runtime.checkpoint import Checkpoints, step_folders, stored_config
 from shortcut_jax.runtime.claim import Claim
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
@@ -38,7 +38,7 @@ from shortcut_jax.runtime.peers import Peers
 from shortcut_jax.runtime.shared_folder import check_folder, check_place
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
-from shortcut_jax.settings import Settings, read_stored, to_dict
+from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -121,8 +121,13 @@ def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
         return True
     if not (workdir / "config.json").is_file():
         return False  # someone else's checkpoint
-    stored = json.loads((workdir / "config.json").read_text())
-    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    try:
+        stored = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{workdir / 'config.json'} cannot be read: {error}; delete it, or give another init_from"
+        ) from None
+    steps = step_folders(workdir / "checkpoints")
     same = not compare(read_stored(stored), record_of(teacher))["identity"]
     return same and max(steps, default=0) < teacher.settings.steps
 

@@ -20,7 +20,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     """A JSON object. Raises ConversionError, which names `where`, if the text is none."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{where} is not a JSON object")
