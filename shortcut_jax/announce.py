@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.caption_lengths import tell_cuts
+from shortcut_jax.check_training import decay_notice
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.schedule import BatchSchedule
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.resolve import objective_settings
-from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.distributed import say, tell
+from shortcut_jax.unused import unused
 
 
 def announce(assembly: Assembly, workdir: Path, start: int) -> None:
@@ -25,6 +28,7 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         + (f", resuming at step {start}" if start else "")
         + ("; all steps are done" if start >= s.steps else "; compiling the first step")
     )
+    tell([*unused(s), *decay_notice(assembly)])
     if s.guide != "told":
         student, first, slow = assembly.evaluations
         say(
@@ -40,6 +44,7 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
 def announce_data(assembly: Assembly, data: TrainingData) -> None:
     """Tells what an epoch is made of, where that is not plain: several sets or sizes, or less than a batch."""
     rows, records = assembly.batch_size, data.num_records
+    tell(tell_cuts(data))
     if records < rows:
         say(f"{records} images for {rows} rows a step: each is repeated, with noise of its own")
     if len(data.sets) > 1:

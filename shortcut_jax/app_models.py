@@ -17,12 +17,13 @@ from shortcut_jax.generate import Generator
 from shortcut_jax.initial import rescaled
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.distributed import tell
 from shortcut_jax.runtime.sharding import tree_shardings
 from shortcut_jax.settings import Settings
-from shortcut_jax.sources import open_lora, param_shapes, place
+from shortcut_jax.sources import open_loras, param_shapes, place
 from shortcut_jax.steps.views import Adapted
 from shortcut_jax.text_to_image import TextToImage
-from shortcut_jax.weights.lora import Factors, Modules, record_of, scales, stack
+from shortcut_jax.weights.lora import record_of, scales, stack
 from shortcut_jax.weights.rules import nest
 
 FEW = 4
@@ -165,15 +166,10 @@ class _Adjustable(TextToImage):
         super().__init__(folder)
         self.strength, self._adapters = 1.0, None
         config = self.models["flux"].config
-        opened: list[Modules] = []
-        for path, strength in loras:
-            path = Path(path).expanduser()
-            if not path.exists():
-                raise ConvertedError(f"the LoRA {path} is not there")
-            modules, _ = open_lora(path, config)
-            opened.append({k: f._replace(alpha=f.alpha * strength) for k, f in modules.items()})
-        if opened:
-            shapes, modules = param_shapes("flux", config), added(opened)
+        if loras:
+            modules, notes = open_loras(loras, config)
+            tell(notes)
+            shapes = param_shapes("flux", config)
             arrays = rescaled(stack(modules, shapes), scales(record_of(modules), shapes), 1.0)
             wanted = nest({k: jax.ShapeDtypeStruct(x.shape, jnp.float32) for k, x in arrays.items()})
             shardings = tree_shardings(self.mesh, wanted)
@@ -188,17 +184,6 @@ class _Adjustable(TextToImage):
         if self._adapters is None:
             return weights
         return weights | {"flux": Adapted(weights["flux"], self._adapters, jnp.float32(self.strength))}
-
-
-def added(adapters: Sequence[Modules]) -> Modules:
-    """Several sets of adapters as one that adds all their products: their factors side by side."""
-    result: Modules = {}
-    for name in dict.fromkeys(name for modules in adapters for name in modules):
-        found = [modules[name] for modules in adapters if name in modules]
-        down = np.concatenate([np.asarray(f.down, np.float32) for f in found])
-        up = np.concatenate([f.scale * np.asarray(f.up, np.float32) for f in found], axis=1)
-        result[name] = Factors(down, up, float(len(down)))
-    return result
 
 
 class ConvertedPipeline:

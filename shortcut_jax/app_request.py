@@ -108,7 +108,7 @@ def make_request(offer: Offer, values: Mapping[str, Any]) -> Request:
         _whole("steps", get("steps", 4), 1, MAX_STEPS),
         _whole("num", get("num", 4), 1, MAX_PICTURES),
         _whole("seed", get("seed", 0), 0, MAX_SEED),
-        _number("guidance", get("guidance", offer.guidance), offer.min_guidance, MAX_GUIDANCE),
+        _guidance(get("guidance", offer.guidance), offer.min_guidance),
         view,
         _number("lora_scale", get("lora_scale", 1.0), -MAX_LORA_SCALE, MAX_LORA_SCALE),
         _size("height", values, offer.height, offer.max_size),
@@ -138,6 +138,13 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     if not low <= value <= high:
         raise RequestError(f"{name} is {_shown(value)}, but must be {low:g} to {high:,g}")
     return float(value)
+
+
+def _guidance(value: Any, low: float) -> float:
+    """Where the least scale is that of no guidance, 0 means none too, as in diffusers."""
+    if low > 0 and not isinstance(value, bool) and value == 0:
+        return 1.0
+    return _number("guidance", value, low, MAX_GUIDANCE)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

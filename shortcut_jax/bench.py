@@ -4,8 +4,6 @@ Two variants are timed in turn, A B A B ..., in one process, so that their ratio
 `--sample` it times sampling instead: see `bench_sampling`.
 """
 
-import ast
-import functools
 import re
 import statistics
 import time
@@ -16,12 +14,14 @@ import jax
 import numpy as np
 
 from shortcut_jax import command
-from shortcut_jax.assemble import Assembly
 from shortcut_jax.bench_sampling import bench_sampling
+from shortcut_jax.check_training import assemble_training
 from shortcut_jax.command import UsageError
+from shortcut_jax.config_file import set_field
+from shortcut_jax.fields import unknown
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.settings import Settings
+from shortcut_jax.settings import Settings, known_fields, parse_field
 
 USAGE = (
     "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm | --sample] [--steps=20]"
@@ -32,7 +32,7 @@ class Contender:
     """One compiled config on random data of the right shapes."""
 
     def __init__(self, name: str, settings: Settings):
-        self.name, self.assembly = name, Assembly(settings)
+        self.name, self.assembly = name, assemble_training(settings)
         self.seconds: list[float] = []
         say(f"compiling {name}")
         begin = time.perf_counter()
@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("batches", ["1", "64"], "With --sample: pictures sampled at once.", flag_values=values)
     flags.DEFINE_list("counts", ["1", "4", "32"], "With --sample: sampling step counts.", flag_values=values)
     flags.DEFINE_integer("turns", 7, "With --sample: turns.", flag_values=values)
-    options = command.parse(values, argv, USAGE, required=["config"])
+    options = command.parse(values, argv, USAGE, required=["config"], configs=["config", "vs"])
+    command.only_with(options, "--sample", options.sample, ("batches", "counts", "turns"))
+    command.only_with(options, "step times, not with --sample", not options.sample, ("steps", "stretch", "vs", "vary"))
     if options.sample:
         batches, counts = (command.whole_numbers(name, getattr(options, name), 1) for name in ("batches", "counts"))
         if options.turns < 1:
@@ -98,34 +100,20 @@ def _variants(options: Any) -> list[tuple[str, Settings]]:
     if vary is None:
         return [("config", from_config(config))]
     key, _, choices = vary.partition("=")
+    if key not in known_fields():
+        first = re.split(_COMMA, choices)[0]
+        reason = unknown(key, tuple(known_fields()))
+        raise UsageError(f"--vary={vary}: {key!r} cannot be set to {first!r}: {reason}")
     variants = []
     for choice in re.split(_COMMA, choices):
         changed = config.copy_and_resolve_references()
-        try:
-            *folders, leaf = key.split(".")
-            node = functools.reduce(lambda n, folder: n[folder], folders, changed)
-            value = choice if node.get_type(leaf) is str else _value(choice)
-            with node.ignore_type():  # the settings check it, and say what it must be
-                node[leaf] = value
-            settings = from_config(changed)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"--vary={vary}: {key!r} cannot be set to {choice!r} ({type(error).__name__})") from error
-        variants.append((f"{key}={choice}", settings))
+        set_field(changed, key, parse_field(key, choice))
+        variants.append((f"{key}={choice}", from_config(changed)))
     return variants
 
 
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")
 """A comma outside of brackets, between two values."""
-
-
-def _value(text: str) -> Any:
-    """A value as on a config's command line: a Python literal, true or false, or else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def table(contenders: Sequence[Contender]) -> str:

@@ -1,18 +1,26 @@
 """Command lines: absl flags and an ml_collections config, parsed without global state; errors as one line."""
 
 import math
+import os
+import platform
+import re
 import sys
+import textwrap
 import time
 import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
 
+from shortcut_jax import __version__
+from shortcut_jax.config_file import load_config
 from shortcut_jax.data.format import DataError
 from shortcut_jax.errors import UserError
+from shortcut_jax.fields import field_help
 from shortcut_jax.local_path import local_path
 from shortcut_jax.runtime import failures
 from shortcut_jax.runtime.agreement import AgreementError
@@ -22,7 +30,7 @@ from shortcut_jax.runtime.lobby import JoinError
 from shortcut_jax.runtime.safetensors import SafetensorsError
 from shortcut_jax.runtime.shared_folder import FolderError
 from shortcut_jax.runtime.targets import TargetError
-from shortcut_jax.settings import ConfigError
+from shortcut_jax.settings import ConfigError, Settings, known_fields
 from shortcut_jax.weights.rules import ConversionError
 
 
@@ -40,6 +48,9 @@ PATH_FLAGS = (
     *("tokenizer", "tokenizer_2", "data_dir", "tfds_dir"),
 )
 """The flags, of whatever command, whose values are paths: made absolute before anything else sees them."""
+
+_LONGEST_LINE = 400
+"""Characters of what the parser of flags says: it repeats a value, however long."""
 
 EXPECTED_ERRORS: tuple[type[Exception], ...] = (
     UserError,
@@ -60,17 +71,24 @@ EXPECTED_ERRORS: tuple[type[Exception], ...] = (
 
 
 def new_flags() -> flags.FlagValues:
-    """An empty set of flags with `--help`."""
+    """An empty set of flags with `--help` and `--version`."""
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("helpfull", False, "Show this help.", flag_values=values)
+    flags.DEFINE_boolean("version", False, "Show the version.", flag_values=values)
     return values
 
 
 def define_config(values: flags.FlagValues, name: str, help_text: str, argv: Sequence[str]) -> None:
-    """Adds a flag for a config file, with `--name.key=value` overrides."""
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file(name, None, help_text, flag_values=values, sys_argv=list(argv))
+    """Adds a flag for a config file, and one for each `--name.key=value` override of a command line."""
+    flags.DEFINE_string(name, None, help_text, flag_values=values)
+    known = known_fields()
+    override = re.compile(rf"--?(?:no)?({name}\.([^=]+))(?:=.*)?", re.DOTALL)
+    for argument in values.read_flags_from_files(list(argv), force_gnu=False):
+        match = override.fullmatch(argument)
+        if match and match[1] not in values:
+            flags.DEFINE_multi_string(match[1], None, "Overrides a config key.", flag_values=values)
+            values[match[1]].boolean = known.get(match[2]) is bool
 
 
 def define_place(values: flags.FlagValues) -> None:
@@ -103,6 +121,20 @@ def which_model(options: types.SimpleNamespace, only_with: Mapping[str, Iterable
     return kind
 
 
+def only_with(options: types.SimpleNamespace, what: str, there: bool, names: Iterable[str]) -> None:
+    """Raises UsageError where a flag is given that goes with `what`, and `what` is not `there`."""
+    lost = [f"--{name}" for name in names if name in options.given]
+    if lost and not there:
+        raise UsageError(f"{' and '.join(lost)} can only go with {what}")
+
+
+def note_unused(options: types.SimpleNamespace, reason: str, names: Iterable[str]) -> None:
+    """Says which of some flags are given for nothing, and with what they are unused."""
+    lost = [f"--{name}" for name in names if name in options.given]
+    if lost:
+        print(f"note: unused with {reason}: {', '.join(lost)}", file=sys.stderr, flush=True)
+
+
 def adapters(options: types.SimpleNamespace) -> list[tuple[str, float]]:
     """Each `--lora` and its `--lora_scale`, 1 by default. Raises UsageError for unequal numbers of them."""
     loras = options.lora or []
@@ -122,8 +154,12 @@ def check_finite(name: str, numbers: Iterable[float]) -> None:
 def whole_numbers(name: str, texts: Sequence[str], least: int, most: int | None = None) -> list[int]:
     """An option's list of whole numbers, at least one. Raises UsageError for anything else, or out of bounds."""
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-    if not texts or not all(t.strip().isdigit() and least <= int(t) <= (most or int(t)) for t in texts):
-        raise UsageError(f"--{name}={','.join(texts)}, but must be whole numbers {bounds}")
+    fits = lambda t: t.isdecimal() and len(t) <= 18 and least <= int(t) <= (most or int(t))
+    if not texts or not all(fits(t.strip()) for t in texts):
+        given = ",".join(texts)
+        raise UsageError(
+            f"--{name}={given if len(given) <= 80 else given[:77] + '...'}, but must be whole numbers {bounds}"
+        )
     return [int(t) for t in texts]
 
 
@@ -147,28 +183,51 @@ def read_prompts(name: str, path: str) -> list[str]:
 
 
 def parse(
-    values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str] = ()
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    usage: str,
+    required: Sequence[str] = (),
+    configs: Sequence[str] = (),
 ) -> types.SimpleNamespace:
-    """Parses a command line and returns the value of each flag by name.
+    """Parses a command line.
+
+    Args:
+      values: the flags of the command.
+      argv: the command and its arguments.
+      usage: of the command.
+      required: flags that have to be given.
+      configs: flags that `define_config` added.
+
+    Returns:
+      The value of each flag by name; for each config flag the config with its overrides, and the file as `NAME_path`;
+      `given`, the names of the flags on the command line, and `overridden`, the config keys on it.
 
     Raises:
-      UsageError: unknown flags or keys, unreadable values, stray words or missing required flags, in one line.
+      UsageError: unknown flags, unreadable values, a flag given twice, stray words or missing required flags.
+      ConfigError: a config file that gives no config, or an override that is no value of its key.
       PathError: a path that is not one of this machine.
-      SystemExit: after `--help`.
+      SystemExit: after `--help` and `--version`.
     """
+    _check_text(argv)
     try:
         rest = values(list(argv))
-        # A config that could not be loaded tells so only when it is asked for.
-        options = types.SimpleNamespace(**{name: values[name].value for name in values})
-        for value in vars(options).values():
-            hasattr(value, "items")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise UsageError(_one_line(error)) from error
-    if options.help:
-        print(f"{usage}\n{values.get_help()}")
+    except (flags.Error, ValueError) as error:
+        line = _one_line(error)
+        raise UsageError(line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}...") from error
+    overrides = {name for name in values if name.partition(".")[0] in configs and "." in name}
+    names = [name for name in values if name not in overrides]
+    options = types.SimpleNamespace(**{name: values[name].value for name in names})
+    options.given = frozenset(name for name in names if values[name].present)
+    if options.help or options.helpfull:
+        print(f"{usage}\n{values.get_help()}{config_help(configs[0]) if configs else ''}")
+        raise SystemExit(0)
+    if options.version:
+        print(f"shortcut_jax {__version__}, jax {metadata.version('jax')}, python {platform.python_version()}")
         raise SystemExit(0)
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}; {usage}")
+    _check_given_once(values)
+    _check_numbers(values)
     for name in required:
         if getattr(options, name) is None:
             raise UsageError(f"--{name} is missing; {usage}")
@@ -178,7 +237,61 @@ def parse(
             several = isinstance(value, list)
             paths = [_absolute(name, text) for text in (value if several else [value])]
             setattr(options, name, paths if several else paths[0])
+    for name in configs:
+        texts = {key.partition(".")[2]: values[key].value or [] for key in overrides if key.startswith(f"{name}.")}
+        _load_config(options, name, {key: several[0] for key, several in texts.items() if several})
+    options.overridden = frozenset(key.partition(".")[2] for key in overrides)
     return options
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    """Raises UsageError for an argument that is not UTF-8 (Python gives its bytes as lone surrogates)."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the argument {os.fsencode(argument)!r} is not UTF-8: write it in UTF-8") from None
+
+
+def _check_given_once(values: flags.FlagValues) -> None:
+    """Raises UsageError for a flag of one value that is given several times: all but the last would be lost."""
+    for name in values:
+        flag = values[name]
+        one = "." in name or not isinstance(flag, flags.MultiFlag)
+        if one and flag.present > 1:
+            which = f" ({', '.join(map(str, flag.value))})" if isinstance(flag.value, list) and "." in name else ""
+            raise UsageError(f"--{name} is given {flag.present} times{which}, but takes one value: give it once")
+
+
+def _check_numbers(values: flags.FlagValues) -> None:
+    """Raises UsageError for numbers that no flag can mean: not finite, or beyond what is counted in 32 bits."""
+    for name in values:
+        value = values[name].value
+        numbers = value if isinstance(value, list) else [value]
+        check_finite(name, [n for n in numbers if isinstance(n, float)])
+        bits = 32 if name == "seed" else 31
+        if any(isinstance(n, int) and abs(n) >= 2**bits for n in numbers):
+            raise UsageError(f"--{name} is out of range: it must be less than 2^{bits} = {2**bits}")
+
+
+def _load_config(options: types.SimpleNamespace, name: str, overrides: Mapping[str, str]) -> None:
+    given = getattr(options, name)
+    if given is None:
+        if overrides:
+            raise UsageError(f"--{name}.{min(overrides)} is given without --{name}: name the config file")
+        return
+    path = local_path(given, f"--{name}")
+    setattr(options, f"{name}_path", path)
+    setattr(options, name, load_config(path, overrides))
+
+
+def config_help(flag: str) -> str:
+    """The fields of a config: name, type, default and help, a paragraph each."""
+    fields = "\n".join(
+        textwrap.fill(f"--{flag}.{name}: {text} ({default})", 100, initial_indent="  ", subsequent_indent="    ")
+        for name, default, text in field_help(Settings())
+    )
+    return f"\n\nfields of a config, with their types and defaults (None unsets what may be None):\n{fields}\n"
 
 
 def _absolute(name: str, given: str) -> str:
@@ -189,13 +302,8 @@ def _absolute(name: str, given: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error.args[0] if len(error.args) == 1 else error).replace("\\n", "\n").replace("\\'", "'")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    line = " ".join(lines).split(" Other fields present")[0]
-    if isinstance(error, KeyError | AttributeError):  # whose messages come in quotes; others may end in one
-        line = line.strip("'\"")
-        line = f"unknown config key: {line}"
-    return line or type(error).__name__
+    text = str(error.args[0] if len(error.args) == 1 else error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     options = command.parse(values, argv, USAGE, required=["workdir"])
     check_place(Path(f"{options.out}.md"), "--out", folder=False)
     steps = command.whole_numbers("steps", options.steps, 1)
-    seeds = command.whole_numbers("seeds", options.seeds, 0)
+    seeds = command.whole_numbers("seeds", options.seeds, 0, 2**32 - 1)
     pipelines = [Pipeline(w, options.view, max_steps=max(steps), batch_size=256) for w in options.workdir]
     names = [p.settings.objective for p in pipelines]
     if len(set(names)) < len(names):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
@@ -34,22 +35,26 @@ from shortcut_jax.runtime.converted import (
 )
 from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.runtime.shared_folder import check_place
-from shortcut_jax.runtime.tokenizers import CLIP, check_tokenizer, copy_tokenizer
+from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab, copy_tokenizer
 from shortcut_jax.sources import (
     JUDGES,
     Model,
     bases_of,
+    check_geometry,
     holds_lora,
     needs_fresh_embedding,
     network_of,
     open_lora,
+    open_loras,
     open_models,
     param_shapes,
     sampling_of,
+    scheduler_notes,
 )
 from shortcut_jax.steps.views import VIEWS
-from shortcut_jax.weights.lora import Merged, Modules, record_of, stack
-from shortcut_jax.weights.lora_files import to_kohya, to_peft
+from shortcut_jax.weights.finite import Finite
+from shortcut_jax.weights.lora import Merged, Modules, check_finite, record_of, stack
+from shortcut_jax.weights.lora_files import kohya_notes, to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
 from shortcut_jax.weights.rules import ConversionError
 
@@ -57,7 +62,7 @@ FORMATS = ("orbax", "diffusers", "bfl", "comfy")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 USAGE = (
     "usage: python -m shortcut_jax.convert --from=PATH [--from=PATH ...] --to=PATH "
-    "[--format=orbax|diffusers|bfl|comfy] [--dtype=float32|bfloat16] [--lora=PATH]"
+    "[--format=orbax|diffusers|bfl|comfy] [--dtype=float32|bfloat16] [--lora=PATH [--lora_scale=N] ...]"
 )
 
 
@@ -97,7 +102,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("format", "orbax", FORMATS, "What to write.", flag_values=values)
     flags.DEFINE_enum("view", None, VIEWS, "Weights of a workdir; slow by default.", flag_values=values)
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Cast to; as stored by default.", flag_values=values)
-    flags.DEFINE_string("lora", None, "LoRA to merge into the transformer, in float32.", flag_values=values)
+    several("lora", None, "LoRA to merge into the transformer, in float32; several are added up.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of each --lora; 1 by default.", flag_values=values)
     flags.DEFINE_string("base", None, "Checkpoint that adapters given by --from belong to.", flag_values=values)
     flags.DEFINE_boolean("merged", False, "Write a workdir's adapters merged into their base.", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "Folder of CLIP's tokenizer.", flag_values=values)
@@ -106,8 +112,10 @@ def main(argv: Sequence[str]) -> int:
     options = command.parse(values, argv, USAGE, required=["from", "to"])
     target = Path(options.to).expanduser().resolve()
     sources = [Path(p).expanduser().resolve() for p in getattr(options, "from")]
-    others = [getattr(options, name) for name in ("lora", "base", *exported.TOKENIZERS)]
+    others = [*(options.lora or []), *(getattr(options, name) for name in ("base", *exported.TOKENIZERS))]
     _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
+    command.check_finite("lora_scale", options.lora_scale or [])
+    options.loras = command.adapters(options)
     check_place(target, "--to", folder=False)
     job = _gather(sources, options)
     _check_format(job, options.format)
@@ -115,6 +123,8 @@ def main(argv: Sequence[str]) -> int:
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
         )
+    if job.lora and options.format == "comfy":
+        tell(kohya_notes(job.lora[0]))
     _check_space(job, target)
     files = _files(job, options.format)
     if target.is_dir() and (len(files) == 1 or (job.lora and options.format != "orbax")):
@@ -142,6 +152,8 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
     if options.base and not options.merged:
         raise UsageError("--base goes with a LoRA given by --from; to merge one use --lora")
     _check_merged(sources, options)
+    folders = _tokenizers(sources, options)
+    tokenizers = {name: Tokenizer(folder, name) for name, folder in folders.items()}  # read, for copies are not
     models: dict[str, Model] = {}
     sampling: Sampling | None = None
     for source in sources:
@@ -150,14 +162,20 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
             if model.kind in models:
                 raise UsageError(f"two of the sources hold a {model.kind} model: {models[model.kind].origin}; {source}")
             models[model.kind] = model
+            if (source / RECORD).is_file():
+                check_geometry(model)
             _tell(model)
         if sampling is None or any(m.kind == "flux" for m in found):
             sampling = sampling_of(source, found)
+            tell(scheduler_notes(source))
     models = {kind: _changed(model, options) for kind, model in models.items()}
     if options.lora and "flux" not in models:
         raise UsageError("--lora is merged into a Flux transformer, but no --from holds one")
+    for name, kind in ((CLIP, "clip"), (T5, "t5")):
+        if name in tokenizers and kind in models:
+            check_vocab(folders[name], tokenizers[name], models[kind].config.vocab)
     assert sampling is not None
-    return Job(models, sampling, None, _tokenizers(sources, options))
+    return Job(models, sampling, None, folders)
 
 
 def _check_merged(sources: Sequence[Path], options: Any) -> None:
@@ -197,6 +215,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
     if options.dtype:
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
+        check_finite(modules)
     return Job({}, Sampling(), (modules, base), {})
 
 
@@ -210,14 +229,17 @@ def _tell(model: Model) -> None:
 def _changed(model: Model, options: Any) -> Model:
     """The model with the LoRA merged and in the dtype that is asked for."""
     params: Mapping[str, np.ndarray] = model.params
-    if options.lora and model.kind == "flux":
-        modules, notes = open_lora(Path(options.lora).expanduser().absolute(), model.config)
+    if options.loras and model.kind == "flux":
+        modules, notes = open_loras(options.loras, model.config)
         params = Merged(params, modules, shapes_of(params))
-        say(f"merging a LoRA of {len(modules)} modules")
+        what = "a LoRA" if len(options.loras) == 1 else f"the sum of {len(options.loras)} LoRAs"
+        scaled = " + ".join(f"{scale:g} x {Path(path).name}" for path, scale in options.loras)
+        say(f"merging {what} of {len(modules)} modules: {scaled}")
         tell(notes)
+    before = None if params is model.params else model.params
     if options.dtype:
-        params = Cast(params, DTYPES[options.dtype])
-    return model._replace(params=params)
+        before, params = params, Cast(params, DTYPES[options.dtype])
+    return model._replace(params=Finite(params, before))
 
 
 def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
@@ -229,7 +251,6 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
         beside += [s for s in sources if name == CLIP and (s / "merges.txt").is_file()]
         if given or beside:
             found[name] = Path(given).expanduser() if given else beside[0]
-            check_tokenizer(found[name], name)
     return found
 
 
@@ -238,6 +259,8 @@ def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path],
     if target.exists() and not overwrite:
         raise UsageError(f"{target} is there already: give another --to, or --overwrite")
     given = (*sources, *others)
+    if absent := next((path for path in given if not path.exists()), None):
+        raise UsageError(f"{absent} is not there{download_hint(absent)}")
     for path in (*given, *(base.resolve() for place in given for base in bases_of(place))):
         if target == path or target in path.parents or path in target.parents:
             raise UsageError(f"--to={target} and {path}, which is read, overlap: write somewhere else")
@@ -336,7 +359,7 @@ def _write_diffusers(job: Job, folder: Path, progress: exported.Progress) -> Non
         component = folder / exported.COMPONENTS[kind].folder
         exported.write_component(component, kind, model.config, model.params, progress)
     _copy_tokenizers(job, folder)
-    exported.write_pipeline_index(folder, list(job.models), job.sampling.shift)
+    exported.write_pipeline_index(folder, list(job.models), job.sampling)
 
 
 def _copy_tokenizers(job: Job, folder: Path) -> None:

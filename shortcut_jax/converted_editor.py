@@ -39,6 +39,7 @@ class Editor:
         draws: Draws | None = None,
         shift: float | None = None,
         text_tokens: int | None = None,
+        quiet: bool = False,
     ) -> np.ndarray:
         """Pictures of what `source_prompt` says, changed to what `prompt` says, uint8; see `steps.editing`.
 
@@ -55,6 +56,7 @@ class Editor:
           draws: noise of each picture; by default the i-th of seed 0.
           shift: as in a call of the pipeline.
           text_tokens: as in a call of the pipeline.
+          quiet: as in a call of the pipeline.
 
         Raises:
           ValueError: numbers or a size out of range.
@@ -63,6 +65,7 @@ class Editor:
         ours, (num, height, width) = self._pipeline, pictures_BhwC.shape[:3]
         plan = make_plan(steps, skip, plain, average)
         ours.check([source_prompt, prompt], steps, guidance, height, width, num, text_tokens, shift)
+        ours.tell([source_prompt, prompt], text_tokens, quiet)
         size = ours.latent_size(height, width)
         shift = ours.sampling.shift.at(size[0] * size[1] // PATCH**2) if shift is None else shift
         pairs = [(source_prompt, guidance if source_guidance is None else source_guidance), (prompt, guidance)]
@@ -80,10 +83,10 @@ class Editor:
     @cached_property
     def _edit(self) -> Callable[..., Array]:
         """Compiled once for each size, number of pictures and bound of the step count."""
-        cfg = self._pipeline.models["flux"].config
+        cfg, spacing = self._pipeline.models["flux"].config, self._pipeline.sampling.spacing
 
         @partial(jax.jit, static_argnames=("size", "bound"))
         def edit(params: Any, shift: Array, *rest: Any, size: tuple[int, int], bound: int) -> Array:
-            return make_editor(cfg, *size, bound, shift, bound)(params, *rest)
+            return make_editor(cfg, *size, bound, shift, bound, spacing)(params, *rest)
 
         return edit

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.check_training import assemble_training, decay_notice
 from shortcut_jax.core.tree import count_parameters, flat_paths
 from shortcut_jax.explain import SMALL, Explanation, explain, tell
 from shortcut_jax.runtime.hlo import compile_and_partition, count_kinds
 from shortcut_jax.runtime.targets import target_devices
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState
+from shortcut_jax.unused import unused
 
 GB = 1e9
 
@@ -35,7 +37,9 @@ def run(settings: Settings, target: str | None, limit_gb: float | None, explaine
       ConfigError: settings and devices do not go together.
     """
     devices = None if target is None else target_devices(target)
-    assembly = Assembly(settings, devices)
+    assembly = assemble_training(settings, devices)
+    for line in (*unused(settings), *decay_notice(assembly)):
+        print(line)
     shapes = assembly.state_shapes
     parameters = count_parameters(assembly.network_shapes)
     shards = assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor

@@ -29,7 +29,7 @@ from shortcut_jax.runtime.sharding import (
     replicated,
     tree_shardings,
 )
-from shortcut_jax.sources import Model, abstract_params, open_models, place
+from shortcut_jax.sources import Model, buildable_params, open_models, place
 from shortcut_jax.weights.rules import nest
 
 _PIXELS_AT_ONCE = 2**20
@@ -56,7 +56,7 @@ def place_on(mesh: Mesh, model: Model, part: str | None = None) -> Any:
     Raises:
       ConvertedError: files are damaged, or parameters are missing.
     """
-    shapes, specs = abstract_params(model.kind, model.config), model.specs
+    shapes, specs = buildable_params(model), model.specs
     shapes = shapes if part is None else {part: shapes[part]}
     shardings, wanted = flat_paths(tree_shardings(mesh, shapes)), {}
     for name, leaf in flat_paths(shapes).items():

@@ -35,6 +35,10 @@ from shortcut_jax.runtime.shared_folder import check_folder, check_place
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
 ONLY_WITH = {"workdir": (), "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale")}
 """What is judged -> the options that go with it only."""
+OF_A_REFERENCE = {"save_reference", "reference", "features", "inception", "resize"} | {
+    *("coordinator", "num_processes", "process_id", "join_timeout")
+}
+"""The options that `--save_reference` uses."""
 FEATURES = ("auto", "inception", "pixels", "random")
 
 
@@ -125,9 +129,14 @@ def _check(options: types.SimpleNamespace) -> None:
             raise UsageError("--save_reference goes with --reference=FOLDER, without a workdir or checkpoint")
         if options.features == "auto" and options.inception is None:
             raise UsageError("--save_reference needs --inception=FOLDER, or --features=random")
+        command.note_unused(options, "--save_reference", sorted(options.given - OF_A_REFERENCE))
         return
     command.which_model(options, ONLY_WITH, USAGE)
     command.check_finite("lora_scale", options.lora_scale or ())
+    if options.checkpoint and not options.teacher:
+        command.note_unused(options, "--checkpoint", ("base", "encoders", "data_dir"))
+    if options.inception is None:
+        command.note_unused(options, "no --inception", ("resize",))
     if options.checkpoint and not options.prompts:
         raise UsageError("--checkpoint needs --prompts=FILE, a prompt a line")
     for name, least in (("images", 0), ("other_images", 0), ("teacher_steps", 1), ("batch_size", 1), ("seed", 0)):

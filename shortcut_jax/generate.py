@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from shortcut_jax.assemble import Assembly, text_encoder
+from shortcut_jax.bounds import brief, check_seed, check_whole, is_unguided
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import EncodeText
 from shortcut_jax.data.records import fold, stride_of, to_latents, to_pixels, unfold
@@ -122,8 +123,8 @@ class Generator:
           captions: one a picture.
           num_steps: sampling steps, at most `max_steps`.
           seed: of the noise.
-          guidance: guidance scale. A model with a guidance embedding is told it; for other models a scale other than 1
-            means classifier-free guidance, at two evaluations a step.
+          guidance: guidance scale. A model with a guidance embedding is told it; for other models 0 and 1 mean none,
+            and another scale classifier-free guidance, at two evaluations a step.
           draws: noise of each picture; by default the i-th of `seed`.
           method: `euler` or `heun`.
           shift: timestep shift; that of the generator by default.
@@ -195,6 +196,8 @@ class Generator:
         """
         self._check(int(plan.steps))
         draws, shift = numbered(draws, 0, len(targets)), self._shift if shift is None else shift
+        if not self._assembly.model.guidance:
+            guidance, source_guidance = (1.0 if is_unguided(g) else g for g in (guidance, source_guidance))
         edited = []
         for rows, _ in full_batches(len(targets), self.batch_size):
             latents = self._place(self._ends.latents(pictures_BhwC[rows]))
@@ -243,14 +246,16 @@ class Generator:
                 condition,
                 num_steps,
             )
-            if guidance != 1.0 and not self._assembly.model.guidance:
+            if not (is_unguided(guidance) or self._assembly.model.guidance):
                 args = (*args, self.condition([""] * self.batch_size, guidance), float(guidance))
             with jax.set_mesh(self._assembly.mesh):
                 yield np.asarray(self._sample(*args, method=method, **options)), num
 
     def _check(self, num_steps: int) -> None:
         if not 1 <= num_steps <= self.max_steps:
-            raise ValueError(f"asked for {num_steps} sampling steps, but must be 1 to {self.max_steps} (max_steps)")
+            raise ValueError(
+                f"asked for {brief(num_steps)} sampling steps, but must be 1 to {self.max_steps} (max_steps)"
+            )
 
     def condition(self, captions: Sequence[Caption], guidance: float) -> Condition:
         """Encoded captions on the mesh, as many as it takes whole."""
@@ -264,12 +269,17 @@ class Generator:
 
 
 def numbered(draws: Draws | None, seed: int, num: int) -> Draws:
-    """The draws of `num` pictures: as given, or the first ones of a seed. Raises ValueError for another number."""
+    """The draws of `num` pictures: as given, or the first ones of a seed.
+
+    Raises:
+      ValueError: another number of them, or a seed or number that does not fit its bits.
+    """
     if draws is None:
+        seed = check_seed(seed)
         return [(seed, i) for i in range(num)]
     if len(draws) != num:
         raise ValueError(f"there are {len(draws)} draws for {num} pictures, but it must be one for each")
-    return draws
+    return [(check_seed(seed), check_whole("the number of a draw", i, 2**31 - 1, 0)) for seed, i in draws]
 
 
 def full_batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -11,6 +11,7 @@ import numpy as np
 from shortcut_jax.assemble import FRESH_INPUTS, Assembly, fresh_embeddings
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.runtime.checkpoint import stored_meta
@@ -91,7 +92,7 @@ def open_initial(assembly: Assembly, base: dict[str, Any] | None = None) -> Init
 def _existing(name: str, path: str, hint: str = "") -> Path:
     found = Path(path).expanduser()
     if not found.exists():
-        raise ConfigError(f"{name}={path} is not there{f': {hint}' if hint else ''}")
+        raise ConfigError(f"{name}={path} is not there{f': {hint}' if hint else download_hint(found.absolute())}")
     return found
 
 

@@ -90,6 +90,7 @@ def statistics(info: SetInfo, sample: Sample, size: int) -> list[str]:
     if info.enlarged:
         lines.append(f"enlarged: {info.enlarged:,}, smaller than their bucket")
     lines += [f"skipped: {count:,} {reason}" for reason, count in info.skipped.items()]
+    lines += [f"not used: {what} ({count:,})" for what, count in info.unused.items()]
     if info.text:
         t = info.text
         error = f", rounding error {t.error:.2%}" if t.error else ""

@@ -12,7 +12,7 @@ from shortcut_jax.sample_models import SampleModel, Wanted
 
 HELP = """A line is a prompt; a line that begins with a colon is a setting:
   :steps 2          sampling steps
-  :guidance 3.5     guidance scale
+  :guidance 3.5     guidance scale; without a guidance embedding 0 and 1 mean none
   :seed 7           seed of the noise
   :num 4            pictures a prompt
   :size 512x512     height x width in pixels
@@ -79,6 +79,7 @@ def _set(model: SampleModel, wanted: Wanted, line: str) -> Wanted:
 
 
 def _answer(model: SampleModel, wanted: Wanted, output: Output, trajectory: bool) -> None:
+    wanted.check()
     model.check(wanted)
     for note in model.notes(wanted):
         say(note)

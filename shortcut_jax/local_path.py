@@ -15,6 +15,7 @@ _REMEDIES = {
     "file": "give the path alone, without file://",
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_HUB = re.compile(r"\w[\w.-]*")
 _MOST_BYTES_OF_A_NAME = 255
 _MOST_BYTES_OF_A_PATH = 4095
 
@@ -44,6 +45,24 @@ def absolute_text(given: str, name: str) -> str:
     """The same for a path that is stored: text, in which `~` stays, so that it also means something elsewhere."""
     path = local_path(given, name)
     return given if given.startswith("~") else str(path)
+
+
+def download_hint(path: Path) -> str:
+    """How to get what looks like a name on the Hugging Face Hub where a path was meant; empty for any other path.
+
+    Args:
+      path: absolute, of nothing that exists.
+    """
+    places = [place for place in (Path.cwd(), Path.cwd().resolve()) if path.is_relative_to(place)]
+    owner, name, *rest = (*(path.relative_to(places[0]).parts if places else ()), "", "")
+    files = [part for part in rest if part]
+    if not (_HUB.fullmatch(owner) and _HUB.fullmatch(name)) or (places[0] / owner).exists():
+        return ""
+    file = f" {'/'.join(files)}" if files else ""
+    return (
+        f": nothing is downloaded; if it is a model on the Hugging Face Hub, run hf download {owner}/{name}{file} "
+        f"--local-dir {name} and give {name}{file.replace(' ', '/')}"
+    )
 
 
 def _check(text: str, name: str) -> None:

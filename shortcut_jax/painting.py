@@ -1,5 +1,6 @@
 """The work of `sample`: a model's pictures in batches, into files, with what it cost."""
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, fit
-from shortcut_jax.pictures_out import Output
+from shortcut_jax.pictures_out import IMAGE, Output, layout_of
 from shortcut_jax.runtime.compiling import CompileClock
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.sample_models import Row, SampleModel, Wanted, grid_times, record
@@ -75,19 +76,28 @@ def _paint(
     return written
 
 
-def read_picture(path: str) -> Image.Image:
-    """The picture to edit.
+def read_picture(path: str, name: str = "--edit") -> Image.Image:
+    """The picture to edit, 8-bit RGB; `name` is what an error calls it.
 
     Raises:
-      UsageError: it cannot be read.
+      UsageError: it cannot be read, or is a sheet of several or a trajectory, as its metadata says.
     """
     try:
         with Path(path).expanduser().open("rb") as file:
-            return decode(file.read(MAX_BYTES + 1))
+            data = file.read(MAX_BYTES + 1)
+        picture = decode(data)
     except OSError as error:
-        raise UsageError(f"--edit={path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{name}={path} cannot be read: {error.strerror}") from error
     except BadImage as error:
-        raise UsageError(f"--edit={path} cannot be read as a picture: {error}") from error
+        raise UsageError(f"{name}={path} cannot be read as a picture: {error}") from error
+    with Image.open(io.BytesIO(data)) as image:
+        layout = layout_of(image)
+    if layout != IMAGE:
+        raise UsageError(
+            f"{name}={path} is a {layout} of several images, but one is edited: sample it alone (--num=1), or take one "
+            "from a folder (--out=samples/)"
+        )
+    return picture
 
 
 def fit_picture(model: SampleModel, image: Image.Image, wanted: Wanted) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Sampled pictures as files, with what they were made by in the metadata of each PNG.
 
 Two text chunks: `parameters`, for people and the programs that read what AUTOMATIC1111's web UI writes, and
-`shortcut_jax`, JSON from which the same pixels can be sampled again (`read_records`).
+`shortcut_jax`, JSON from which the same pixels can be sampled again (`read_records`), and which says whether the file
+is one image, a sheet of several or a trajectory (`layout_of`).
 """
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.runtime.shared_folder import check_place
 
 CHUNK = "shortcut_jax"
+IMAGE, SHEET, TRAJECTORY = "image", "sheet", "trajectory"
+"""What a file shows, as its metadata says."""
 ENDINGS = (".png", ".jpg", ".webp")
 _THUMBNAIL = 256
 """Pixels of the longer side of a picture on the sheet of a folder."""
@@ -48,7 +52,7 @@ def parameters(records: Sequence[Record]) -> str:
     return "\n".join([*dict.fromkeys(r["prompt"] for r in records), line])
 
 
-def save_picture(path: Path, picture: Image.Image, records: Sequence[Record]) -> None:
+def save_picture(path: Path, picture: Image.Image, records: Sequence[Record], layout: str = IMAGE) -> None:
     """Writes a picture; a PNG with the records of what is on it. Of several processes only the first one writes."""
     if jax.process_index() != 0:
         return
@@ -57,7 +61,7 @@ def save_picture(path: Path, picture: Image.Image, records: Sequence[Record]) ->
         return
     info = PngInfo()
     info.add_text("parameters", parameters(records))
-    info.add_text(CHUNK, json.dumps({"pictures": list(records)}))
+    info.add_text(CHUNK, json.dumps({"layout": layout, "pictures": list(records)}))
     picture.save(path, pnginfo=info)
 
 
@@ -77,6 +81,22 @@ def read_records(path: str | Path) -> list[Record]:
     return list(json.loads(text)["pictures"])
 
 
+def layout_of(image: Image.Image) -> str:
+    """What an opened PNG shows, as far as its metadata says: one image, a sheet or a trajectory.
+
+    Files written before they said so tell it by their records: several of them, or one of another size.
+    """
+    chunks: dict[str, str] = getattr(image, "text", {})
+    try:
+        told = json.loads(chunks[CHUNK])
+        if told.get("layout") in (IMAGE, SHEET, TRAJECTORY):
+            return str(told["layout"])
+        sizes = [(r["width"], r["height"]) for r in told["pictures"]]
+        return IMAGE if sizes in ([], [image.size]) else SHEET
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # edited, or of other software
+        return SHEET if re.search(r"Pictures: \d+, Version: shortcut_jax", chunks.get("parameters", "")) else IMAGE
+
+
 def to_image(pixels_hwc: np.ndarray) -> Image.Image:
     """Pixels [h, w, 1 or 3], uint8."""
     return Image.fromarray(pixels_hwc[..., 0] if pixels_hwc.shape[-1] == 1 else pixels_hwc)
@@ -87,6 +107,12 @@ def strip(path_Shwc: Sequence[np.ndarray], labels: Sequence[str], times: Sequenc
     return contact_sheet(path_Shwc, labels, [*(f"t = {t:.3g}" for t in times), "result"])
 
 
+def names_folder(target: str) -> bool:
+    """Whether an `--out` means a folder: it ends in a slash, is one or has no ending."""
+    path = Path(target).expanduser()
+    return target.endswith("/") or path.is_dir() or not path.suffix
+
+
 class Output:
     """Where pictures go: `folder/` gets a file each and a sheet of all; `x.png` is a picture, or a sheet of several.
 
@@ -94,19 +120,18 @@ class Output:
       target: as the user named it.
     """
 
-    def __init__(self, target: str, plain: bool, count_on: bool = False):
+    def __init__(self, target: str, count_on: bool = False):
         """Checks the target, and makes the folder.
 
         Args:
           target: a folder if it ends in a slash, is one or has no ending; else a file.
-          plain: whether a lone picture in a file is written as it is, without labels.
           count_on: whether numbers in a folder go on behind those that are there; else they start at 0.
 
         Raises:
           UsageError: nothing can be written there.
         """
-        self.target, self._path, self._plain = target, Path(target).expanduser(), plain
-        self.is_folder = target.endswith("/") or self._path.is_dir() or not self._path.suffix
+        self.target, self._path = target, Path(target).expanduser()
+        self.is_folder = names_folder(target)
         if self.is_folder:
             try:
                 self._path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +162,7 @@ class Output:
             written.append(path)
             if along is not None:
                 path = path.with_stem(f"{path.stem}_trajectory")
-                save_picture(path, strip([along[i]], [shown(record["prompt"])], times), [record])
+                save_picture(path, strip([along[i]], [shown(record["prompt"])], times), [record], TRAJECTORY)
                 written.append(path)
             self._kept.append((thumbnail(pixels), record))
             self._next += 1
@@ -155,14 +180,16 @@ class Output:
             labels.insert(0, "source")
         sheet = lambda: contact_sheet(rows, labels)
         if self.is_folder:
-            save_picture(self._path / "sheet.png", sheet(), records)
+            save_picture(self._path / "sheet.png", sheet(), records, SHEET)
             return
-        alone = self._plain and len(records) == 1
-        save_picture(self._path, to_image(self._kept[0][0]) if alone else sheet(), records)
+        if len(records) == 1:
+            save_picture(self._path, to_image(self._kept[0][0]), records)
+        else:
+            save_picture(self._path, sheet(), records, SHEET)
         if self._strips:
             path = self._path.with_stem(f"{self._path.stem}_trajectory")
             paths, marks = zip(*self._strips, strict=True)
-            save_picture(path, strip(paths, [shown(r["prompt"]) for r in marks], self._times), records)
+            save_picture(path, strip(paths, [shown(r["prompt"]) for r in marks], self._times), records, TRAJECTORY)
             say(f"the images along the way: {path}")
 
 

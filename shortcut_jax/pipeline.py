@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.bounds import MAX_IMAGES, brief, check_prompts, check_whole
 from shortcut_jax.core.latents import PATCH
-from shortcut_jax.data.records import stride_of
+from shortcut_jax.data.records import EMBEDDED, stride_of
 from shortcut_jax.data.words import count_words
 from shortcut_jax.ends import sampling_ends
 from shortcut_jax.generate import Generator
@@ -83,7 +84,7 @@ class Pipeline:
         if self.settings.train == "all" and (base is not None or lora_scale != 1.0):
             raise ConfigError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
         self.assembly, self._folder, self._lora_scale = assembly, folder, lora_scale
-        self._base_record = meta["base"]
+        self._base_record, self._said = meta["base"], set[str]()
         self._base_path = str(base or (meta["base"] or {}).get("path"))
         trained, self.step = self._trained(view)
         self.params = self._whole(trained)
@@ -168,7 +169,7 @@ class Pipeline:
           steps: sampling steps, 1 to `max_steps`.
           num: pictures a prompt.
           seed: of the noise.
-          guidance: guidance scale; 1 means none.
+          guidance: guidance scale; 1 means none, and so does 0 where the model has no guidance embedding.
           **options: `draws`, `method` and `shift` of `Generator`.
 
         Raises:
@@ -209,24 +210,53 @@ class Pipeline:
           steps: of the grid, 1 to `max_steps`.
           skip: first steps that are left out.
           **options: `plain` and `average` of an `EditPlan`; `draws`, `guidance`, `source_guidance` and `shift` of
-            `Generator.edit`.
+            `Generator.edit`; `quiet`, whether the `notes` go unsaid.
 
         Raises:
           ValueError: numbers out of range.
         """
         plan = make_plan(steps, skip, options.pop("plain", 0), options.pop("average", 1))
-        for line in self.cuts([source_prompt, prompt]):
-            say(line)
+        self._tell([source_prompt, prompt], options.pop("quiet", False))
         texts = [source_prompt] * len(pictures_BhwC), [prompt] * len(pictures_BhwC)
         return self.generate.edit(self.params, pictures_BhwC, *texts, plan, **options)
 
     def _captions(self, prompts: str | Sequence[str], num: int) -> list[str]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or num < 1:
-            raise ValueError(f"asked for {num} pictures of {len(prompts)} prompts, but both must be at least 1")
-        for line in self.cuts(prompts):
-            say(line)
+            raise ValueError(f"asked for {brief(num)} pictures of {len(prompts)} prompts, but both must be at least 1")
+        check_whole("num", num, MAX_IMAGES)
+        self._tell(prompts)
         return [p for p in prompts for _ in range(num)]
+
+    def _tell(self, prompts: Sequence[str], quiet: bool = False) -> None:
+        """Says each of the `notes` once. Raises BoundsError for what is no text."""
+        check_prompts(prompts)
+        for line in self.notes(prompts):
+            if not quiet and line not in self._said:
+                say(line)
+                self._said.add(line)
+
+    def notes(self, prompts: Sequence[str]) -> list[str]:
+        """What the user should know of prompts: what is cut off them, and words that the model never saw."""
+        unknown = ", ".join(repr(word) for word in self.unknown_words(prompts))
+        known = ", ".join(self.known_words)
+        lines = [f"never seen in training, so of no meaning: {unknown}; the words it knows are {known}"]
+        return [*self.cuts(prompts), *(lines if unknown else [])]
+
+    @cached_property
+    def known_words(self) -> tuple[str, ...]:
+        """The words of the captions that it was trained on; empty where they are not known, or not words."""
+        data = self.settings.data
+        if data.text_encoder != "words" or not {data.name, *data.mix} <= set(EMBEDDED):
+            return ()
+        from shortcut_jax.data.datasets.digits import NAMES, caption
+
+        return tuple(dict.fromkeys(word for label in range(len(NAMES)) for word in caption(label).split()))
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """The words of prompts that the model never saw, each once; none where its words are not known."""
+        words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
+        return [word for word in words if self.known_words and word not in self.known_words]
 
     def cuts(self, prompts: Sequence[str]) -> list[str]:
         """A line for each prompt that the model does not read all of."""

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling, read_record
-from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer
+from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab
 from shortcut_jax.sources import PIPELINE_KINDS, Model, open_models
 
 
@@ -36,7 +37,7 @@ def open_pipeline(folder: Path, kinds: Sequence[str] = PIPELINE_KINDS, purpose: 
       ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its parts do not go together.
     """
     if not folder.is_dir():
-        raise ConvertedError(f"{folder} is not there")
+        raise ConvertedError(f"{folder} is not there{download_hint(folder)}")
     if not (folder / RECORD).is_file():
         raise ConvertedError(
             f"{folder} is no converted folder, for it has no {RECORD}: make one with python -m shortcut_jax.convert"
@@ -69,8 +70,4 @@ def _check(folder: Path, parts: PipelineParts) -> None:
             if wanted != found:
                 raise ConvertedError(f"{folder}: the transformer's {name} is {wanted}, but {whose} is {found}")
     for kind, tokenizer in parts.tokenizers.items():
-        if tokenizer.vocab > configs[kind].vocab:
-            raise ConvertedError(
-                f"{folder}: the tokenizer of {tokenizer.name} has {tokenizer.vocab} tokens, but the model knows "
-                f"{configs[kind].vocab}: they belong to different models"
-            )
+        check_vocab(folder, tokenizer, configs[kind].vocab)

@@ -1,6 +1,6 @@
 """Preparing a data set: `python -m shortcut_jax.prepare --source=images --out=data/set --store=pixels --resolution=64`.
 
-Reads captioned pictures (a folder with metadata.jsonl, WebDataset tar files, or a TFDS set) and writes an ArrayRecord
+Reads captioned images (a folder in one of several layouts, tar files, or a TFDS set) and writes an ArrayRecord
 set that training streams. Interrupted, by whatever, the same command goes on where it was.
 """
 
@@ -11,7 +11,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.buckets import parse_buckets
 from shortcut_jax.data.format import INFO, TEXT_DTYPES, Size
-from shortcut_jax.data.inputs import Source, SourceOptions, open_source
+from shortcut_jax.data.inputs import NAMES, Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.units import Record, Skip, Unit
-from shortcut_jax.data.writing import Job, already_written, captions_hash, units_done, write_units
+from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, stale_units, units_done, write_units
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.claim import Claim, Member, Times
 from shortcut_jax.runtime.shared_folder import check_place
@@ -56,6 +55,7 @@ class Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and prepares a set. Returns the exit code."""
     options = command.parse(define_flags(), argv, USAGE)
+    note_unused(options)
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
     if options.inspect is not None:
         from shortcut_jax.inspect_set import inspect
@@ -77,7 +77,8 @@ def define_flags() -> Any:
 
     values = command.new_flags()
     several = flags.DEFINE_multi_string
-    flags.DEFINE_string("source", None, "Folder with metadata.jsonl, tar files, or tfds:NAME.", flag_values=values)
+    flags.DEFINE_string("source", None, "Folder of captioned images, files, or tfds:NAME.", flag_values=values)
+    flags.DEFINE_enum("layout", None, NAMES, "How a folder is read that has several layouts.", flag_values=values)
     flags.DEFINE_string("out", None, "Folder of the set to write.", flag_values=values)
     flags.DEFINE_enum("store", "pixels", STORES, "What a record holds.", flag_values=values)
     flags.DEFINE_integer("resolution", 64, "Side of the square whose area pictures get.", flag_values=values)
@@ -86,9 +87,9 @@ def define_flags() -> Any:
     flags.DEFINE_float("validation", 0.01, "Share of the validation split.", flag_values=values)
     flags.DEFINE_float("max_skipped", 0.01, "Largest share that may be left out.", flag_values=values)
     flags.DEFINE_string("eval_prompts", None, "File of captions to draw, one a line.", flag_values=values)
-    several("where", None, "field=value that a row of a folder must have.", flag_values=values)
+    several("where", None, "field=value that a row of a table must have.", flag_values=values)
     flags.DEFINE_string("caption_field", None, "Field of the caption.", flag_values=values)
-    flags.DEFINE_string("template", None, 'Caption of a TFDS record: "a photo of a {label}".', flag_values=values)
+    flags.DEFINE_string("template", None, 'Caption from other fields: "a photo of a {label}".', flag_values=values)
     flags.DEFINE_string("tfds_dir", "~/tensorflow_datasets", "Folder of TFDS sets.", flag_values=values)
     flags.DEFINE_integer("unit", None, "Pictures a shard, where the source has none (4096).", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "Converted pipeline that makes latents.", flag_values=values)
@@ -111,7 +112,12 @@ def define_flags() -> Any:
 def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
     """Prepares the set that the options describe; says what came of it."""
     prompts = read_prompts("eval_prompts", options.eval_prompts)
-    source = open_source(options.source, source_options(options))
+    say = _say if processes.index == 0 else lambda line: None
+    try:
+        source = open_source(options.source, source_options(options), say)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise UsageError(f"--source={options.source} cannot be read: {error.filename or ''}: {what}") from error
     with contextlib.closing(_Pool()) as held:
         pool = held.pool
         buckets, encode, fields = make_store(options, pool)
@@ -164,7 +170,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
     return write(job, teacher, processes)
 
 
-def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processes: Processes) -> int:
+def write(job: Job, produce: Produce, processes: Processes) -> int:
     """Writes a set, or the rest of one; says what came of it. Returns the exit code."""
     say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
     start = time.monotonic()
@@ -173,6 +179,8 @@ def write(job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], processe
         return 0
     if done := units_done(job):
         say(f"going on: {done:,} of {len(job.units):,} units are done")
+    if stale := len(stale_units(job)):
+        say(f"read again: {stale:,} units whose source has changed, or that left out too much before")
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
         with _signals(), claim(job.out, processes) as held:
@@ -231,10 +239,29 @@ def check_options(options: types.SimpleNamespace) -> None:
             raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least 1")
 
 
+OF_A_TEACHER = ("prompts", "per_bucket", "steps", "guidance", "seed", "lora", "lora_scale")
+OF_A_SOURCE = ("enlarge", "where", "caption_field", "template", "tfds_dir")
+OF_LATENTS = ("checkpoint", "text_states", "text_dtype", "text_tokens", "batch")
+
+
+def note_unused(options: types.SimpleNamespace) -> None:
+    """Says which flags are given for nothing."""
+    if options.inspect is not None:
+        command.note_unused(options, "--inspect", sorted(options.given - {"inspect", "out"}))
+    elif options.from_teacher:
+        command.note_unused(
+            options, "--from_teacher", (*OF_A_SOURCE, *(["store"] if options.store == "pixels" else []))
+        )
+    else:
+        command.note_unused(options, "--source, without --from_teacher", OF_A_TEACHER)
+        command.note_unused(options, f"--store={options.store}", OF_LATENTS if options.store == "pixels" else ())
+
+
 def source_options(options: types.SimpleNamespace) -> SourceOptions:
     """How the source is read."""
     where = tuple(options.where or ())
-    return SourceOptions(options.unit or DEFAULT_UNIT, where, options.caption_field, options.template, options.tfds_dir)
+    fields = options.caption_field, options.template
+    return SourceOptions(options.unit or DEFAULT_UNIT, where, *fields, options.tfds_dir, options.layout)
 
 
 def make_store(
@@ -304,6 +331,10 @@ def read_prompts(name: str, path: str | None) -> tuple[str, ...] | None:
     if not prompts:
         raise UsageError(f"--{name}={path} has no captions: write one a line")
     return prompts
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class _Pool:

@@ -7,6 +7,7 @@ import typing
 
 from shortcut_jax.check_faults import check_faults
 from shortcut_jax.check_profile import check_profile
+from shortcut_jax.check_values import check_values
 from shortcut_jax.core.schedules import StudentSteps
 from shortcut_jax.data.records import latent_size, stride_of
 from shortcut_jax.differences import flatten
@@ -68,6 +69,8 @@ def _one_of(name: str, value: str, choices: typing.Iterable[str]) -> None:
 
 
 def _check(s: Settings) -> None:
+    values = flatten(to_dict(s))
+    check_values(values)
     _one_of("objective", s.objective, OBJECTIVES)
     _one_of("timestep", s.timestep, ("uniform", "logit_normal"))
     _one_of("model.remat", s.model.remat, REMAT_POLICIES)
@@ -81,7 +84,6 @@ def _check(s: Settings) -> None:
     _one_of("init_view", s.init_view, VIEWS)
     _one_of("train", s.train, ("all", "lora"))
     _one_of("guide", s.guide, GUIDES)
-    values = flatten(to_dict(s))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         _one_of(name, values[name], DTYPES)
     for name in _AT_LEAST_ONE:

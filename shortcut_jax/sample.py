@@ -13,11 +13,12 @@ from typing import Any
 from PIL import Image
 
 from shortcut_jax import command
+from shortcut_jax.bounds import MAX_BATCH, check_prompts, check_whole
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.interactive import interact
 from shortcut_jax.painting import fit_picture, paint, read_picture, repaint
-from shortcut_jax.pictures_out import Output
+from shortcut_jax.pictures_out import Output, names_folder
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.distributed import say
@@ -27,8 +28,10 @@ from shortcut_jax.steps.views import VIEWS
 
 USAGE = (
     "usage: python -m shortcut_jax.sample --workdir=W|--checkpoint=FOLDER "
-    '--prompt="..."|--prompts=FILE|--interactive [--steps=4] [--num=16] [--out=samples.png|folder/]'
+    '--prompt="..."|--prompts=FILE|--interactive [--steps=4] [--num=1] [--out=samples.png|folder/]'
 )
+SEVERAL = 16
+"""Images a prompt that a workdir gives by default, where they are not one file of one prompt."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "workdir": {"view": "slow", "base": None, "encoders": None},
     "checkpoint": {"text_tokens": None, "lora": [], "height": None, "width": None},
@@ -43,8 +46,7 @@ def main(argv: Sequence[str]) -> int:
     wanted.check()
     command.check_finite("lora_scale", options.lora_scale or ())
     image = None if options.edit is None else _picture_to_edit(options)
-    plain = options.checkpoint is not None or options.edit is not None
-    output = Output(options.out, plain, count_on=options.interactive)
+    output = Output(options.out, count_on=options.interactive)
     if options.interactive and not output.is_folder:
         raise UsageError(f"--out={options.out}: --interactive needs a folder, such as --out=samples/")
     distributed.initialize()
@@ -53,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if options.interactive:
         interact(model, wanted, output, options.trajectory)
         return 0
-    for note in model.notes(wanted):
+    read = wanted.prompts if image is None else (options.source_prompt, *wanted.prompts)
+    for note in model.notes(dataclasses.replace(wanted, prompts=read)):
         say(note)
     if image is None:
         paint(model, wanted, output, options.trajectory)
@@ -93,9 +96,6 @@ def _parse(argv: Sequence[str]) -> SimpleNamespace:
     for name, value in DEFAULTS[kind].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.num is None:
-        several = options.checkpoint is None and options.edit is None and not options.interactive
-        options.num = len(options.seeds) or (16 if several else 1)
     if options.out is None:
         options.out = "samples/" if options.interactive else "samples.png"
     return options
@@ -114,10 +114,14 @@ def _flags() -> Any:
     string("prompts", "File of prompts, one a line, UTF-8.")
     flags.DEFINE_boolean("interactive", False, "Read prompts from the keyboard.", flag_values=values)
     integer("steps", "Sampling steps.", 4)
-    integer("num", "Pictures a prompt: 16, or 1 of a --checkpoint.")
+    integer(
+        "num",
+        f"Images a prompt. By default one for each of --seeds; else 1, but {SEVERAL} where a --workdir is sampled into "
+        "a folder or for several prompts.",
+    )
     integer("seed", "Seed of the noise.", 0)
     flags.DEFINE_list("seeds", [], "A seed for each of a prompt's pictures: 1,2,3.", flag_values=values)
-    number("guidance", "Guidance scale; by default that of the run.")
+    number("guidance", "Guidance scale; that of the run by default. Without a guidance embedding 0 and 1 mean none.")
     number("shift", "Timestep shift; by default that of the run or pipeline.")
     flags.DEFINE_enum(
         "method", "euler", list(METHODS), "Heun evaluates twice a step, once in the last.", flag_values=values
@@ -155,19 +159,27 @@ def _wanted(options: SimpleNamespace) -> Wanted:
     try:
         seeds = tuple(int(text) for text in options.seeds)
     except ValueError as error:
-        raise UsageError(f"--seeds={','.join(options.seeds)}, but must be whole numbers") from error
-    if seeds and options.num != len(seeds):
+        raise UsageError(f"--seeds={','.join(options.seeds)[:80]}, but must be whole numbers") from error
+    if seeds and options.num not in (None, len(seeds)):
         raise UsageError(f"--num is {options.num}, but there are {len(seeds)} --seeds: leave --num out")
-    if options.batch is not None and options.batch < 1:
-        raise UsageError(f"--batch is {options.batch}, but must be at least 1")
+    if options.num is None:
+        options.num = len(seeds) or _default_num(options, len(prompts))
+    if options.batch is not None:
+        check_whole("--batch", options.batch, MAX_BATCH)
     same = ("num", "steps", "guidance", "seed", "method", "shift", "height", "width", "text_tokens")
     return Wanted(tuple(prompts), seeds=seeds, **{name: getattr(options, name) for name in same})
+
+
+def _default_num(options: SimpleNamespace, prompts: int) -> int:
+    one = options.checkpoint is not None or options.edit is not None or options.interactive
+    return 1 if one or (prompts == 1 and not names_folder(options.out)) else SEVERAL
 
 
 def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
     """The picture of `--edit`. Raises UsageError for what an edit cannot do, before weights are read."""
     if options.source_prompt is None:
         raise UsageError("--source_prompt is missing: say what the picture of --edit shows")
+    check_prompts([options.source_prompt])
     if len(options.prompt or ()) != 1 or options.prompts is not None or options.interactive:
         raise UsageError("--edit takes one --prompt: what the picture shall become")
     if options.method != "euler" or options.trajectory:

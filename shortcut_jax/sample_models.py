@@ -10,17 +10,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from shortcut_jax import __version__, command
+from shortcut_jax.bounds import MAX_IMAGES, MAX_STEPS, check_prompts, check_seed, check_whole
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.core.latents import PATCH
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.pictures_out import Record
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.text_to_image import TextToImage
-
-MAX_STEPS = 1000
-"""The most steps that a run is sampled in."""
 
 
 class Row(NamedTuple):
@@ -74,9 +72,10 @@ class Wanted:
         return [Row(p, self.seed, i) for i, p in enumerate(p for p in self.prompts for _ in range(self.num))]
 
     def check(self) -> None:
-        """Raises UsageError for what no model can do."""
-        if min(self.steps, self.num) < 1:
-            raise UsageError(f"--steps is {self.steps} and --num is {self.num}, but both must be at least 1")
+        """Raises UsageError or BoundsError for what no model can do."""
+        check_whole("--steps", self.steps, MAX_STEPS)
+        check_whole("--num", self.num, MAX_IMAGES)
+        check_prompts(self.prompts)
         if self.method not in METHODS:
             raise UsageError(f"--method is {self.method!r}, but must be {' or '.join(METHODS)}")
         if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):
@@ -84,14 +83,14 @@ class Wanted:
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"--guidance is {self.guidance:g}, but must be finite")
         for seed in (self.seed, *self.seeds):
-            if not -(2**31) <= seed < 2**32:
-                raise UsageError(f"the seed {seed} is out of range: seeds have 32 bits, so up to {2**32 - 1}")
+            check_seed(seed)
 
 
 class SampleModel(Protocol):
     """A model as `sample` needs it. Arguments of pictures are rows and a `Wanted` that has been checked."""
 
     batch_size: int
+    spacing: Spacing
 
     def check(self, wanted: Wanted) -> None:
         """Raises UsageError for what this model cannot do, before weights are read."""
@@ -129,7 +128,7 @@ def record(model: SampleModel, row: Row, wanted: Wanted) -> Record:
 def grid_times(model: SampleModel, wanted: Wanted) -> list[float]:
     """The times at which the steps begin."""
     shift = model.facts(wanted)["shift"]
-    return np.asarray(sampling_grid(wanted.steps, wanted.steps, shift))[:-1].tolist()
+    return np.asarray(sampling_grid(wanted.steps, wanted.steps, shift, model.spacing))[:-1].tolist()
 
 
 class RunModel:
@@ -148,12 +147,10 @@ class RunModel:
         batch = options.batch or min(pictures, 64)
         chosen = options.view, MAX_STEPS, batch, options.base, scales[0], options.encoders
         self.pipeline = Pipeline(options.workdir, *chosen)
-        self.batch_size = self.pipeline.generate.batch_size
+        self.batch_size, self.spacing = self.pipeline.generate.batch_size, Spacing()
 
     def check(self, wanted: Wanted) -> None:
         """See `SampleModel`."""
-        if wanted.steps > MAX_STEPS:
-            raise UsageError(f"--steps is {wanted.steps}, but must be at most {MAX_STEPS}")
         height, width = self.pipeline.size
         if (wanted.height or height, wanted.width or width) != (height, width):
             raise UsageError(f"this run makes pictures of {height} x {width} pixels only: leave the size out")
@@ -163,7 +160,9 @@ class RunModel:
         guidance, classifier_free = self._guidance(wanted), "classifier-free, two evaluations a step"
         how = "through the guidance embedding" if self.pipeline.distilled_guidance else classifier_free
         lines = [] if guidance == 1.0 else [f"guidance {guidance:g}: {how}"]
-        return lines + self.pipeline.cuts(wanted.prompts)
+        if guidance == 0 and not self.pipeline.distilled_guidance:
+            lines = ["guidance 0: none, as 1 is"]
+        return lines + self.pipeline.notes(wanted.prompts)
 
     def pictures(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
         """See `SampleModel`."""
@@ -184,7 +183,7 @@ class RunModel:
     ) -> Any:
         """See `SampleModel`."""
         guidance, pictures = self._guidance(wanted), np.stack([picture_hwc] * len(rows))
-        plan |= {"guidance": guidance, "shift": wanted.shift, "draws": [r.draw for r in rows]}
+        plan |= {"guidance": guidance, "shift": wanted.shift, "draws": [r.draw for r in rows], "quiet": True}
         if plan["source_guidance"] is None:
             plan["source_guidance"] = guidance
         return self.pipeline.edit(pictures, source_prompt, rows[0].prompt, wanted.steps, **plan)
@@ -222,7 +221,7 @@ class ConvertedModel:
         self._loras = command.adapters(options)
         self._name = Path(options.checkpoint).resolve().name
         self.pipeline = TextToImage(options.checkpoint, loras=self._loras)
-        self.batch_size = self.pipeline.rounded(options.batch)
+        self.batch_size, self.spacing = self.pipeline.rounded(options.batch), self.pipeline.sampling.spacing
 
     def tell(self) -> None:
         """Says what the models are."""
@@ -252,7 +251,7 @@ class ConvertedModel:
         return self._draw(self.pipeline.trajectory, rows, wanted)
 
     def _draw(self, draw: Any, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
-        options = dict(draws=[r.draw for r in rows], method=wanted.method, batch_size=self.batch_size)
+        options = dict(draws=[r.draw for r in rows], method=wanted.method, batch_size=self.batch_size, quiet=True)
         pictures: np.ndarray = draw([r.prompt for r in rows], **self._options(wanted), **options)
         return pictures
 
@@ -262,7 +261,7 @@ class ConvertedModel:
         """See `SampleModel`."""
         options = {k: v for k, v in self._options(wanted).items() if k not in ("height", "width")}
         pictures, draws = np.stack([picture_hwc] * len(rows)), [r.draw for r in rows]
-        return self.pipeline.edit(pictures, source_prompt, rows[0].prompt, draws=draws, **options, **plan)
+        return self.pipeline.edit(pictures, source_prompt, rows[0].prompt, draws=draws, quiet=True, **options, **plan)
 
     def picture_size(self, height: int, width: int, wanted: Wanted) -> tuple[int, int, int]:
         """See `SampleModel`: the size that is asked for, or that of the picture, at most about a megapixel."""

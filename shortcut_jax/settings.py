@@ -5,8 +5,8 @@ Ranges and divisibility are checked in `resolve.py`.
 """
 
 import dataclasses
+import functools
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps
 from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.data.records import DataSettings
+from shortcut_jax.fields import FieldError, describe, field_types, parse_text, split_hint, unknown
 from shortcut_jax.local_path import absolute_text
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.watchdog import WatchdogSettings
@@ -264,7 +265,7 @@ def _to_config(settings: Any) -> ConfigDict:
         if dataclasses.is_dataclass(value):
             value = _to_config(value)
         elif value is None:
-            kind = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+            kind, _ = split_hint(hint)
             value = config_dict.placeholder(typing.get_origin(kind) or kind)
         config[name] = value
     return config
@@ -281,10 +282,12 @@ def build(config: Any) -> Settings:
 
 def _build(cls: type, config: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
+    if not hasattr(config, "items"):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the config'} is {config!r}, but must be a group of config keys")
     given = dict(config.items())
     for key in given:
         if key not in hints:
-            raise ConfigError(f"unknown config key {prefix + key!r}; known here: {', '.join(hints)}")
+            raise ConfigError(unknown(f"{prefix}{key}", tuple(known_fields())))
     for key in hints:
         if key not in given:
             raise ConfigError(f"config key {prefix + key!r} is missing: start from settings.default_config()")
@@ -296,18 +299,37 @@ def _build(cls: type, config: Any, prefix: str) -> Any:
 
 
 def _cast(value: Any, hint: Any, name: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
+    kind, optional = split_hint(hint)
+    if value is None and optional:
         return None
-    kind = next(o for o in options if o is not types.NoneType)
     if typing.get_origin(kind) is tuple and isinstance(value, tuple | list):
         inner = typing.get_args(kind)[0]
         return tuple(_cast(v, inner, name) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf  # which no check lets pass
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{name} is {value!r}, but must be {getattr(kind, '__name__', kind)}")
+    raise ConfigError(f"{name} is {value!r}, but must be {describe(hint)}")
+
+
+@functools.cache
+def known_fields() -> dict[str, Any]:
+    """The type hint of every config key, by its dotted name."""
+    return field_types(Settings)
+
+
+def parse_field(name: str, text: str) -> Any:
+    """The value that a text on a command line means for a config key.
+
+    Raises:
+      ConfigError: there is no such key, or it is not of that type.
+    """
+    if name not in known_fields():
+        raise ConfigError(unknown(name, tuple(known_fields())))
+    try:
+        return parse_text(text, known_fields()[name])
+    except FieldError as error:
+        raise ConfigError(f"{name} {error}") from None
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

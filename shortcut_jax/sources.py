@@ -1,7 +1,8 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from shortcut_jax.completed import Completed
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.clip import ClipPair, ClipText
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import SIDE, InceptionV3
@@ -23,10 +25,12 @@ from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
-from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
-from shortcut_jax.weights.lora import Merged, Modules, expand, unstack
+from shortcut_jax.weights import schedulers
+from shortcut_jax.weights.foreign import refuse_adapters
+from shortcut_jax.weights.lora import Merged, Modules, added, check_finite, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
-from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read
+from shortcut_jax.weights.lora_files import METADATA_KEY, alpha_origin, header_notes, read
+from shortcut_jax.weights.lora_names import is_lora
 from shortcut_jax.weights.params import Spec, shapes_of, specs_of
 from shortcut_jax.weights.rules import ConversionError, Converted, nest
 
@@ -79,6 +83,24 @@ def abstract_params(kind: str, config: Any) -> dict[str, Any]:
         return jax.eval_shape(ClipPair(config).init, key, picture, tokens)["params"]
     module: Any = T5Encoder(config) if kind == "t5" else ClipText(config)
     return jax.eval_shape(module.init, key, tokens)["params"]
+
+
+def buildable_params(model: Model) -> dict[str, Any]:
+    """`abstract_params` of a model whose geometry is that of a record. Raises ConvertedError where it has none."""
+    try:
+        return abstract_params(model.kind, model.config)
+    except Exception as error:  # heads that do not divide a width, and whatever else flax and JAX find
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConvertedError(f"{model.origin}: no model has this geometry ({reason}): convert it again") from error
+
+
+def check_geometry(model: Model) -> None:
+    """Raises ConvertedError where parameters do not have the names and shapes that the record of a folder says."""
+    wanted, found = {k: tuple(v.shape) for k, v in flat_paths(buildable_params(model)).items()}, shapes_of(model.params)
+    if found != wanted:
+        name = min(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        there, needed = (shapes.get(name, "missing") for shapes in (found, wanted))
+        raise ConvertedError(f"{model.origin}: {name} is {there}, but by its record {needed}: convert it again")
 
 
 def param_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
@@ -208,20 +230,28 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
         stored = data["text_encoder"] == "stored"
         tokens = data["text_tokens"] if stored else length
         return Sampling(ShiftRule(dynamic=guided), tokens, data.get("text_states", "full") if stored else "full")
-    file = path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
+    schedule = _schedule_of(path)
+    if schedule is None:
         return Sampling(ShiftRule(dynamic=guided), length)
-    c, d = {k: v for k, v in read_json(file).items() if v is not None}, ShiftRule()
-    number = lambda name, default, kind=NUMBER: told(c, name, kind, default, str(file))
-    rule = ShiftRule(
-        number("use_dynamic_shifting", False, FLAG),
-        number("shift", d.shift),
-        number("base_shift", d.base_shift),
-        number("max_shift", d.max_shift),
-        number("base_image_seq_len", d.base_tokens, WHOLE),
-        number("max_image_seq_len", d.max_tokens, WHOLE),
-    )
-    return Sampling(rule, length)
+    return Sampling(schedule.shift, length, spacing=schedule.spacing)
+
+
+def scheduler_notes(path: Path) -> tuple[str, ...]:
+    """What a reader should be told of the scheduler of a source, if it has one."""
+    schedule = None if (path / RECORD).is_file() else _schedule_of(path)
+    return () if schedule is None else schedule.notes
+
+
+def _schedule_of(path: Path) -> schedulers.Schedule | None:
+    """The scheduler of a diffusers pipeline; diffusers takes the class that its index names."""
+    file, index = path / "scheduler" / "scheduler_config.json", path / "model_index.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    named = (read_json(index).get("scheduler") if index.is_file() else None) or [None, None]
+    for where, name in ((str(file), config.get("_class_name")), (str(index), named[-1])):
+        schedulers.check_class(name, config, where)
+    return schedulers.read(config, str(file))
 
 
 def holds_lora(path: Path) -> bool:
@@ -233,7 +263,16 @@ def holds_lora(path: Path) -> bool:
         return meta is not None and complete(meta["config"])["train"] == "lora"
     if (path / "model_index.json").is_file():
         return False
-    return is_lora(open_tensors(path))
+    return is_lora(open_tensors(_lora_file(path)))
+
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""What PEFT writes into the folder of an adapter."""
+
+
+def _lora_file(path: Path) -> Path:
+    """The adapter of a PEFT folder; any other path as it is."""
+    return path / PEFT_FILE if (path / PEFT_FILE).is_file() else path
 
 
 def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules, tuple[str, ...]]:
@@ -254,10 +293,35 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
         modules, notes = _workdir_lora(path, view)
     else:
         modules, notes = _read_lora(path, shapes)
+    check_finite(modules)
     if not modules:
         raise ConversionError(f"{path} adapts no layer of the transformer{': ' if notes else ''}{'; '.join(notes)}")
     check_lora(modules, shapes)
     return modules, notes
+
+
+def open_loras(loras: Sequence[tuple[str | Path, float]], base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
+    """The sum of several adapters, each multiplied by a strength of its own, and what the reader should be told.
+
+    Args:
+      loras: paths, as `open_lora` takes them, and strengths; at least one.
+      base: geometry of the network they are for.
+
+    Raises:
+      ValueError: a strength that is not finite.
+      SafetensorsError, ConversionError, ConvertedError: one is not found; see `open_lora`.
+    """
+    opened, notes = [], []
+    for given, strength in loras:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
+        if not math.isfinite(strength):
+            raise ValueError(f"the strength of {path} is {strength}, but must be finite")
+        modules, found = open_lora(path, base)
+        opened.append({name: f._replace(alpha=f.alpha * strength) for name, f in modules.items()})
+        notes += [f"{path.name}: {note}" if len(loras) > 1 else note for note in found]
+    return added(opened), tuple(notes)
 
 
 def _converted_lora(path: Path) -> Modules:
@@ -269,17 +333,31 @@ def _converted_lora(path: Path) -> Modules:
 
 
 def _read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Modules, tuple[str, ...]]:
-    tensors = open_tensors(path)
+    file = _lora_file(path)
+    tensors = open_tensors(file)
     if not is_lora(tensors):
+        refuse_adapters(tensors)
         raise ConversionError(f"{path} holds no LoRA: its names have neither lora_A nor lora_down")
-    config: dict[str, Any] = {}
-    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if METADATA_KEY in tensors.metadata:
-        header = parse_json(tensors.metadata[METADATA_KEY], f"{METADATA_KEY} in the header of {path}")
-        config = {k.removeprefix("transformer."): v for k, v in header.items()}
-    elif beside.is_file():
-        config = read_json(beside)
-    return read(tensors, shapes, config)
+    config, where, notes = _peft_config(file, tensors.metadata)
+    others = sorted(f.name for f in path.glob("*.safetensors") if f != file) if file != path else []
+    notes += tuple(f"{name} is left out: the adapter of a PEFT folder is {PEFT_FILE}" for name in others)
+    modules, found = read(tensors, shapes, config, where)
+    origin = (alpha_origin(tensors, config, where),) if modules else ()
+    return modules, (*found, *header_notes(tensors.metadata), *notes, *origin)
+
+
+def _peft_config(file: Path, header: Mapping[str, str]) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """PEFT's config of a LoRA file, empty without one, where it is, and what the reader should be told."""
+    beside = file.parent / PEFT_CONFIG
+    if METADATA_KEY in header:
+        entries = parse_json(header[METADATA_KEY], f"{METADATA_KEY} in the header of {file}")
+        config = {k.removeprefix("transformer."): v for k, v in entries.items()}
+        return config, f"{METADATA_KEY} in the file's header", ()
+    if file.name == PEFT_FILE and beside.is_file():
+        return read_json(beside), PEFT_CONFIG, ()
+    if file.is_file() and beside.is_file():
+        return {}, "", (f"{PEFT_CONFIG} beside {file.name} is not used: it belongs to {PEFT_FILE}",)
+    return {}, "", ()
 
 
 def _workdir_lora(path: Path, view: str) -> tuple[Modules, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Prompts to pictures with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -8,6 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from shortcut_jax.bounds import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_TOKENS,
+    check_prompts,
+    check_seed,
+    check_whole,
+    is_unguided,
+)
 from shortcut_jax.converted_editor import Editor
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.types import Array, Condition
@@ -18,8 +30,9 @@ from shortcut_jax.local_path import local_path
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
-from shortcut_jax.sources import open_lora
+from shortcut_jax.sources import open_loras
 from shortcut_jax.steps.sampling import draw_noise, make_sampler, noise_rows
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.params import shapes_of
@@ -85,7 +98,7 @@ class TextToImage:
         platform = devices[0].platform
         self.compute_dtype = compute_dtype or ("float32" if platform == "cpu" else "bfloat16")
         self.mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
-        folder = local_path(folder, "folder")
+        folder, self._said = local_path(folder, "folder"), set[str]()
         parts = open_pipeline(folder)
         self.models, self.sampling = parts.models, parts.sampling
         flux = self.models["flux"].config
@@ -95,19 +108,14 @@ class TextToImage:
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
         self.halves = Halves(self.models["vae"], self.mesh)
-        for path, strength in loras:
-            self._add_lora(local_path(path, "lora"), strength)
+        if loras:
+            self._add_loras([(local_path(path, "lora"), strength) for path, strength in loras])
 
-    def _add_lora(self, path: Path, strength: float) -> None:
-        if not path.exists():
-            raise ConvertedError(f"the LoRA {path} is not there")
-        if not np.isfinite(strength):
-            raise ValueError(f"the strength of {path} is {strength}, but must be finite")
+    def _add_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
         model = self.models["flux"]
-        modules, notes = open_lora(path, model.config)
-        scaled = {name: f._replace(alpha=f.alpha * strength) for name, f in modules.items()}
-        params = Merged(model.params, scaled, shapes_of(model.params))
-        origin = f"{model.origin} with {strength:g} x {path.name}"
+        modules, notes = open_loras(loras, model.config)
+        params = Merged(model.params, modules, shapes_of(model.params))
+        origin = " ".join([model.origin, *(f"with {strength:g} x {path.name}" for path, strength in loras)])
         self.models["flux"] = model._replace(params=params, origin=origin, notes=(*model.notes, *notes))
 
     @cached_property
@@ -138,10 +146,10 @@ class TextToImage:
         Picture i depends on its draw (the seed and i, by default) and its prompt only.
 
         Args:
-          prompts: one or several; what does not fit is cut (`cuts` tells).
+          prompts: one or several; what does not fit is cut, which is said once.
           steps: sampling steps, at least 1.
-          guidance: guidance scale. A model with a guidance embedding is told it (3.5 by default); for other models a
-            scale other than 1 (none by default) means classifier-free guidance, at two evaluations a step.
+          guidance: guidance scale. A model with a guidance embedding is told it (3.5 by default); for other models 0
+            and 1 mean none (the default), and another scale classifier-free guidance, at two evaluations a step.
           height: of a picture in pixels.
           width: of a picture in pixels.
           num: pictures a prompt.
@@ -149,7 +157,8 @@ class TextToImage:
           text_tokens: length that prompts are padded or cut to for T5; the pipeline's by default.
           shift: timestep shift; the pipeline's for this size by default.
           **options: `draws`, the (seed, number in that seed) of each picture's noise, by default the i-th of `seed`;
-            `method`, `euler` or `heun`; `batch_size`, pictures sampled at once, by default one a device.
+            `method`, `euler` or `heun`; `batch_size`, pictures sampled at once, by default one a device; `quiet`,
+            whether the `cuts` go unsaid.
 
         Raises:
           ValueError: an argument is out of range (see `check`).
@@ -184,6 +193,7 @@ class TextToImage:
         method: str = "euler",
         batch_size: int | None = None,
         trajectory: bool = False,
+        quiet: bool = False,
     ) -> Iterator[tuple[Array, int]]:
         """Latents of each batch, and how many of its rows are asked for."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -191,6 +201,7 @@ class TextToImage:
         scale = self.guidance(guidance).scale
         texts = [p for p in prompts for _ in range(num)]
         draws = numbered(draws, seed, len(texts))
+        self.tell(prompts, text_tokens, quiet)
         batch = self.rounded(batch_size)
         negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
         for rows, new in full_batches(len(texts), batch):
@@ -204,11 +215,22 @@ class TextToImage:
     def rounded(self, batch_size: int | None) -> int:
         """A batch size that divides over the devices; one picture a device by default."""
         devices = self.mesh.devices.size
-        return -(-(batch_size or 1) // devices) * devices
+        size = 1 if batch_size is None else check_whole("batch_size", batch_size, MAX_BATCH)
+        return -(-size // devices) * devices
 
     def pictures(self, latents_BhwC: Array) -> np.ndarray:
-        """Pictures [B, height, width, 3], uint8, of latents."""
-        return to_pixels(np.asarray(self.decode(latents_BhwC)))
+        """Pictures [B, height, width, 3], uint8, of latents.
+
+        Raises:
+          ConvertedError: values that are not finite.
+        """
+        images = np.asarray(self.decode(latents_BhwC))
+        if not np.isfinite(images).all():
+            raise ConvertedError(
+                f"the images have values that are not finite (computed in {self.compute_dtype}): some weights are NaN "
+                f"or infinite, or too large; convert them again from a sound file"
+            )
+        return to_pixels(images)
 
     def check(
         self,
@@ -226,32 +248,43 @@ class TextToImage:
         Raises:
           ValueError: a size that is no multiple of twice a latent's, or a number out of range.
         """
+        check_prompts(prompts)
+        for name, side in {"height": height, "width": width}.items():
+            check_whole(name, side, MAX_SIDE, -MAX_SIDE)
         unit = PATCH * self.models["vae"].config.factor
         if height < unit or width < unit or height % unit or width % unit:
             nearest = " x ".join(str(max(round(size / unit), 1) * unit) for size in (height, width))
             raise ValueError(
                 f"height x width is {height} x {width}, but both must be multiples of {unit}: the nearest is {nearest}"
             )
-        counts = {"prompts": len(prompts), "steps": steps, "num": num}
-        for name, value in (counts if text_tokens is None else {**counts, "text_tokens": text_tokens}).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
-        if shift is not None and shift <= 0:
-            raise ValueError(f"shift is {shift:g}, but must be positive")
+        counts = {"prompts": (len(prompts), MAX_IMAGES), "steps": (steps, MAX_STEPS), "num": (num, MAX_IMAGES)}
+        for name, (value, most) in counts.items():
+            check_whole(name, value, most)
+        if text_tokens is not None:
+            check_whole("text_tokens", text_tokens, MAX_TOKENS)
+        if shift is not None and not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"shift is {shift:g}, but must be positive and finite")
+        if guidance is not None and not math.isfinite(guidance):
+            raise ValueError(f"guidance is {guidance:g}, but must be finite")
         if guidance is not None and guidance < 0:
             raise ValueError(f"guidance is {guidance:g}, but must not be negative")
-        if guidance == 0 and not self.models["flux"].config.guidance:
-            raise ValueError("guidance is 0, which would drop the prompt: leave it out, or give 1, for none")
 
     def guidance(self, guidance: float | None = None) -> Guidance:
         """What a guidance scale means for this model."""
         if self.models["flux"].config.guidance:
             return Guidance(EMBEDDED_GUIDANCE if guidance is None else guidance, 1.0)
-        return Guidance(None, 1.0 if guidance is None else guidance)
+        return Guidance(None, 1.0 if guidance is None or is_unguided(guidance) else guidance)
 
     def cuts(self, prompts: Sequence[str], text_tokens: int | None = None) -> list[str]:
         """A line for each prompt and text encoder that does not read all of it, with the text that is cut off."""
         return self.text.cuts(prompts, text_tokens)
+
+    def tell(self, prompts: Sequence[str], text_tokens: int | None = None, quiet: bool = False) -> None:
+        """Says each of the `cuts` once; not at all where the caller tells them, who is `quiet`."""
+        for line in () if quiet else self.cuts(list(dict.fromkeys(prompts)), text_tokens):
+            if line not in self._said:
+                say(line)
+                self._said.add(line)
 
     def encode(
         self, prompts: Sequence[str], guidance: float | None = None, text_tokens: int | None = None
@@ -263,6 +296,7 @@ class TextToImage:
 
     def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:
         """Noise [num, N, C] of pictures `first` ... of a seed, for pictures of `height` x `width` pixels."""
+        seed = check_seed(seed)
         return draw_noise(seed, first, num, self.models["flux"].config, *self.latent_size(height, width))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -316,7 +350,7 @@ class TextToImage:
     @cached_property
     def _sample(self) -> Callable[..., Array]:
         """Compiled once for each size, bound of the step count and method."""
-        cfg = self.models["flux"].config
+        cfg, spacing = self.models["flux"].config, self.sampling.spacing
 
         @partial(jax.jit, static_argnames=("size", "bound", "method", "trajectory"))
         def sample(
@@ -333,7 +367,7 @@ class TextToImage:
             trajectory: bool,
         ) -> Array:
             # A shortcut model is told its step size at every step count: the record does not say which it knows.
-            sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory)
+            sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory, spacing)
             return sampler(params, noise_BNC, condition, steps, negative, scale)
 
         return sample

@@ -1,8 +1,6 @@
 """Training: `python -m shortcut_jax.train --config=configs/digits.py [--config.steps=200] [--workdir=...]`."""
 
 import dataclasses
-import json
-import runpy
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +13,8 @@ from shortcut_jax import command
 from shortcut_jax.announce import announce, announce_data
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.check_data import check_data, check_grid
+from shortcut_jax.check_training import assemble_training
+from shortcut_jax.config_file import load_config, load_teacher_config
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.records import check_available
 from shortcut_jax.data.training import TrainingData
@@ -38,7 +38,7 @@ from shortcut_jax.runtime.peers import Peers
 from shortcut_jax.runtime.shared_folder import check_folder, check_place
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
-from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
+from shortcut_jax.settings import Settings, build, to_dict, with_absolute_paths
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -49,7 +49,6 @@ USAGE = "usage: python -m shortcut_jax.train --config=configs/digits.py [--confi
 def main(argv: Sequence[str]) -> int:
     """Parses the command line and trains, or compiles only with `--dry_run`. Returns the exit code."""
     from absl import flags
-    from ml_collections import config_flags
 
     values = command.new_flags()
     command.define_config(values, "config", "Config file.", argv)
@@ -61,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean("explain", False, "Tell every collective of a dry run.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
     command.define_place(values)
-    options = command.parse(values, argv, USAGE, required=["config"])
+    options = command.parse(values, argv, USAGE, required=["config"], configs=["config"])
+    _check_flags(options)
     if not options.dry_run:
         distributed.initialize(options.coordinator, options.num_processes, options.process_id, options.join_timeout)
         mark_stderr()
@@ -72,20 +72,30 @@ def main(argv: Sequence[str]) -> int:
         from shortcut_jax import dry_run
 
         return dry_run.run(settings, options.target, options.device_memory_gb, options.explain)
-    if options.target is not None or options.device_memory_gb is not None or options.explain:
-        raise command.UsageError("--target, --explain and --device_memory_gb go with --dry_run")
-    if options.stop_at is not None and options.stop_at < 1:
-        raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     check_available(settings.data)
-    config_file = Path(config_flags.get_config_filename(values["config"]))
+    config_file = options.config_path
     workdir = local_path(options.workdir or f"runs/{config_file.stem}-{settings.objective}", "--workdir")
     check_place(workdir, "--workdir")
     check_same(settings, workdir, options.stop_at)
     check_devices()
-    assembly = Assembly(keep_batch(settings, workdir, len(jax.devices())))
+    assembly = assemble_training(keep_batch(settings, workdir, len(jax.devices())))
     started = distributed.agree(stored_config(workdir / "checkpoints") is not None)
     code = 0 if started else train_teacher(config_file, settings)
     return code or train(assembly, workdir, options.stop_at)
+
+
+def _check_flags(options: Any) -> None:
+    """Raises UsageError for flags that do not go together: none is ignored."""
+    command.only_with(options, "--dry_run", options.dry_run, ("target", "explain", "device_memory_gb"))
+    if options.dry_run:
+        of_training = ("workdir", "stop_at", "coordinator", "num_processes", "process_id", "join_timeout")
+        command.note_unused(options, "--dry_run", of_training)
+    if options.stop_at is not None and options.stop_at < 1:
+        raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
+    if options.base is not None and "base" in options.overridden:
+        raise command.UsageError("give --base or --config.base, not both")
+    if options.workdir is None and options.config_path.suffix == ".json" and not options.dry_run:
+        raise command.UsageError(f"--config={options.config_path} repeats a run: name its folder with --workdir")
 
 
 OF_A_HOST = ("data.dir", "data.threads", "data.workers", "base")
@@ -103,12 +113,12 @@ def train_teacher(config_file: Path, settings: Settings) -> int:
 
     Such a config file has a `get_teacher_config()` beside `get_config()`. Returns the exit code.
     """
-    make = runpy.run_path(str(config_file)).get("get_teacher_config")
-    if make is None or settings.init_from is None:
+    made = load_teacher_config(config_file)
+    if made is None or settings.init_from is None:
         return 0
-    workdir, own = local_path(settings.init_from, "init_from"), from_config(make())
+    workdir, own = local_path(settings.init_from, "init_from"), from_config(made)
     data = dataclasses.replace(own.data, dir=settings.data.dir)
-    teacher = Assembly(dataclasses.replace(own, data=data, mesh=settings.mesh))
+    teacher = assemble_training(dataclasses.replace(own, data=data, mesh=settings.mesh))
     if not distributed.agree(_is_unfinished(workdir, teacher)):
         return 0
     say(f"init_from={settings.init_from} is not there, or not finished: training the teacher first")
@@ -121,14 +131,9 @@ def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
         return True
     if not (workdir / "config.json").is_file():
         return False  # someone else's checkpoint
-    try:
-        stored = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{workdir / 'config.json'} cannot be read: {error}; delete it, or give another init_from"
-        ) from None
+    stored = to_dict(with_absolute_paths(build(load_config(workdir / "config.json", {}))))
     steps = step_folders(workdir / "checkpoints")
-    same = not compare(read_stored(stored), record_of(teacher))["identity"]
+    same = not compare(stored, record_of(teacher))["identity"]
     return same and max(steps, default=0) < teacher.settings.steps
 
 

@@ -6,14 +6,19 @@ import json
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert, sample
+from shortcut_jax import command, convert, evaluate, sample
+from shortcut_jax.app_models import ConvertedPipeline
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.initial import open_initial
+from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
-from shortcut_jax.sources import abstract_params, open_lora, open_models
+from shortcut_jax.sources import abstract_params, open_lora, open_loras, open_models
 from shortcut_jax.text_to_image import TextToImage
 from shortcut_jax.weights import flux_bfl
+from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_peft
 from shortcut_jax.weights.rules import ConversionError, to_torch
+from tests.helpers import POST_TRAINING, tiny_assembly
 from tests.weights.lora_cases import CFG, random_modules
 
 OTHERS = {"lora_te1_text_model.lora_down.weight": np.ones((2, 3), "f")}
@@ -77,3 +82,55 @@ def test_sampling_tells_what_is_left_out_of_an_adapter(converted_folder, tmp_pat
             TextToImage(converted_folder, loras=[(tmp_path / "lora.safetensors", float(scale))])
     assert sample.main(["sample", *argv, *size]) == 0
     assert "note: 1 tensors of text encoder adapters are left out" in capfd.readouterr().err
+
+
+def test_every_command_refuses_an_adapter_that_is_not_finite_in_one_line(converted_folder, tmp_path, capfd):
+    (flux,) = [m for m in open_models(converted_folder) if m.kind == "flux"]
+    tensors, _ = to_peft(random_modules({k: s.shape for k, s in flux.specs.items()}, keep=lambda n: n == "proj_out"))
+    name = "transformer.proj_out.lora_B.weight"
+    lora = tmp_path / "lora.safetensors"
+    exported.write_tensors(lora, tensors | {name: tensors[name] * np.nan}, {})
+    base, to = f"--from={converted_folder}", f"--to={tmp_path}/out"
+    model, out = f"--checkpoint={converted_folder}", f"--out={tmp_path}/out"
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    for main, *argv in (
+        (convert.main, f"--from={lora}", to, f"--base={converted_folder}"),
+        (convert.main, base, to, f"--lora={lora}"),
+        (sample.main, model, f"--lora={lora}", "--prompt=a cat", out),
+        (evaluate.main, model, f"--lora={lora}", f"--prompts={tmp_path}/prompts.txt", out),
+    ):
+        assert f"{name} holds {tensors[name].size} values that are not finite" in _fails(main, capfd, *argv), argv
+        assert not [
+            path for path in tmp_path.rglob("*") if path.is_file() and "out" in path.relative_to(tmp_path).parts
+        ]
+    with pytest.raises(ConversionError, match=f"{name} holds"):
+        ConvertedPipeline(converted_folder, [(lora, 1.0)])
+
+
+@pytest.mark.parametrize("name", ["init_from", "teacher_lora"])
+def test_training_refuses_an_adapter_that_is_not_finite(name, tmp_path):
+    base = _base(tmp_path / "base", preset("tiny"))
+    tensors, _ = to_peft(random_modules(_shapes(preset("tiny"))))
+    tensors["transformer.proj_out.lora_A.weight"][0, 0] = np.inf
+    exported.write_tensors(tmp_path / "lora.safetensors", tensors, {})
+    given = {"init_from": str(base), name: str(tmp_path / "lora.safetensors")}
+    given |= {"base": str(base)} if name == "init_from" else {}
+    assembly = tiny_assembly(**POST_TRAINING | given)
+    with pytest.raises(ConversionError, match=r"proj_out\.lora_A\.weight holds 1 values that are not finite"):
+        open_initial(assembly)
+
+
+def test_several_adapters_are_sampled_as_one_sum_as_they_are_converted(converted_folder, tmp_path):
+    (flux,) = [m for m in open_models(converted_folder) if m.kind == "flux"]
+    shapes = {k: s.shape for k, s in flux.specs.items()}
+    loras = []
+    for i, scale in enumerate((0.5, -1.25)):
+        modules = random_modules(shapes, rank=2 + i, seed=i, keep=lambda n, i=i: i == 0 or "to_" in n)
+        exported.write_tensors(tmp_path / f"{i}.safetensors", *to_peft(modules))
+        loras.append((tmp_path / f"{i}.safetensors", scale))
+    modules, _ = open_loras(loras, flux.config)
+    merged, sampled = Merged(flux.params, modules, shapes), TextToImage(converted_folder, loras=loras).models["flux"]
+    for path in ("double_blocks/img_attn/qkv/kernel", "single_blocks/mlp_out/kernel", "img_in/kernel"):
+        assert np.array_equal(merged[path], sampled.params[path]) and not np.array_equal(
+            merged[path], flux.params[path]
+        )

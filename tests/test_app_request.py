@@ -23,6 +23,7 @@ def test_values_within_the_bounds_become_plain_numbers():
     request = _asked(prompt="  a \n cat ", steps=64.0, num=16, seed=MAX_SEED, guidance=2, view="fast")
     assert request == Request("a cat", 64, 16, MAX_SEED, 2.0, "fast", 1.0, 8, 8)
     assert [type(v) for v in (request.steps, request.seed, request.guidance)] == [int, int, float]
+    assert _asked(guidance=0).guidance == 1.0  # none, as pasted from snippets of diffusers
     assert _asked(PIPELINE, height=16, width=1008, lora_scale=-4).width == 1008
 
 

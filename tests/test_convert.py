@@ -359,3 +359,134 @@ def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, 
     fast, slow = (OrbaxParams(tmp_path / view / "flux") for view in ("fast", "slow"))
     assert "step_in/in_layer/kernel" in slow
     assert not np.array_equal(fast["final_linear/kernel"], slow["final_linear/kernel"])
+
+
+@pytest.mark.parametrize("form", ["orbax", "diffusers", "bfl", "comfy"])
+def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing(form, params, tmp_path, capfd):
+    tensors = to_torch(params, flux_bfl.RULES)
+    name = "double_blocks.1.img_attn.qkv.weight"
+    tensors[name] = np.copy(tensors[name])
+    tensors[name][3, 2] = np.inf
+    (tmp_path / "in").mkdir()
+    exported.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
+    error = _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out", f"--format={form}")
+    assert f"{name} has 1 of {tensors[name].size:,} values that are NaN or infinite" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("form", ["orbax", "bfl"])
+def test_values_beyond_the_dtype_asked_for_are_refused_by_name(form, params, tmp_path, capfd):
+    tensors = to_torch(params, flux_bfl.RULES)
+    tensors["img_in.bias"] = np.full_like(tensors["img_in.bias"], 3.4e38)
+    (tmp_path / "in").mkdir()
+    exported.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
+    error = _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out", f"--format={form}", "--dtype=bfloat16")
+    assert "img_in/bias has values beyond the range of bfloat16: convert with --dtype=float32" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_converted_folder_that_is_not_finite_is_not_converted_on(bfl, params, tmp_path, capfd):
+    from shortcut_jax.runtime.converted import write_params
+
+    folder = _orbax(bfl, tmp_path)
+    broken = {k: np.full_like(v, np.nan) if k == "img_in/bias" else v for k, v in params.items()}
+    shutil.rmtree(folder / "flux")
+    write_params(folder / "flux", broken.items())
+    error = _fails(capfd, f"--from={folder}", f"--to={tmp_path}/x.safetensors", "--format=bfl")
+    assert "img_in/bias has" in error and [p.name for p in tmp_path.iterdir()] == ["orbax"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("tokenizer", "vocab.json", b"{"),
+        ("tokenizer", "merges.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        ("tokenizer_2", "tokenizer.json", b"<html>"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_before_anything_is_written(
+    name, file, content, pipeline_folder, tmp_path, capfd, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for part in pipeline_folder.iterdir():
+        (tmp_path / "in" / part.name).symlink_to(part)
+    (tmp_path / "in" / name).unlink()
+    folder = shutil.copytree(pipeline_folder / name, tmp_path / "in" / name)
+    (folder / file).write_bytes(content)
+    monkeypatch.setattr(convert, "_write", lambda *args: pytest.fail("it was converted"))
+    assert f"{folder} cannot be read (" in _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out")
+    rest = [f"--from={pipeline_folder}", f"--to={tmp_path}/out"]
+    assert f"{folder} cannot be read (" in _fails(capfd, *rest, f"--{name}={folder}")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_several_loras_are_added_up_each_with_its_scale(bfl, params, shapes, tmp_path, capfd):
+    """Of other ranks, alphas and modules: the merged weights are the base plus the sum of scale * delta, in float32."""
+    one = random_modules(shapes, rank=2, alpha=5.0, keep=lambda n: "to_q" in n or n == "proj_out")
+    two = random_modules(shapes, rank=lambda n: 2 + len(n) % 3, seed=2, dtype=ml_dtypes.bfloat16)
+    files = [_lora_file(tmp_path / f"{i}.safetensors", *to_peft(m)) for i, m in enumerate((one, two))]
+    flags = [*(f"--lora={file}" for file in files), "--lora_scale=-0.5", "--lora_scale=1.25", "--dtype=float32"]
+    assert _convert(f"--from={bfl}", *flags, f"--to={tmp_path}/merged", "--format=diffusers") == 0
+    err = capfd.readouterr().err
+    assert f"merging the sum of 2 LoRAs of {len(two)} modules: -0.5 x 0.safetensors + 1.25 x 1.safetensors" in err
+    small = {k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}
+    base = to_torch(small, flux_diffusers.RULES)
+    merged = LazyTensors([tmp_path / "merged" / "diffusion_pytorch_model.safetensors"])
+    for name, value in base.items():
+        module = name.removesuffix(".weight")
+        delta = sum(
+            scale * f.scale * (f.up.astype("f") @ f.down.astype("f"))
+            for scale, f in ((-0.5, one.get(module)), (1.25, two.get(module)))
+            if f is not None and name.endswith(".weight")
+        )
+        # The base is bfloat16, and the sum is rounded to it once.
+        expected = (value.astype("f") + delta).astype(ml_dtypes.bfloat16).astype("f")
+        np.testing.assert_allclose(merged[name], expected, rtol=2**-7, atol=1e-6, err_msg=name)
+        assert np.mean(merged[name] != expected) < 0.01, name
+    for flags, message in (
+        (["--lora_scale=1"], "--lora is given 2 times, --lora_scale 1: give one for each"),
+        (["--lora_scale=nan", "--lora_scale=1"], "--lora_scale is nan, 1.0, but must be finite"),
+    ):
+        target = tmp_path / "x"
+        assert message in _fails(capfd, f"--from={bfl}", *(f"--lora={f}" for f in files), *flags, f"--to={target}")
+        assert not target.exists()
+
+
+def _loaded_by_diffusers(file, params):
+    """The adapters that a pipeline of diffusers holds after it has read a file: updates of weights by module."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    from tests.weights.test_lora_files import _reference
+
+    others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=_reference(params), **others)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    layers = {name: m for name, m in pipeline.transformer.named_modules() if hasattr(m, "get_delta_weight")}
+    return {name: m.get_delta_weight("default_0").detach().numpy() for name, m in layers.items()}
+
+
+@pytest.mark.parametrize("form", ["comfy", "diffusers"])
+def test_a_pipeline_of_diffusers_holds_the_adapters_that_are_not_said_to_be_dropped(
+    form, bfl, params, shapes, tmp_path, capfd, monkeypatch
+):
+    from diffusers.loaders import lora_pipeline
+
+    from tests.weights.test_lora_files import _kohya_conversion
+
+    modules = random_modules(shapes, alpha=5.0)
+    source, target = _lora_file(tmp_path / "lora.safetensors", *to_peft(modules)), tmp_path / "out.safetensors"
+    assert _convert(f"--from={source}", f"--to={target}", f"--format={form}", f"--base={bfl}") == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "diffusers drops" in line]
+    monkeypatch.setattr(lora_pipeline, "_convert_kohya_flux_lora_to_diffusers", _kohya_conversion())
+    loaded = _loaded_by_diffusers(target, params)
+    for name, delta in loaded.items():
+        f = modules[name]
+        np.testing.assert_allclose(delta, f.scale * f.up @ f.down, rtol=1e-4, atol=1e-5, err_msg=name)
+    dropped = modules.keys() - loaded.keys()
+    if form == "diffusers":
+        assert not dropped and not lines
+        return
+    (line,) = lines
+    assert f"note: diffusers drops {len(dropped)} of these {len(modules)} adapters" in line
+    assert "write --format=diffusers" in line
+    assert set(line.split("(")[1].split(")")[0].split(", ")) == dropped and "x_embedder" in dropped

@@ -8,7 +8,7 @@ import pytest
 import shortcut_jax
 from shortcut_jax import command
 from shortcut_jax.errors import PathError
-from shortcut_jax.local_path import absolute_text, local_path
+from shortcut_jax.local_path import absolute_text, download_hint, local_path
 
 
 def test_it_is_absolute_and_keeps_what_is_absolute(tmp_path, monkeypatch):
@@ -57,3 +57,27 @@ def test_every_flag_of_text_is_known_to_be_a_path_or_not_to_be_one():
     assert {"workdir", "from", "out", "prompt", "lora"} <= names
     assert not set(command.PATH_FLAGS) & NO_PATHS
     assert names <= {*command.PATH_FLAGS, *NO_PATHS}
+
+
+def test_what_looks_like_a_name_on_the_hub_is_told_with_how_to_download_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    hint = lambda given: download_hint(local_path(given, "--from"))
+    flux = "black-forest-labs/FLUX.1-dev"
+    assert f"run hf download {flux} --local-dir FLUX.1-dev and give FLUX.1-dev" in hint(flux)
+    file = hint("some/lora/a/b.safetensors")
+    assert "hf download some/lora a/b.safetensors --local-dir lora and give lora/a/b.safetensors" in file
+    (tmp_path / "runs").mkdir()
+    for other in ("runs/a", "flux", tmp_path.parent / "x" / "y", "~/x", "../a/b"):
+        assert hint(other) == ""
+    from shortcut_jax import convert, sample
+
+    for main, argv in (
+        (sample.main, [f"--checkpoint={flux}", "--prompt=x"]),
+        (convert.main, [f"--from={flux}", "--to=out"]),
+        (convert.main, ["--from=runs", f"--lora={flux}", "--to=out"]),
+        (convert.main, ["--from=runs", f"--tokenizer={flux}", "--to=out"]),
+    ):
+        with pytest.raises(SystemExit):
+            command.run(main, ["x", *argv])
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"{flux} is not there: nothing is downloaded; if it is a model" in line

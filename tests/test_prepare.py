@@ -1,8 +1,10 @@
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -12,6 +14,7 @@ import tensorflow_datasets as tfds
 from shortcut_jax import prepare
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.format import DataError, PreparedSet
+from shortcut_jax.data.inputs.folder import FolderSource
 from tests.data.pictures import encoded, picture, simple_folder, write_folder
 
 
@@ -111,6 +114,77 @@ def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
     capsys.readouterr()
     assert prepare.main(_arguments(folder, tmp_path / "enlarged", max_skipped=0.2)) == 0
     assert "1 of 61 pictures were smaller than their bucket and were enlarged" in capsys.readouterr().err
+
+
+def test_a_corrected_source_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, capsys):
+    folder = simple_folder(tmp_path / "a", 40)
+    good = (folder / "p/020.png").read_bytes()
+    (folder / "p/020.png").write_bytes(good[:100])
+    (folder / "p/021.png").unlink()
+    os.mkfifo(folder / "p/021.png")
+    (folder / "p/022.png").unlink()
+    with pytest.raises(DataError, match=r"3 of 30 .*: 1 missing file, 1 not a file, 1 truncated; "):
+        prepare.main(_arguments(folder, tmp_path / "set", unit=10))
+    for i in (20, 21, 22):
+        (folder / f"p/{i:03d}.png").unlink(missing_ok=True)
+        (folder / f"p/{i:03d}.png").write_bytes(encoded(picture(i)))
+    capsys.readouterr()
+    assert prepare.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
+    told = capsys.readouterr().err
+    assert "going on: 2 of 4 units are done" in told and "read again: 1 units" in told
+    (tmp_path / "clean").mkdir()
+    assert prepare.main(_arguments(folder, tmp_path / "clean/set", unit=10)) == 0
+    assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
+
+
+def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, capsys):
+    def write(number, damaged=False):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for i in range(5):
+                data = encoded(picture(10 * number + i))
+                further = json.dumps({"text": ["a caption", "another"]}).encode()
+                for name, content in ((f"{i}.v1.png", data[:99] if damaged else data), (f"{i}.v1.json", further)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+    for number in range(3):
+        write(number, damaged=number == 1)
+    source = str(tmp_path / "{0..2}.tar")
+    with pytest.raises(DataError, match=r"5 of 15 .*: 5 truncated; "):
+        prepare.main(_arguments(source, tmp_path / "set"))
+    write(1)
+    capsys.readouterr()
+    assert prepare.main(_arguments(source, tmp_path / "set")) == 0
+    told = capsys.readouterr().err
+    assert "going on: 2 of 3 units" in told
+    assert "not used: further captions of an image: the first one of a list is used (15)" in told
+    (tmp_path / "clean").mkdir()
+    assert prepare.main(_arguments(source, tmp_path / "clean/set")) == 0
+    assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
+    write(1, damaged=True)
+    with pytest.raises(DataError, match="the source has changed since: give another --out"):
+        prepare.main(_arguments(source, tmp_path / "set"))
+
+
+def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
+    """A failing disk, and folders that may not be read (which tests that run as root cannot have otherwise)."""
+    folder = simple_folder(tmp_path / "a", 3)
+
+    def fails(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"--source=.*Permission denied$"):
+        patch.setattr(prepare, "open_source", fails)
+        prepare.main(_arguments(folder, tmp_path / "set"))
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"/a cannot be read: Permission denied; what"):
+        patch.setattr(FolderSource, "items", fails)
+        prepare.main(_arguments(folder, tmp_path / "set"))
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_bytes", fails)
+        with pytest.raises(DataError, match="no record is left: 3 unreadable file were left out"):
+            prepare.main(_arguments(folder, tmp_path / "set", max_skipped=1))
+    assert prepare.main(_arguments(folder, tmp_path / "set", max_skipped=1)) == 0
 
 
 def test_a_source_that_leads_outside_writes_nothing(tmp_path):

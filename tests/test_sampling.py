@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from shortcut_jax import Pipeline, command, sample
 from shortcut_jax.interactive import interact
-from shortcut_jax.pictures_out import Output, parameters, read_records
+from shortcut_jax.pictures_out import Output, layout_of, parameters, read_records
 from shortcut_jax.runtime.checkpoint import CheckpointError
 from shortcut_jax.sample_models import RunModel, Wanted, grid_times
 
@@ -140,6 +141,7 @@ LINES = [
     ":steps -1",
     ":steps 1001",
     ":colour red",
+    "\udce9",
     TWO,
     ":quit",
     "never read",
@@ -150,12 +152,12 @@ def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings
     model = RunModel(_options(trained), pictures=2)
     (tmp_path / "00006.png").write_bytes(b"")
     lines = iter(LINES)
-    interact(
-        model, Wanted((), num=1, steps=1), Output(f"{tmp_path}/", plain=False, count_on=True), ask=lambda _: next(lines)
-    )
+    interact(model, Wanted((), num=1, steps=1), Output(f"{tmp_path}/", count_on=True), ask=lambda _: next(lines))
     assert list(lines) == ["never read"]
     err = capfd.readouterr().err
     for text in (
+        "error: the prompt '\\udce9' is not UTF-8",
+        "never seen in training, so of no meaning: 'b', 'c', 'd'",
         "error: this run makes pictures of 8 x 8 pixels only",
         "error: :size big: cannot be read",
         "error: --steps is -1",
@@ -250,6 +252,9 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "--seeds=1,x, but must be whole numbers" in fails("--prompt=x", "--seeds=1,x")
     assert "--num is 3, but there are 2 --seeds" in fails("--prompt=x", "--seeds=1,2", "--num=3")
     assert "the seed 4294967296 is out of range" in fails("--prompt=x", "--seeds=4294967296")
+    assert "the seed -1 is out of range" in fails("--prompt=x", "--seed=-1")
+    assert "--num is a number of 133 bits" in fails("--prompt=x", f"--num={10**40}")
+    assert "is not UTF-8" in fails("--prompt=caf\udce9")
     assert "--shift is 0, but must be positive" in fails("--prompt=x", "--shift=0")
     assert "--batch is 0" in fails("--prompt=x", "--batch=0")
     assert "method" in fails("--prompt=x", "--method=rk4")
@@ -267,6 +272,69 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
         read_records(grey[0])
     with pytest.raises(command.UsageError, match="cannot be read as a picture"):
         read_records(tmp_path / "latin.txt")
+
+
+def test_words_that_the_model_never_saw_are_told_with_those_it_knows(trained, capfd):
+    pipeline = Pipeline(trained)
+    assert pipeline.unknown_words([SEVEN, "a cat and a Seven", "a cat"]) == ["cat", "and", "Seven"]
+    assert pipeline.unknown_words([SEVEN, ""]) == [] and pipeline.notes([SEVEN]) == []
+    for _ in range(2):
+        pipeline("a cat", steps=1)
+    err = capfd.readouterr().err
+    assert err.count("never seen in training, so of no meaning: 'cat'; the words it knows are a, handwritten") == 1
+    model = RunModel(_options(trained), pictures=1)
+    assert model.notes(Wanted(("a cat",), 1, 1)) == pipeline.notes(["a cat"])
+    for prompt in (None, "\udce9"):
+        with pytest.raises(ValueError, match=r"a prompt is None|is not UTF-8"):
+            pipeline([prompt], steps=1)
+
+
+def test_guidance_zero_is_none_for_a_model_without_embedding(trained, grey):
+    pipeline, pixels = Pipeline(trained), grey[1][None, ..., None]
+    np.testing.assert_array_equal(pipeline(TWO, 2, guidance=0.0), pipeline(TWO, 2))
+    edited = pipeline.edit(pixels, SEVEN, TWO, 2, guidance=0.0, source_guidance=0.0)
+    np.testing.assert_array_equal(edited, pipeline.edit(pixels, SEVEN, TWO, 2))
+    model = RunModel(_options(trained), pictures=1)
+    assert model.notes(Wanted((TWO,), 1, 1, guidance=0.0)) == ["guidance 0: none, as 1 is"]
+
+
+def test_one_prompt_into_a_file_is_one_image_that_can_be_edited(trained, folder, tmp_path, capfd):
+    argv = [f"--workdir={trained}", "--steps=1", f"--out={tmp_path}/seven.png"]
+    _run(*argv, f"--prompt={SEVEN}")
+    assert _pixels(tmp_path / "seven.png").shape == (8, 8) and len(read_records(tmp_path / "seven.png")) == 1
+    edit = [*argv, f"--prompt={TWO}", f"--source_prompt={SEVEN}"]
+    capfd.readouterr()
+    _run(*edit, f"--edit={tmp_path}/seven.png")
+    assert "resized" not in capfd.readouterr().err
+    line = _fails(capfd, *edit, f"--edit={folder}/sheet.png")
+    assert "sheet.png is a sheet of several images, but one is edited: sample it alone (--num=1)" in line
+    assert "is a trajectory" in _fails(capfd, *edit, f"--edit={folder}/00000_trajectory.png")
+
+
+def test_sixteen_images_remain_the_default_where_several_fit(tmp_path):
+    num = lambda *argv: sample._wanted(sample._parse(["sample", *argv])).num
+    run, out = ("--workdir=w", "--prompt=x"), f"--out={tmp_path}/x.png"
+    assert num(*run) == num(*run, out) == 1
+    assert num(*run, f"--out={tmp_path}/") == num(*run, "--prompt=y", out) == sample.SEVERAL
+    assert num(*run, out, "--seeds=1,2,3") == 3 and num(*run, out, "--num=4") == 4
+    assert num("--checkpoint=c", "--prompt=x", "--prompt=y", f"--out={tmp_path}/") == 1
+
+
+def test_metadata_of_older_and_other_files_tells_a_sheet_as_far_as_it_can(tmp_path):
+    def layout(size, **chunks):
+        info = PngInfo()
+        for name, text in chunks.items():
+            info.add_text(name, text)
+        Image.new("L", size).save(tmp_path / "x.png", pnginfo=info)
+        with Image.open(tmp_path / "x.png") as image:
+            return layout_of(image)
+
+    one = {"width": 8, "height": 8}
+    old = lambda *records: {"shortcut_jax": json.dumps({"pictures": records})}
+    assert layout((8, 8)) == layout((8, 8), **old(one)) == layout((8, 8), shortcut_jax="{") == "image"
+    assert layout((8, 8), shortcut_jax="[" * 10**5) == "image"
+    assert layout((90, 90), **old(one)) == layout((90, 90), **old(one, one)) == "sheet"
+    assert layout((90, 90), parameters="x\nSteps: 4, Pictures: 16, Version: shortcut_jax 0.1") == "sheet"
 
 
 def test_a_view_that_the_checkpoint_lacks_is_named_with_those_it_has(trained, tmp_path):

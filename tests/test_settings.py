@@ -118,6 +118,54 @@ def test_values_out_of_range_are_named(changes, message):
         from_config(tiny_config(**changes))
 
 
+FLOATS = [n for n, v in flatten(to_dict(Settings())).items() if isinstance(v, float)]
+WHOLE = [n for n, v in flatten(to_dict(Settings())).items() if isinstance(v, int) and not isinstance(v, bool)]
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "student_weights", "guidance", "data.weights"])
+def test_no_number_of_a_config_may_be_infinite_or_nan(name):
+    for value in (float("inf"), float("-inf"), float("nan")):
+        given = value if name in FLOATS else (1.0, value)
+        with pytest.raises(ConfigError, match=rf"^{name} is .*{value}\)?, but must be finite$"):
+            from_config(tiny_config(**{name.replace(".", "__"): given}))
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "student_steps", "eval.seeds", "batch_size", "model.width"])
+def test_no_whole_number_of_a_config_may_be_huge(name):
+    for value in (2**63, 10**50):
+        given = (1, value) if name in ("student_steps", "eval.seeds") else value
+        with pytest.raises(ConfigError, match=rf"^{name} is .*, but must be less than 2\^(31|32|63) = \d+$") as refused:
+            from_config(tiny_config(**{name.replace(".", "__"): given}))
+        assert len(str(refused.value)) < 200
+
+
+def test_seeds_have_32_bits_and_steps_31():
+    assert from_config(tiny_config(seed=2**32 - 1)).seed == 2**32 - 1
+    assert from_config(tiny_config(steps=2**31 - 1)).steps == 2**31 - 1
+    with pytest.raises(ConfigError, match=r"seed is 4294967296, but must be less than 2\^32"):
+        from_config(tiny_config(seed=2**32))
+    with pytest.raises(ConfigError, match=r"steps is 2147483648, but must be less than 2\^31"):
+        from_config(tiny_config(steps=2**31))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"data__name": "a\0b"}, r"data\.name is 'a\\x00b', which has a NUL character"),
+        ({"eval__captions": ("a", "\0")}, r"eval\.captions is '\\x00', which has a NUL"),
+        ({"init_from": "a\0"}, "init_from=.*cannot be printed"),
+        ({"data__name": "n" * 300}, r"data\.name=n+\.\.\. has a name of 300 bytes"),
+        ({"data__mix": ("gs://x/y",)}, r"data\.mix=gs://x/y is not a path"),
+        ({"data__mix": ("",)}, r"data\.mix is empty"),
+        ({"data__dir": "s3://x/y"}, r"data\.dir=s3://x/y is not a path"),
+        ({"validation__name": "v" * 300}, r"validation\.name=v+\.\.\. has a name of 300 bytes"),
+    ],
+)
+def test_texts_that_no_file_can_have_are_named(changes, line):
+    with pytest.raises(ValueError, match=line):
+        from_config(tiny_config(**changes))
+
+
 def test_the_objective_decides_on_the_step_size_input():
     assert tiny_assembly(objective="shortcut").model.step_size
     assembly = tiny_assembly()

@@ -1,5 +1,7 @@
 """The whole pipeline against diffusers from the same noise, on small random weights."""
 
+import copy
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import TextToImage, command, sample
+from shortcut_jax import TextToImage, command, convert, sample
 from shortcut_jax.core.latents import patchify, unpatchify
+from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.pictures_out import read_records
 from shortcut_jax.runtime import exported
@@ -76,6 +79,20 @@ def test_a_wrong_guidance_prompt_shift_or_text_length_would_be_seen(dev):
         assert relative(latents, expected) >= 20 * TOLERANCE, wrong
         image, right = (dev.ours.decode(unpatchify(x, HEIGHT // 2, WIDTH // 2)) for x in (latents, expected))
         assert np.abs(image - right).max() >= 20e-3 * np.std(right), wrong
+
+
+def test_latents_equal_those_of_diffusers_with_another_spacing_of_times(dev, monkeypatch):
+    reference = dev.reference.scheduler
+    spaced = type(reference).from_config(reference.config, use_karras_sigmas=True, shift_terminal=0.1)
+    monkeypatch.setattr(dev.reference, "scheduler", spaced)
+    ours, uniform = copy.copy(dev.ours), dev.actual()
+    ours.sampling = dataclasses.replace(ours.sampling, spacing=Spacing("karras", 0.1))
+    vars(ours).pop("_sample", None)  # it was compiled for another spacing
+    with jax.default_matmul_precision("highest"):
+        condition = ours.encode(PROMPTS, 2.5, TEXT_TOKENS)
+        latents = patchify(ours.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS))
+    assert relative(latents, dev.expected()) <= TOLERANCE
+    assert relative(uniform, dev.expected()) >= 20 * TOLERANCE
 
 
 def test_decoded_images_equal_those_of_diffusers_before_rounding(dev, highest_precision):
@@ -220,12 +237,19 @@ def test_weights_stay_as_stored_and_are_computed_with_in_the_dtype_asked_for(dev
     assert 1e-4 < relative(patchify(latents), dev.actual()) < 0.03
 
 
-def test_what_is_cut_off_a_prompt_is_told(dev):
+def test_what_is_cut_off_a_prompt_is_told(dev, capfd):
     prompt = "a photo of " + "the cat and " * 5
     assert dev.ours.cuts(["a cat"], 64) == []
     clip, t5 = dev.ours.cuts(["a cat", prompt], 12)
     assert clip.startswith("CLIP reads 16 tokens of 'a photo of the cat and") and "is cut off" in clip
     assert t5.startswith("T5 reads 12 tokens of 'a photo of")
+    # Each line once, however often the prompt comes; not at all where the caller tells them.
+    capfd.readouterr()
+    dev.ours.tell([prompt, "a cat"], 12, quiet=True)
+    assert capfd.readouterr().err == ""
+    for _ in range(2):
+        dev.ours.tell([prompt, prompt, "a cat"], 12)
+    assert capfd.readouterr().err.count("is cut off") == 2
 
 
 @pytest.mark.parametrize(
@@ -237,6 +261,15 @@ def test_what_is_cut_off_a_prompt_is_told(dev):
         (dict(num=0), "num is 0"),
         (dict(text_tokens=0), "text_tokens is 0"),
         (dict(shift=0.0), "shift is 0, but must be positive"),
+        (dict(shift=float("inf")), "shift is inf, but must be positive and finite"),
+        (dict(guidance=float("nan")), "guidance is nan, but must be finite"),
+        (dict(steps=1001), "steps is 1001, but must be at most 1000"),
+        (dict(height=10**400), "height is a number of 1329 bits, but must be at most 16384"),
+        (dict(width=-8), "24 x -8, but both must be multiples of 4: the nearest is 24 x 4"),
+        (dict(seed=2**32), "the seed 4294967296 is out of range"),
+        (dict(seed=-1), "the seed -1 is out of range"),
+        (dict(batch_size=10**9), "batch_size is 1000000000, but must be at most"),
+        (dict(prompts=["\udcff"]), r"is not UTF-8"),
         (dict(guidance=-1.0), "guidance is -1, but must not be negative"),
         (dict(prompts=[]), "prompts is 0"),
     ],
@@ -248,9 +281,19 @@ def test_arguments_out_of_range_are_refused_before_weights_are_read(options, tex
     assert "params" not in vars(fresh)
 
 
-def test_guidance_zero_without_embedding_is_refused_for_it_would_drop_the_prompt(schnell):
-    with pytest.raises(ValueError, match="guidance is 0, which would drop the prompt"):
-        schnell.ours("a cat", guidance=0.0, **SMALL)
+def test_guidance_zero_without_embedding_means_none_as_in_diffusers(schnell):
+    assert schnell.ours.guidance(0.0) == schnell.ours.guidance(1.0) == schnell.ours.guidance()
+    expected = schnell.ours("a cat", 2, **SMALL)
+    np.testing.assert_array_equal(schnell.ours("a cat", 2, 0.0, **SMALL), expected)
+    edit = lambda scale: schnell.ours.edit(expected, "a cat", "a dog", 2, guidance=scale, text_tokens=TEXT_TOKENS)
+    np.testing.assert_array_equal(edit(0.0), edit(None))
+
+
+def test_weights_that_are_not_finite_are_told_instead_of_black_images(dev):
+    latents = np.zeros((1, HEIGHT // 2, WIDTH // 2, 16), np.float32)
+    assert dev.ours.pictures(latents).shape == (1, HEIGHT, WIDTH, 3)
+    with pytest.raises(ConvertedError, match="the images have values that are not finite"):
+        dev.ours.pictures(latents * np.nan)
 
 
 def _changed(folder, target, change):
@@ -279,6 +322,13 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_clear_line(converted_folder, 
     shutil.rmtree(small / "tokenizer_2")
     fails(small, "there is no tokenizer of T5 in .*: convert again with --tokenizer and --tokenizer_2")
     deep = _changed(converted_folder, tmp_path / "deep", lambda m: m["flux"]["config"].update(mlp_ratio=2))
+    odd = _changed(converted_folder, tmp_path / "odd", lambda m: m["flux"]["config"].update(heads=3))
+    with pytest.raises(ConvertedError, match=r"no model has this geometry \(.*\): convert it again"):
+        TextToImage(odd)("a cat", **SMALL)
+    for folder in (deep, odd):
+        with pytest.raises(ConvertedError, match="convert it again"):
+            convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/out", "--format=diffusers"])
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ConvertedError, match=r"flux of .*/deep .* is \(2, .*, not \(2, .*: convert it again"):
         TextToImage(deep)("a cat", **SMALL)
 
@@ -297,6 +347,7 @@ def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(c
         "1 pictures of 24 x 40 in 2 steps, ",
     ):
         assert line in err
+    assert err.count("T5 reads 12 tokens") == err.count("CLIP reads 16") + 1 == 1
     with Image.open(out) as picture:
         assert (picture.width, picture.height) == (WIDTH, HEIGHT)
         pixels = np.asarray(picture)

@@ -319,7 +319,7 @@ def test_bad_input_is_one_clear_line_before_anything_is_written(name, tmp_path, 
 
 def test_bad_command_lines_are_one_clear_line(tmp_path, capfd):
     assert "--config is missing; usage: python -m shortcut_jax.train" in _fails(capfd, ["train"])
-    assert "Failed loading config file" in _fails(capfd, ["train", "--config=nowhere.py"])
+    assert "nowhere.py is not found" in _fails(capfd, ["train", "--config=nowhere.py"])
     assert "--unknown" in _fails(capfd, ["train", "--config=configs/digits.py", "--unknown=3"]).replace("'", "--")
     assert "stray" in _fails(capfd, ["train", "--config=configs/digits.py", "stray"])
     file = tmp_path / "file"

@@ -114,5 +114,5 @@ def test_counters_that_were_edited_are_damage_before_any_array_is_read(tmp_path,
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
 def test_a_teacher_whose_config_is_damaged_is_one_line(text, tmp_path, assembly):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read: "):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         train._is_unfinished(tmp_path, assembly)

@@ -18,7 +18,10 @@ FIRST_TIME = 1.0 - 1e-5
 class ShiftRange:
     """How the timestep shift of a shortcut row is drawn.
 
-    Uniform in [low, high]; with probability `dynamic`, the resolution-dependent shift instead.
+    Attributes:
+      low: the least shift; it is uniform in [low, high].
+      high: the greatest shift.
+      dynamic: probability of the resolution-dependent shift instead.
     """
 
     low: float = 1.0
@@ -91,6 +94,10 @@ class ShiftRule:
       max_shift: mu at `max_tokens`.
       base_tokens: see `base_shift`.
       max_tokens: see `max_shift`.
+      linear: whether a dynamic shift is mu itself.
+
+    Raises:
+      ValueError: no line goes through the two points, or a shift is not positive.
     """
 
     dynamic: bool = True
@@ -99,13 +106,55 @@ class ShiftRule:
     max_shift: float = 1.15
     base_tokens: int = 256
     max_tokens: int = 4096
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dynamic and self.base_tokens == self.max_tokens:
+            raise ValueError(
+                f"the dynamic shift has {self.base_shift:g} and {self.max_shift:g} at one number of image tokens, "
+                f"{self.base_tokens}: they must be two"
+            )
+        if not self.dynamic and not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"the shift is {self.shift:g}, but must be positive and finite")
 
     def at(self, num_tokens: int) -> float:
-        """The shift for `num_tokens` image tokens."""
+        """The shift for `num_tokens` image tokens. Raises ValueError where a dynamic one is not positive and finite."""
         if not self.dynamic:
             return self.shift
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
-        return math.exp(self.base_shift + slope * (num_tokens - self.base_tokens))
+        mu = self.base_shift + slope * (num_tokens - self.base_tokens)
+        if abs(mu) > _MOST_MU or (self.linear and mu <= 0):
+            raise ValueError(f"the dynamic shift at {num_tokens} image tokens has mu = {mu:g}, which is out of range")
+        return mu if self.linear else math.exp(mu)
+
+
+_MOST_MU = 80.0
+"""exp of more leaves the range of float32."""
+
+SPACINGS = ("uniform", "karras", "exponential")
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """How the times of a sampling grid lie between its ends, as diffusers' `FlowMatchEulerDiscreteScheduler` has it.
+
+    Attributes:
+      kind: `uniform` before the shift, or from the first to the last shifted time: uniform in t^(1/7) (`karras`,
+        arXiv 2206.00364, rho = 7) or in log t (`exponential`).
+      terminal: the time at which the last step begins, to which the shifted times are stretched; 0 for none.
+
+    Raises:
+      ValueError: another kind, or a terminal time outside [0, 1).
+    """
+
+    kind: str = "uniform"
+    terminal: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SPACINGS:
+            raise ValueError(f"the spacing of times is {self.kind!r}, but must be one of {', '.join(SPACINGS)}")
+        if not 0 <= self.terminal < 1:
+            raise ValueError(f"the terminal time is {self.terminal:g}, but must be at least 0 and below 1")
 
 
 def resolution_shift(num_tokens: int) -> float:
@@ -113,10 +162,26 @@ def resolution_shift(num_tokens: int) -> float:
     return ShiftRule().at(num_tokens)
 
 
-def sampling_grid(num_steps: Array | int, max_steps: int, shift: Array | float = 1.0) -> Array:
-    """The shifted uniform grid from 1 to 0 in `num_steps` steps, padded with zeros to shape [max_steps + 1]."""
+def sampling_grid(
+    num_steps: Array | int, max_steps: int, shift: Array | float = 1.0, spacing: Spacing | None = None
+) -> Array:
+    """The shifted grid from 1 to 0 in `num_steps` steps, padded with zeros to shape [max_steps + 1]; uniform before it
+    is shifted, unless `spacing` says otherwise."""
     k = jnp.arange(max_steps + 1, dtype=jnp.float32)
-    return shift_time(jnp.clip(1.0 - k / num_steps, 0.0, 1.0), shift)
+    times = shift_time(jnp.clip(1.0 - k / num_steps, 0.0, 1.0), shift)
+    if spacing is None or spacing == Spacing():
+        return times
+    several = jnp.asarray(num_steps) > 1  # the one time of a single step is 1, which nothing stretches
+    last = jnp.where(several, shift_time(1.0 / jnp.asarray(num_steps, jnp.float32), shift), 0.0)
+    if spacing.terminal:
+        times = jnp.where(several, 1.0 - (1.0 - times) * (1.0 - spacing.terminal) / (1.0 - last), times)
+        last = jnp.asarray(spacing.terminal)
+    ramp = k / jnp.maximum(num_steps - 1, 1)
+    if spacing.kind == "karras":
+        times = (1.0 + ramp * (last ** (1 / 7) - 1.0)) ** 7
+    elif spacing.kind == "exponential":
+        times = jnp.where(several, last, 1.0) ** ramp
+    return jnp.where(k < num_steps, times, 0.0)
 
 
 def draw_timesteps(key: Array, num_rows: int, kind: str) -> Array:

@@ -86,6 +86,7 @@ class SetInfo:
       request: the arguments that it was made with, as they are compared when it is made again.
       skipped: reason -> records left out.
       enlarged: pictures that were smaller than their bucket.
+      unused: what else the source had, of which nothing was made -> how many.
       text: of a set with text states.
       latents: of a set of latents.
       encoders: model -> what it was made with: `origin` in words and `content`, a hash.
@@ -99,6 +100,7 @@ class SetInfo:
     request: dict[str, Any]
     skipped: dict[str, int] = field(default_factory=dict)
     enlarged: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
     text: TextInfo | None = None
     latents: LatentInfo | None = None
     encoders: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -6,21 +6,28 @@ transparency (on white). Turned as their EXIF orientation says. Colour profiles 
 """
 
 import io
+import stat
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from shortcut_jax.data.format import Size
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""Of the names of image files, in every kind of source."""
 MAX_PIXELS = 89_478_485
 """A larger picture is refused from its header: 256 MiB decoded, where PIL starts to warn."""
 MAX_BYTES = 2**28
 """A larger file is not read."""
 
 REASONS = ("corrupt", "truncated", "empty", "animated", "gigantic", "unsupported format")
+FILE_REASONS = ("missing file", "unreadable file", "not a file")
+"""Of `read_image`, beside "gigantic"."""
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_AVIF = (b"ftypavif", b"ftypavis")
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,11 +40,35 @@ _TRANSPOSED = {
 
 
 class BadImage(ValueError):  # noqa: N818  (the picture is bad, the program is well)
-    """A picture that is left out: `reason`, one of `REASONS`, and `detail` in words."""
+    """A picture that is left out: `reason`, one of `REASONS` or `FILE_REASONS`, and `detail` in words."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+      BadImage: it is not there, cannot be read, is too large, or is a FIFO or a device, which might never end.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise BadImage("not a file", f"{path} is {kind_of(found.st_mode)}")
+        if found.st_size > MAX_BYTES:
+            raise BadImage("gigantic", f"{found.st_size:,} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        reason = "missing file" if isinstance(error, FileNotFoundError | NotADirectoryError) else "unreadable file"
+        raise BadImage(reason, error.strerror or str(error)) from error
+
+
+def kind_of(mode: int) -> str:
+    """What a file is by its `st_mode`, in words."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -51,7 +82,7 @@ def decode(data: bytes) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise BadImage("gigantic", f"{len(data):,} bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_known_formats())
         _check_header(image)
         image.load()
         turn = _TRANSPOSED.get(_orientation(image))
@@ -62,7 +93,7 @@ def decode(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage("gigantic", str(error)) from error
     except Image.UnidentifiedImageError as error:
-        if data.startswith(_MAGIC):
+        if data.startswith(_MAGIC) or data[4:12] in _AVIF:
             raise BadImage("truncated" if _cut_off(data) else "corrupt", "its header cannot be read") from error
         raise BadImage("unsupported format", f"none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise whatever they like for broken data
@@ -92,6 +123,12 @@ def encode_png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=4)
     return out.getvalue()
+
+
+def _known_formats() -> list[str]:
+    """The formats that this build of Pillow reads: AVIF came with 11.3."""
+    Image.init()
+    return [form for form in FORMATS if form in Image.OPEN]
 
 
 def _check_header(image: Image.Image) -> None:

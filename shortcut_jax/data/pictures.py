@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from shortcut_jax.data.buckets import nearest
-from shortcut_jax.data.format import Size
-from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, encode_png, fit
+from shortcut_jax.data.format import DataError, Size
+from shortcut_jax.data.images import BadImage, decode, encode_png, fit, read_image
 from shortcut_jax.data.inputs import Item, Source
-from shortcut_jax.data.units import Record, Skip, Unit
+from shortcut_jax.data.units import UNUSED, Record, Skip, Unit, Unused, stamp
+
+FURTHER = f"{UNUSED}further captions of an image: the first one of a list is used"
 
 
 class Picture(NamedTuple):
@@ -26,6 +28,7 @@ class Picture(NamedTuple):
       height: that it had.
       width: that it had.
       pixels: [h, w, 3] uint8, of its bucket.
+      further: captions that it had besides.
     """
 
     key: str
@@ -33,6 +36,7 @@ class Picture(NamedTuple):
     height: int
     width: int
     pixels: np.ndarray
+    further: int = 0
 
 
 class Encode(Protocol):
@@ -81,7 +85,7 @@ def make_pool() -> ThreadPoolExecutor:
 
 def producer(
     source: Source, buckets: Sequence[Size], encode: Encode, pool: ThreadPoolExecutor, enlarge: bool = True
-) -> Callable[[Unit], Iterator[Record | Skip]]:
+) -> Callable[[Unit], Iterator[Record | Skip | Unused]]:
     """Unit -> its records, in an order that depends on nothing but the unit.
 
     Args:
@@ -92,11 +96,11 @@ def producer(
       enlarge: whether a picture that is smaller than its bucket is enlarged (and counted) or left out.
     """
 
-    def produce(unit: Unit) -> Iterator[Record | Skip]:
+    def produce(unit: Unit) -> Iterator[Record | Skip | Unused]:
         waiting: dict[int, list[tuple[Picture, bool]]] = {}
-        read = lambda item: item if isinstance(item, Skip) else _read(item, buckets, enlarge)
-        for result in _in_order(pool, read, source.items(unit)):
-            if isinstance(result, Skip):
+        read = lambda item: _read(item, buckets, enlarge) if isinstance(item, Item) else item
+        for result in _in_order(pool, read, _items(source, unit)):
+            if isinstance(result, Skip | Unused):
                 yield result
                 continue
             bucket, picture, enlarged = result
@@ -110,32 +114,38 @@ def producer(
     return produce
 
 
-def _read(item: Item, buckets: Sequence[Size], enlarge: bool) -> tuple[int, Picture, bool] | Skip:
+def _items(source: Source, unit: Unit) -> Iterator[Item | Skip | Unused]:
+    """The items of a unit; that a source cannot be read is not to be taken for a failure of what is written."""
     try:
-        data = item.image
-        if isinstance(data, Path):
-            if (size := data.stat().st_size) > MAX_BYTES:
-                return Skip(item.key, "gigantic", f"{size:,} bytes")
-            data = data.read_bytes()
-        image = decode(data)
-    except BadImage as error:
-        return Skip(item.key, error.reason, error.detail)
+        yield from source.items(unit)
     except OSError as error:
-        reason = "missing file" if isinstance(error, FileNotFoundError | NotADirectoryError) else "unreadable file"
-        return Skip(item.key, reason, error.strerror or str(error))
+        what = error.strerror or str(error)
+        raise DataError(f"{error.filename or unit.name} cannot be read: {what}; what is done is kept") from error
+
+
+def _read(item: Item, buckets: Sequence[Size], enlarge: bool) -> tuple[int, Picture, bool] | Skip:
+    path = item.image if isinstance(item.image, Path) else None
+    before = stamp(path) if path else ""
+    try:
+        image = decode(read_image(path) if path else item.image)  # type: ignore[arg-type]  # bytes, where no path
+    except BadImage as error:
+        # What may not be read now may be readable the next time, though the file is the same.
+        watched = (str(path), "" if error.reason == "unreadable file" and before else before) if path else None
+        return Skip(item.key, error.reason, error.detail, watched)
     bucket = nearest(buckets, image.height, image.width)
     height, width = buckets[bucket]
     if not enlarge and (image.height < height or image.width < width):
         return Skip(item.key, "too small", f"{image.height} x {image.width} for {height} x {width}")
     pixels, enlarged = fit(image, buckets[bucket])
-    return bucket, Picture(item.key, item.caption, image.height, image.width, pixels), enlarged
+    return bucket, Picture(item.key, item.caption, image.height, image.width, pixels, item.further), enlarged
 
 
 def _encoded(bucket: int, batch: Sequence[tuple[Picture, bool]], encode: Encode) -> Iterator[Record]:
     encoded = encode([picture for picture, _ in batch])
     for (picture, enlarged), (fields, sums) in zip(batch, encoded, strict=True):
         told = {"key": picture.key, "caption": picture.caption, "height": picture.height, "width": picture.width}
-        yield Record(bucket, told | fields, {**sums, "enlarged": int(enlarged)})
+        further = {FURTHER: picture.further} if picture.further else {}
+        yield Record(bucket, told | fields, {**sums, **further, "enlarged": int(enlarged)})
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

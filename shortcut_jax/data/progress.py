@@ -3,12 +3,18 @@
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shortcut_jax.data.format import SKIPPED, SetInfo, num_bytes
-from shortcut_jax.data.units import Done, done_units, read_done
+from shortcut_jax.data.units import UNUSED, Done, done_path, done_units, read_done
+
+REMEDIES = {
+    "members apart": "the members of a sample have to follow each other: write the tar files again in the order of "
+    "names (tar --sort=name -cf NEW.tar FOLDER)",
+}
+"""Reason for which a record is left out -> what to do about it, where the reason alone does not tell."""
 
 
 class Tally:
@@ -21,9 +27,13 @@ class Tally:
       sums: of `Record.sums`.
     """
 
-    def __init__(self, work: Path, num_units: int, num_items: int | None):
-        """Takes the folder of the units, how many there are, and of how many pictures, where that is known."""
+    def __init__(self, work: Path, num_units: int, num_items: int | None, outdated: Iterable[int] = ()):
+        """Takes the folder of the units, how many there are, and of how many pictures, where that is known.
+
+        `outdated` are units that are not done until another process has written them again.
+        """
         self._work, self._num_units, self._num_items = work, num_units, num_items
+        self._outdated = {index: _version(done_path(work, index)) for index in outdated}
         self.done: set[int] = set()
         self.records = 0
         self.skipped: Counter[str] = Counter()
@@ -32,12 +42,19 @@ class Tally:
     def refresh(self) -> None:
         """Counts the units that were done since the last time."""
         for index in sorted(done_units(self._work) - self.done):
+            if index in self._outdated and _version(done_path(self._work, index)) in (None, self._outdated[index]):
+                continue
             done = read_done(self._work, index)
             self.done.add(index)
             self.records += done.num_records
             self.skipped.update(skip.reason for skip in done.skipped)
             for name, value in done.sums.items():
                 self.sums[name] += value  # type: ignore[assignment]  # a Counter of floats
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """What nothing was made of -> how many of it."""
+        return {name.removeprefix(UNUSED): int(n) for name, n in sorted(self.sums.items()) if name.startswith(UNUSED)}
 
     @property
     def seen(self) -> int:
@@ -88,9 +105,28 @@ def progress_bar(tally: Tally, shown: bool) -> Iterator[Bar]:
         yield Bar(tally, bar)
 
 
+def _version(path: Path) -> tuple[int, int] | None:
+    """Of a file, another one after it was written again; None where it is not there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def skipped_text(skipped: Mapping[str, int]) -> str:
     """What was left out, by reason, the most frequent first."""
     return ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda x: (-x[1], x[0])))
+
+
+def unused_text(unused: Mapping[str, int]) -> str:
+    """What nothing was made of, the most frequent first."""
+    return "; ".join(f"{what} ({n:,})" for what, n in sorted(unused.items(), key=lambda x: (-x[1], x[0])))
+
+
+def remedies(skipped: Mapping[str, int]) -> str:
+    """What to do about the reasons for which records were left out, "" where there is nothing to say."""
+    return "".join(f"; {REMEDIES[reason]}" for reason in sorted(skipped) if reason in REMEDIES)
 
 
 def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
@@ -102,7 +138,10 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
     if info.skipped:
         lines.append(
             f"left out: {sum(info.skipped.values()):,} ({skipped_text(info.skipped)}), listed in {folder / SKIPPED}"
+            f"{remedies(info.skipped)}"
         )
+    if info.unused:
+        lines.append(f"not used: {unused_text(info.unused)}")
     if info.enlarged:
         lines.append(f"{info.enlarged:,} of {info.total:,} pictures were smaller than their bucket and were enlarged")
     lines.append(f"{folder}: {num_bytes(folder) / 1e6:,.1f} MB, {seconds:.0f} s")

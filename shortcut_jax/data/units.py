@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,10 @@ KEPT_CAPTIONS = 16
 """Different captions of a split that a unit tells of: those that pictures are drawn for by default."""
 
 
+UNUSED = "unused "
+"""Begins the names of sums that count what nothing is made of."""
+
+
 class Unit(NamedTuple):
     """A piece of a source: what one process does at once, and what a shard is made of.
 
@@ -32,11 +36,13 @@ class Unit(NamedTuple):
       index: its place in the list of units.
       name: what it is, in words.
       size: its pictures, where that is known beforehand.
+      state: changes when its part of the source does; "" where only the fingerprint of the whole is known.
     """
 
     index: int  # type: ignore[assignment]  # a tuple has a method of that name
     name: str
     size: int | None
+    state: str = ""
 
 
 class Record(NamedTuple):
@@ -60,11 +66,26 @@ class Skip(NamedTuple):
       key: of the record that it would have been.
       reason: one of a few, by which they are counted.
       detail: in words.
+      watched: the file that it came from and that file's `stamp`, where it is a file of its own: another stamp means
+        that the unit has to be read again.
     """
 
     key: str
     reason: str
     detail: str = ""
+    watched: tuple[str, str] | None = None
+
+
+class Unused(NamedTuple):
+    """Files or values beside the records that nothing is made of: they are counted, but no record is lost by them.
+
+    Attributes:
+      what: they are, one of a few texts by which they are counted.
+      number: of them.
+    """
+
+    what: str
+    number: int
 
 
 @dataclass
@@ -78,6 +99,7 @@ class Done:
       skipped: what was left out.
       sums: see `Record`.
       captions: split -> its first different captions.
+      state: of its part of the source, when it was read.
     """
 
     name: str
@@ -86,6 +108,7 @@ class Done:
     skipped: list[Skip] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    state: str = ""
 
     @property
     def num_records(self) -> int:
@@ -96,11 +119,15 @@ class Done:
         """Counts a record."""
         self.buckets[split].append(record.bucket)
         self.num_bytes[split] += num_bytes
-        for name, value in record.sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.add_sums(record.sums)
         captions, caption = self.captions[split], record.fields["caption"]
         if len(captions) < KEPT_CAPTIONS and caption not in captions:
             captions.append(caption)
+
+    def add_sums(self, sums: Mapping[str, float]) -> None:
+        """Adds numbers to the sums."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
 
 
 def split_of(key: str, validation: float) -> str:
@@ -130,6 +157,15 @@ def read_done(work: Path, index: int) -> Done:
     return Done(**{**stored, "skipped": [Skip(*skip) for skip in stored["skipped"]]})
 
 
+def stamp(path: str | Path) -> str:
+    """Changes when a file does, or comes or goes."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
     """Fields -> the bytes of a record, the same in every process.
 
@@ -148,7 +184,7 @@ def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
 def write_unit(
     work: Path,
     unit: Unit,
-    produced: Iterable[Record | Skip],
+    produced: Iterable[Record | Skip | Unused],
     serialize: Callable[[dict[str, Any]], bytes],
     validation: float,
 ) -> Iterator[Done]:
@@ -164,11 +200,13 @@ def write_unit(
     Raises:
       OSError: it cannot be written; its temporary files are gone.
     """
-    done = Done(unit.name)
+    done = Done(unit.name, state=unit.state)
     with _Files(work, unit.index) as files:
         for result in produced:
             if isinstance(result, Skip):
                 done.skipped.append(result)
+            elif isinstance(result, Unused):
+                done.add_sums({f"{UNUSED}{result.what}": result.number})
             else:
                 split = split_of(result.fields["key"], validation)
                 data = serialize(result.fields)

@@ -34,24 +34,34 @@ from shortcut_jax.data.format import (
     shard_name,
     write_set,
 )
-from shortcut_jax.data.progress import Tally, progress_bar, skipped_text
+from shortcut_jax.data.progress import Tally, progress_bar, remedies, skipped_text, unused_text
 from shortcut_jax.data.units import (
+    Done,
     Record,
     Skip,
     Unit,
+    Unused,
     counts,
     done_path,
     done_units,
     read_done,
     records_path,
     serializer,
+    stamp,
     write_json,
     write_text,
     write_unit,
 )
 
+Produce = Callable[[Unit], Iterator[Record | Skip | Unused]]
+"""The records of a unit, what is left out, and what is not used."""
+
 WORK = "work"
 REQUEST = "request.json"
+REFUSED = "refused.json"
+"""Says that too much was left out, and how much would have been borne: units that are older are not the last word."""
+FINGERPRINT = "fingerprint"
+"""Of the source, in a request: another one concerns the units that changed, and only a complete set as a whole."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,16 @@ def already_written(job: Job) -> bool:
         raise DataError(f"--out={out} is there and is no prepared set: give another --out")
     for path in (job.work / REQUEST, job.partial / INFO):
         if path.is_file():
-            _check_same(job.partial, _stored_request(path), job.request)
+            stored = _stored_request(path)
+            # Units whose part of the source changed are read again: see `stale_units`.
+            asked = {**job.request, FINGERPRINT: stored.get(FINGERPRINT)} if job.work.is_dir() else job.request
+            _check_same(job.partial, stored, asked)
     return False
 
 
 def write_units(
     job: Job,
-    produce: Callable[[Unit], Iterator[Record | Skip]],
+    produce: Produce,
     process_index: int = 0,
     process_count: int = 1,
     poll_seconds: float = 1.0,
@@ -163,20 +176,21 @@ def write_units(
     return read_info(job.out)
 
 
-def _write_all(
-    job: Job, produce: Callable[[Unit], Iterator[Record | Skip]], index: int, count: int, poll: float, started: float
-) -> Tally:
+def _write_all(job: Job, produce: Produce, index: int, count: int, poll: float, started: float) -> Tally:
     serialize = serializer(set_features(job.store, job.text, job.latents))
-    tally = Tally(job.work, len(job.units), job.num_items)
     for left in (*job.work.glob(".*.tmp"),) if count == 1 else ():
         left.unlink(missing_ok=True)
     (job.work / f"stopped-{index}").unlink(missing_ok=True)
+    stale = stale_units(job)
+    _drop(job, {i for i in stale if i % count == index})
+    tally = Tally(job.work, len(job.units), job.num_items, {i for i in stale if i % count != index})
     tally.refresh()
     _check_skipped(job, tally)
     with progress_bar(tally, index == 0) as bar:
         for unit in job.units[index::count]:
             if unit.index in tally.done:
                 continue
+            unit = unit._replace(state=_state(job, unit))
             for state in write_unit(job.work, unit, produce(unit), serialize, job.validation):
                 bar.show(state)
             tally.refresh()
@@ -191,24 +205,80 @@ def _write_all(
             bar.show(None)
     _check_skipped(job, tally)
     if not tally.records:
-        raise DataError(
-            f"no record is left: {skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}"
-        )
+        raise DataError(_nothing_left(job, tally))
     return tally
+
+
+def stale_units(job: Job) -> set[int]:
+    """The units that are done and have to be read again.
+
+    Those are the units whose part of the source, or a file that they left out, is another one now, and, where a run
+    ended because too much was left out, the units of that time that left anything out: unless more is borne now.
+    """
+    refused = job.work / REFUSED
+    since = 0
+    if refused.is_file() and json.loads(refused.read_text(encoding="utf-8")) >= job.max_skipped:
+        since = refused.stat().st_mtime_ns
+    units = {unit.index: unit for unit in job.units}
+    return {i for i in done_units(job.work) if i not in units or _is_stale(job, units[i], since)}
+
+
+def _is_stale(job: Job, unit: Unit, refused: int) -> bool:
+    done = read_done(job.work, unit.index)
+    if (done.name, done.state) != (unit.name, _state(job, unit)):
+        return True
+    if done.skipped and done_path(job.work, unit.index).stat().st_mtime_ns <= refused:
+        return True
+    return any(skip.watched and stamp(skip.watched[0]) != skip.watched[1] for skip in done.skipped)
+
+
+def _state(job: Job, unit: Unit) -> str:
+    return unit.state or str(job.request.get(FINGERPRINT, ""))
+
+
+def _drop(job: Job, indices: set[int]) -> None:
+    """Makes units as if they had not been done; shards that have their names already are units again before."""
+    if not indices:
+        return
+    for written, path in _named(job, [(i, read_done(job.work, i)) for i in sorted(done_units(job.work))]):
+        with contextlib.suppress(FileNotFoundError):  # as it is where the set was not being completed
+            path.rename(written)
+    for index in indices:
+        done_path(job.work, index).unlink(missing_ok=True)
+        for split in SPLITS:
+            records_path(job.work, index, split).unlink(missing_ok=True)
+
+
+def _named(job: Job, outcomes: Sequence[tuple[int, Done]]) -> Iterator[tuple[Path, Path]]:
+    """The records of units that are done, and the shards that they become when these are all units."""
+    name = dataset_name(job.out)
+    for split in SPLITS:
+        held = [index for index, done in outcomes if done.buckets[split]]
+        for i, index in enumerate(held):
+            yield records_path(job.work, index, split), job.partial / shard_name(name, split, i, len(held))
+
+
+def _nothing_left(job: Job, tally: Tally) -> str:
+    refused = f"{skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}" if tally.skipped else ""
+    _refused(job)
+    told = "; ".join(filter(None, [refused, f"not used: {unused_text(tally.unused)}" if tally.unused else ""]))
+    return f"no record is left: {told or 'the source has no images'}{remedies(tally.skipped)}"
 
 
 def _complete(job: Job, tally: Tally) -> None:
     """Names the shards and writes everything beside them; done again from the start if it is interrupted."""
     name = dataset_name(job.out)
     outcomes = [(unit.index, read_done(job.work, unit.index)) for unit in job.units]
+    names = dict(_named(job, outcomes))
     shards: dict[str, list[Shard]] = {}
     for split in SPLITS:
-        held = [(index, done) for index, done in outcomes if done.buckets[split]]
-        for i, (index, done) in enumerate(held):
-            path, written = job.partial / shard_name(name, split, i, len(held)), records_path(job.work, index, split)
+        for index, done in outcomes:
+            written = records_path(job.work, index, split)
+            if written not in names:
+                continue
             if written.exists():
-                written.rename(path)
-            shard = Shard(path, np.array(done.buckets[split], np.uint16), done.num_bytes[split])
+                written.rename(names[written])
+            shard = Shard(names[written], np.array(done.buckets[split], np.uint16), done.num_bytes[split])
             shards.setdefault(split, []).append(shard)
     _list_skipped(job)
     chosen = job.eval_prompts
@@ -226,6 +296,7 @@ def _complete(job: Job, tally: Tally) -> None:
         "request": job.request,
         "skipped": dict(sorted(tally.skipped.items())),
         "enlarged": int(tally.sums.get("enlarged", 0)),
+        "unused": tally.unused,
         "text": job.text,
         "latents": job.latents,
         "encoders": job.encoders,
@@ -249,7 +320,8 @@ def _list_skipped(job: Job) -> Path:
     """Writes what was left out, of the units that are done."""
     path = job.partial / SKIPPED
     skips = (skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
-    write_text(path, "".join(json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in skips))
+    told = ({"key": skip.key, "reason": skip.reason, "detail": skip.detail} for skip in skips)
+    write_text(path, "".join(json.dumps(skip, ensure_ascii=False) + "\n" for skip in told))
     return path
 
 
@@ -259,11 +331,24 @@ def _check_skipped(job: Job, tally: Tally) -> None:
     finished = len(tally.done) == len(job.units)
     if skipped > job.max_skipped * (seen if finished else max(seen, min(1000, job.num_items or 1000))):
         path = _list_skipped(job)
+        _refused(job)
         raise DataError(
             f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
-            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in "
-            f"{path}. What is done is kept: mend the source, or run this again with a larger --max_skipped"
+            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in {path} "
+            f"({_first_skip(job)}){remedies(tally.skipped)}. What is done is kept: correct the source and run this "
+            f"again, or run it with a larger --max_skipped"
         )
+
+
+def _first_skip(job: Job) -> str:
+    """The first of what was left out, as an example."""
+    skip = next(skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
+    told = f"{skip.key}: {skip.detail}" if skip.detail else skip.key
+    return f"the first: {' '.join(told.split())[:200]}"
+
+
+def _refused(job: Job) -> None:
+    write_json(job.work / REFUSED, job.max_skipped)
 
 
 def _check_space(job: Job) -> None:
@@ -285,6 +370,11 @@ def _stored_request(path: Path) -> dict[str, Any]:
 def _check_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))  # as it is stored: tuples are lists
     names = [n for n in sorted({*stored, *asked}) if stored and stored.get(n) != asked.get(n)]
+    if names == [FINGERPRINT]:
+        raise DataError(
+            f"{folder} was prepared from this source as it was before, and the source has changed since: give another "
+            f"--out, or delete {folder}, to prepare it as it is now"
+        )
     if names:
         told = "; ".join(f"{n}: {stored.get(n)} -> {asked.get(n)}" for n in names)
         raise DataError(f"{folder} was prepared with other arguments ({told}): give another --out, or delete it")
@@ -341,5 +431,6 @@ def captions_hash(captions: Sequence[str] | None) -> str:
 
 
 def units_done(job: Job) -> int:
-    """How many units are done."""
-    return sum(done_path(job.work, unit.index).is_file() for unit in job.units)
+    """How many units are done, those not counted that have to be read again."""
+    stale = stale_units(job)
+    return sum(unit.index not in stale and done_path(job.work, unit.index).is_file() for unit in job.units)

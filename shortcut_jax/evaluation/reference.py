@@ -1,6 +1,8 @@
 """The real pictures that samples are judged against: statistics of their features, made once and kept."""
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +12,20 @@ import numpy as np
 from tqdm import tqdm
 
 from shortcut_jax.core.stats import Gaussian, gaussian_of
-from shortcut_jax.data.format import DataError
-from shortcut_jax.data.images import BadImage, decode
+from shortcut_jax.data.images import ENDINGS, BadImage, decode, read_image
+from shortcut_jax.data.inputs.unused import is_system_file
+from shortcut_jax.data.progress import skipped_text
+from shortcut_jax.data.units import stamp
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import Features
 from shortcut_jax.evaluation.tally import Tally, add, no_tally, of_all_processes
 from shortcut_jax.runtime import distributed, key_value
 from shortcut_jax.settings import ConfigError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HOW = "make them with python -m shortcut_jax.evaluate --save_reference=FILE.npz --reference=FOLDER_OF_PICTURES"
 BATCH = 256
+MAX_BAD = 0.05
+"""Share of a folder's images that may be left out because they cannot be used, and at least one."""
 
 
 class Reference(NamedTuple):
@@ -54,15 +59,19 @@ def open_reference(given: str | None, own: CaptionedSet | None, features: Featur
     if given is None:
         if own is None:
             raise ConfigError(f"reference statistics are missing: give --reference=FILE.npz, or {HOW}")
-        return _kept(cache, own.identity, features, lambda: _pictures_of_set(own), len(own), "the training set")
+        named = lambda: "the training set"
+        return _kept(cache, own.identity, features, lambda: _pictures_of_set(own), len(own), named)
     path = Path(given).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+        files = _image_files(path)
         if len(files) < 2:
             raise ConfigError(f"--reference={given} has {len(files)} pictures ({', '.join(ENDINGS)}): give at least 2")
-        newest = max(p.stat().st_mtime_ns for p in files)
-        identity = f"{path.resolve()} {len(files)} {newest}"
-        return _kept(cache, identity, features, lambda: _pictures_of_files(files), len(files), f"pictures of {given}")
+        stated = "".join(f"{os.fsdecode(file)} {stamp(file)}\n" for file in files)
+        identity = hashlib.sha256(stated.encode("utf-8", "backslashreplace")).hexdigest()
+        bad: Counter[str] = Counter()
+        pictures = lambda: _pictures_of_files(given, files, bad)
+        named = lambda: f"pictures of {given}" + (f" ({skipped_text(bad)} left out)" if bad else "")
+        return _kept(cache, f"{path.resolve()} {identity}", features, pictures, len(files), named)
     if not path.is_file():
         raise ConfigError(f"reference statistics {given} are not there: {HOW}")
     return load_reference(path, features)
@@ -110,14 +119,17 @@ def _kept(
     features: Features,
     pictures: Callable[[], Iterable[np.ndarray]],
     total: int,
-    source: str,
+    source: Callable[[], str],
 ) -> Reference:
-    """Statistics of `total` pictures known by `identity`, from a file in `cache`, which is made where it is absent."""
+    """Statistics of `total` pictures known by `identity`, from a file in `cache`, which is made where it is absent.
+
+    `source` is asked when all pictures have been seen.
+    """
     name = hashlib.sha256(f"{features.name} {identity}".encode()).hexdigest()[:12]
     path = cache / f"reference-{name}.npz"
     if not distributed.agree(path.is_file()):
         tally = of_all_processes(_tally(pictures(), features, total))
-        reference = Reference(gaussian_of(tally.moments), tally.reservoir.features_SF, source, tally.done)
+        reference = Reference(gaussian_of(tally.moments), tally.reservoir.features_SF, source(), tally.done)
         if key_value.process_id() == 0:
             save_reference(path, reference, features)
         return reference
@@ -142,14 +154,36 @@ def _pictures_of_set(own: CaptionedSet) -> Iterator[np.ndarray]:
         yield own.pictures(range(first, min(first + BATCH, len(own))))
 
 
-def _pictures_of_files(files: list[Path]) -> Iterator[np.ndarray]:
-    """Pictures in their order, those of one size together as long as they follow each other."""
+def _image_files(folder: Path) -> list[Path]:
+    """The image files in a folder and below, sorted."""
+    endings = tuple(f".{ending}" for ending in ENDINGS)
+    found = (p for p in folder.rglob("*") if p.name.lower().endswith(endings) and not p.is_dir())
+    return sorted(p for p in found if not is_system_file(p.relative_to(folder).as_posix()))
+
+
+def _pictures_of_files(given: str, files: list[Path], bad: Counter[str]) -> Iterator[np.ndarray]:
+    """Pictures in their order, those of one size together as long as they follow each other.
+
+    Args:
+      given: their folder, as errors call it.
+      files: of the pictures.
+      bad: reason -> pictures that cannot be used, counted here.
+
+    Raises:
+      ConfigError: more than `MAX_BAD` of them cannot be used, or all but one.
+    """
     waiting: list[np.ndarray] = []
     for path in files:
         try:
-            pixels = np.asarray(decode(path.read_bytes()).convert("RGB"))
-        except (BadImage, OSError) as error:
-            raise DataError(f"the picture {path} cannot be read: {error}") from None
+            pixels = np.asarray(decode(read_image(path)).convert("RGB"))
+        except BadImage as error:
+            bad[error.reason] += 1
+            if bad.total() > min(max(1, MAX_BAD * len(files)), len(files) - 2):
+                raise ConfigError(
+                    f"--reference={given}: of {len(files):,} pictures more than {MAX_BAD:.0%} cannot be used "
+                    f"({skipped_text(bad)} so far, the last one {path}: {error}): correct them or take them out"
+                ) from None
+            continue
         if waiting and (waiting[0].shape != pixels.shape or len(waiting) == BATCH):
             yield np.stack(waiting)
             waiting = []

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.bounds import is_unguided
 from shortcut_jax.core.paths import PATH_STEPS, PathMeasures, measure_path
 from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.core.types import Condition
@@ -162,7 +163,7 @@ class RunSubject:
         generator, cfg = self._generator(PATH_ROWS), self.pipeline.assembly.model
         rows = generator.batch_size
         args = [generator.condition(self._texts(self.ask(range(rows), rows)), self.guidance)]
-        if self.guidance != 1.0 and not cfg.guidance:
+        if not (is_unguided(self.guidance) or cfg.guidance):
             args.append(generator.condition([""] * rows, self.guidance))
         with jax.set_mesh(self.pipeline.assembly.mesh):
             return self._path(weights, seed, *args)

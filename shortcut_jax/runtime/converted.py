@@ -15,21 +15,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from shortcut_jax.core.schedules import ShiftRule
+from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import InceptionConfig
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.runtime.json_objects import build, read_json
 from shortcut_jax.runtime.safetensors import remove
 from shortcut_jax.weights.lora import Record
 from shortcut_jax.weights.params import Params, Spec
-from shortcut_jax.weights.rules import nest
+from shortcut_jax.weights.rules import ConversionError, nest
 
 RECORD = "models.json"
 FORMAT_VERSION = 1
 _BATCH_BYTES = 2**27  # a save of Orbax has a cost of its own
 _CHUNK_BYTES = 2**26
+_MOST_TEXT_TOKENS, _MOST_RANK = 4096, 10**5
+_AGAIN = "it was edited or damaged; convert again"
 CONFIGS: dict[str, type] = {
     "flux": FluxConfig,
     "vae": VaeConfig,
@@ -65,11 +68,13 @@ class Sampling:
       shift: of the timesteps.
       text_tokens: the length that prompts are padded to for T5.
       text_states: `full`, T5's states of all tokens, or `trimmed`, with zeros behind those of the prompt.
+      spacing: of the times between.
     """
 
     shift: ShiftRule = dataclasses.field(default_factory=ShiftRule)
     text_tokens: int = 512
     text_states: str = "full"
+    spacing: Spacing = dataclasses.field(default_factory=Spacing)
 
 
 class Stored(NamedTuple):
@@ -247,18 +252,42 @@ def read_record(folder: Path) -> tuple[list[Stored], Sampling]:
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         if record["format_version"] != FORMAT_VERSION:
-            raise ConvertedError(f"{path} has format version {record['format_version']}, not {FORMAT_VERSION}")
-        models = [
-            Stored(kind, _config(kind, entry["config"]), entry["origin"], folder / kind)
-            for kind, entry in record["models"].items()
-        ]
-        sampling = record["sampling"]
-        states = sampling.get("text_states", "full")  # which records written before they could differ do not say
-        return models, Sampling(ShiftRule(**sampling["shift"]), sampling["text_tokens"], states)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConvertedError(f"{path} cannot be read: {error}") from error
+            found = str(record["format_version"])[:40]
+            raise ConvertedError(f"{path} has format version {found}, not {FORMAT_VERSION}")
+        models = [_stored(kind, entry, folder) for kind, entry in _object(record, "models").items()]
+        return models, _sampling(_object(record, "sampling"))
+    except KeyError as error:
+        raise ConvertedError(f"{path} cannot be read: it lacks {error}; {_AGAIN}") from error
+    except ValueError as error:
+        raise ConvertedError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+
+
+def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(record[name], dict):
+        raise ConversionError(f"{name} is not a JSON object")
+    value: dict[str, Any] = record[name]
+    return value
+
+
+def _stored(kind: str, entry: Any, folder: Path) -> Stored:
+    if kind not in (*CONFIGS, "lora"):
+        raise ConversionError(f"it holds a model of the unknown kind {kind[:40]!r}")
+    if not isinstance(entry, dict) or not isinstance(entry["origin"], str):
+        raise ConversionError(f"the entry of {kind} is not an object that says its origin")
+    return Stored(kind, _config(kind, entry["config"]), entry["origin"], folder / kind)
+
+
+def _sampling(told: dict[str, Any]) -> Sampling:
+    """Records written before they could differ say neither text states nor spacing."""
+    states, tokens = told.get("text_states", "full"), told["text_tokens"]
+    if states not in ("full", "trimmed"):
+        raise ConversionError(f"text_states is {str(states)[:40]!r}, but must be full or trimmed")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= _MOST_TEXT_TOKENS:
+        raise ConversionError(f"text_tokens is {str(tokens)[:40]}, but must be 1 to {_MOST_TEXT_TOKENS}")
+    shift = build(ShiftRule, told["shift"], "shift", least=0)
+    return Sampling(shift, tokens, states, build(Spacing, told.get("spacing", {}), "spacing"))
 
 
 def _geometry(config: Any) -> dict[str, Any]:
@@ -269,8 +298,19 @@ def _geometry(config: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if isinstance(v, bool | int | float | tuple) or v is None}
 
 
-def _config(kind: str, values: dict[str, Any]) -> Any:
-    if kind == "lora":
-        modules = {name: (int(rank), float(alpha)) for name, (rank, alpha) in values["modules"].items()}
-        return LoraInfo(_config("flux", values["base"]), modules)
-    return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def _config(kind: str, values: Any) -> Any:
+    if kind != "lora":
+        config = build(CONFIGS[kind], values, f"the config of {kind}")
+        if texts := [name for name, value in values.items() if isinstance(value, str)]:
+            raise ConversionError(f"the config of {kind} says {', '.join(texts)}, which is no geometry")
+        return config
+    if not isinstance(values, dict) or not isinstance(values["modules"], dict):
+        raise ConversionError("the config of lora has no modules")
+    modules: Record = {}
+    for name, entry in values["modules"].items():
+        rank, alpha = entry if isinstance(entry, list) and len(entry) == 2 else (0, 0.0)
+        whole = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= _MOST_RANK
+        if not whole or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+            raise ConversionError(f"rank and alpha of {name[:200]} are {str(entry)[:40]}, which cannot be")
+        modules[name] = (rank, float(alpha))
+    return LoraInfo(_config("flux", values["base"]), modules)

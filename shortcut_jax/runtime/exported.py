@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shortcut_jax.core.schedules import ShiftRule
+from shortcut_jax.runtime.converted import Sampling
 from shortcut_jax.runtime.safetensors import INDEX_SUFFIX, Writer
-from shortcut_jax.weights import flux_bfl, flux_diffusers, text, vae
+from shortcut_jax.weights import flux_bfl, flux_diffusers, schedulers, text, vae
 from shortcut_jax.weights.params import Spec
 from shortcut_jax.weights.rules import Rule, export, torch_specs
 
@@ -120,11 +120,10 @@ def _split(specs: Mapping[str, Spec]) -> list[dict[str, Spec]]:
     return shards
 
 
-def write_pipeline_index(folder: Path, kinds: Sequence[str], shift: ShiftRule) -> None:
+def write_pipeline_index(folder: Path, kinds: Sequence[str], sampling: Sampling) -> None:
     """Writes `model_index.json` and the scheduler of a pipeline whose models and tokenizers are in place."""
     index: dict[str, Any] = {"_class_name": "FluxPipeline", "_diffusers_version": _VERSION}
-    scheduler = "FlowMatchEulerDiscreteScheduler"
-    index["scheduler"] = ["diffusers", scheduler]
+    index["scheduler"] = ["diffusers", schedulers.CLASS]
     for kind, c in COMPONENTS.items():
         index[c.folder] = [c.library, c.class_name] if kind in kinds else [None, None]
     for name, class_name in TOKENIZERS.items():
@@ -133,17 +132,7 @@ def write_pipeline_index(folder: Path, kinds: Sequence[str], shift: ShiftRule) -
         index[name] = ["transformers", chosen] if (folder / name).is_dir() else [None, None]
     _write_json(folder / "model_index.json", index)
     (folder / "scheduler").mkdir()
-    config = {
-        "_class_name": scheduler,
-        "_diffusers_version": _VERSION,
-        "num_train_timesteps": 1000,
-        "shift": shift.shift,
-        "use_dynamic_shifting": shift.dynamic,
-        "base_shift": shift.base_shift,
-        "max_shift": shift.max_shift,
-        "base_image_seq_len": shift.base_tokens,
-        "max_image_seq_len": shift.max_tokens,
-    }
+    config = {"_diffusers_version": _VERSION, **schedulers.write(sampling.shift, sampling.spacing)}
     _write_json(folder / "scheduler" / "scheduler_config.json", config)
 
 

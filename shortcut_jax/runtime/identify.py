@@ -19,6 +19,8 @@ from shortcut_jax.runtime.geometry import (
 )
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.entries import FLAG, LIST, WHOLE, told
+from shortcut_jax.weights.foreign import refuse_adapters, refuse_models
+from shortcut_jax.weights.lora_names import is_lora
 from shortcut_jax.weights.rules import ConversionError
 
 ROTARY_AXES = {128: (16, 56, 56), 64: (8, 28, 28)}
@@ -78,6 +80,7 @@ def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Fou
     Raises:
       ConversionError: nothing is recognised, or a relative of Flux that is not supported.
     """
+    refuse_models(shapes)
     found: list[Found] = []
     for sign, make in _SIGNS:
         pairs = [f.prefix for f in found if f.kind == "clip_score"]
@@ -91,6 +94,9 @@ def identify(shapes: Shapes, hints: Mapping[str, Any] | None = None) -> list[Fou
             found.append(make(prefix, own, hints or {}))
     _check_told(found, hints or {})
     if not found:
+        if is_lora(shapes):
+            refuse_adapters(shapes)
+            raise ConversionError("these are adapters (a LoRA), not a model: name them by --lora, and their base here")
         _check_signs(shapes)
         examples = ", ".join(sorted(shapes)[:3]) or "nothing"
         raise ConversionError(

@@ -13,7 +13,7 @@ from shortcut_jax.runtime import quantised
 from shortcut_jax.runtime.identify import Found, identify
 from shortcut_jax.runtime.json_objects import read_json
 from shortcut_jax.runtime.quantised import Widened, beside_float8
-from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, shard_files
+from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, choose_files, shard_files
 from shortcut_jax.weights.rules import ConversionError, refuse_names
 
 TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
@@ -97,8 +97,14 @@ def _open(path: Path) -> list[Pretrained]:
     reasons = {name: _unused(name, taken) for name in sorted(left)}
     refuse_names("in the checkpoint, but in none of its models", {n for n in left if not reasons[n]}, taken)
     notes = (f"left out: {name} ({reason})" for name, reason in reasons.items())
-    models[0] = models[0]._replace(notes=(*models[0].notes, *notes))
+    models[0] = models[0]._replace(notes=(*models[0].notes, *notes, *_passed_over(path)))
     return models
+
+
+def _passed_over(path: Path) -> list[str]:
+    files, left = choose_files(path)
+    used = f"{files[0].name}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
+    return [f"not read: {', '.join(left)}, for {used} in the same folder is the full model"] if left else []
 
 
 def _unused(name: str, taken: Set[str]) -> str | None:
@@ -165,7 +171,7 @@ def _refuse(path: Path) -> None:
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     if not files:
         raise SafetensorsError(f"{path} is not there" if not path.exists() else f"{path} is empty")
-    if any(f.name.endswith((".safetensors", ".safetensors.index.json")) for f in files):
+    if any(f.name.endswith(".safetensors") or ".safetensors.index." in f.name for f in files):
         return
     for file in files:
         if file.suffix == ".gguf":

@@ -13,6 +13,7 @@ import numpy as np
 
 from shortcut_jax.runtime.json_objects import parse_json
 from shortcut_jax.runtime.safetensors import LazyTensors
+from shortcut_jax.weights.finite import check_finite
 from shortcut_jax.weights.params import Params, Spec
 from shortcut_jax.weights.rules import ConversionError
 
@@ -60,6 +61,11 @@ class Widened(Params):
         return Spec(np.dtype(np.float32), spec.shape) if wide else spec
 
     def __getitem__(self, name: str) -> np.ndarray:
+        """See `Params`. Raises ConversionError where values are not finite, as stored, rounded or scaled."""
+        with np.errstate(over="ignore", invalid="ignore"):  # told by name
+            return check_finite(self._names[name], self._widened(name))
+
+    def _widened(self, name: str) -> np.ndarray:
         own = self._names[name]
         value = self._tensors[own]
         if not _is_float8(self._tensors, own):

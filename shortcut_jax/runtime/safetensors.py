@@ -36,7 +36,9 @@ DTYPES = {
 """Names of the format and what they are in numpy."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.|$)")
+_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?P<variant>\.\w+)?\.json")
 
 
 class SafetensorsError(ValueError):
@@ -103,45 +105,67 @@ def _read_header(file: Path) -> tuple[dict, int]:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: the file itself, or the shards that a folder's index names.
+    """The files of a checkpoint: the file itself, or the shards that a folder's index names; see `choose_files`."""
+    return choose_files(path)[0]
+
+
+def choose_files(path: Path) -> tuple[list[Path], list[str]]:
+    """The files of a checkpoint, and the names of those beside them in its folder that are not read.
+
+    Of a folder that has a model twice, as `model.safetensors` and in a variant such as `model.fp16.safetensors`, in
+    shards or not, the full one is read; a variant that is alone is read.
 
     Raises:
       SafetensorsError: a folder without safetensors files, an index that names a shard which is not there, several
         indices, or shards whose numbers tell that others are missing.
     """
-    if path.is_file() and not path.name.endswith(INDEX_SUFFIX):
+    if path.is_file() and not _INDEX.fullmatch(path.name):
         shard = _SHARD.fullmatch(path.name)
         if shard and int(shard["count"]) > 1:
             raise SafetensorsError(f"{path} is one of {int(shard['count'])} shards: give their folder, or their index")
-        return [path]
+        return [path], []
     folder = path if path.is_dir() else path.parent
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else [path]
+    there = sorted(folder.glob("*.safetensors"))
+    indices = [path]
+    if path.is_dir():
+        indices, families = sorted(filter(_is_index, folder.iterdir())), {_family(f.name) for f in folder.iterdir()}
+        full = lambda file: _family(file.name).rpartition(".")[0] not in families - {""}
+        indices, kept = [i for i in indices if full(i)], [file for file in there if full(file)]
     if len(indices) > 1:
         raise SafetensorsError(f"{folder} has several indices: give one of {', '.join(i.name for i in indices)}")
     if indices:
         try:
             names = sorted({Path(name).name for name in json.loads(indices[0].read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise SafetensorsError(f"{indices[0]} is not an index of shards: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise SafetensorsError(f"{indices[0]} names {', '.join(missing)}, which is not there: download it again")
-        _check_numbers([folder / name for name in names])
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+        kept = [folder / name for name in names]
+    if not kept:
         raise SafetensorsError(f"no safetensors file in {folder}")
-    _check_numbers(files)
-    return files
+    _check_numbers(kept)
+    return kept, [file.name for file in there if path.is_dir() and file not in kept]
+
+
+def _is_index(file: Path) -> bool:
+    return _INDEX.fullmatch(file.name) is not None
+
+
+def _family(name: str) -> str:
+    """The name of a file or an index without the number of a shard and the ending; empty for other files."""
+    if index := _INDEX.fullmatch(name):
+        return f"{index['stem']}{index['variant'] or ''}"
+    return _NUMBER.sub("", name.removesuffix(".safetensors")) if name.endswith(".safetensors") else ""
 
 
 def _check_numbers(files: list[Path]) -> None:
     """Refuses shards whose numbers tell that others are missing."""
-    sets: dict[tuple[str, int], set[int]] = {}
+    sets: dict[tuple[str, str, int], set[int]] = {}
     for shard in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
-        sets.setdefault((shard["stem"], int(shard["count"])), set()).add(int(shard["number"]))
-    for (stem, count), numbers in sets.items():
-        left = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1) if i not in numbers]
+        sets.setdefault((shard["stem"], shard["variant"] or "", int(shard["count"])), set()).add(int(shard["number"]))
+    for (stem, variant, count), numbers in sets.items():
+        left = [f"{stem}-{i:05d}-of-{count:05d}{variant}.safetensors" for i in range(1, count + 1) if i not in numbers]
         if left:
             raise SafetensorsError(
                 f"{files[0].parent}: {', '.join(left[:5])} of {count} shards are missing: download them again"

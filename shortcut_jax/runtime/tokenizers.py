@@ -69,22 +69,30 @@ class Tokenizer:
       max_tokens: the longest text it is made for.
     """
 
-    def __init__(self, folder: Path):
-        """Reads `folder`, which is called as in a pipeline: `tokenizer` is CLIP's, `tokenizer_2` is T5's.
+    def __init__(self, folder: Path, kind: str | None = None):
+        """Reads `folder`, which is called as in a pipeline unless `kind` tells: `tokenizer`, or `tokenizer_2`.
 
         Raises:
           ConvertedError: it is missing, incomplete, unreadable or of another kind.
         """
         import transformers
 
-        self.name = check_tokenizer(folder, folder.name).name
-        cls: Any = transformers.CLIPTokenizer if folder.name == CLIP else transformers.T5Tokenizer
+        kind = kind or folder.name
+        self.name = check_tokenizer(folder, kind).name
+        cls: Any = transformers.CLIPTokenizer if kind == CLIP else transformers.T5Tokenizer
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # what it cannot read is told below, in one line
         try:
             self._tokenizer = cls.from_pretrained(folder, local_files_only=True)
             self.vocab = max(self._tokenizer.get_vocab().values()) + 1
         except Exception as error:  # The library, its Rust part and JSON each raise their own kinds.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            if kind == T5 and not (folder / "tokenizer.json").is_file():
+                reason = "spiece.model is damaged, or needs the package sentencepiece; FLUX.1 has tokenizer.json too"
             raise ConvertedError(f"{folder} cannot be read ({reason}): {_ADVICE}") from error
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        _check_merges(folder, kind)
         self.max_tokens: int = self._tokenizer.model_max_length
 
     def __call__(self, prompts: Sequence[str], length: int) -> Tokens:
@@ -110,6 +118,28 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def _check_merges(folder: Path, kind: str) -> None:
+    """Refuses merges that were cut off: the library reads what is left, and splits words otherwise."""
+    if kind != CLIP or (folder / "tokenizer.json").is_file():
+        return
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    made = {"".join(line.split()) for line in lines if not line.startswith("#version")}
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    letter = lambda token: len(token.removesuffix("</w>")) <= 1 or token.startswith("<|")
+    lost = sum(token not in made and not letter(token) for token in vocab)
+    if lost:
+        raise ConvertedError(f"{folder}/merges.txt lacks {lost:,} merges of vocab.json, so it was cut off: {_ADVICE}")
+
+
+def check_vocab(where: Path, tokenizer: Tokenizer, known: int) -> None:
+    """Raises ConvertedError where a tokenizer of `where` has more tokens than the `known` ones of its text encoder."""
+    if tokenizer.vocab > known:
+        raise ConvertedError(
+            f"{where}: the tokenizer of {tokenizer.name} has {tokenizer.vocab} tokens, but the model knows "
+            f"{known}: they belong to different models"
+        )
+
+
 def check_tokenizer(folder: Path, kind: str) -> Layout:
     """Refuses what the library would read as a tokenizer without words, or as one of the other kind.
 
@@ -124,8 +154,8 @@ def check_tokenizer(folder: Path, kind: str) -> Layout:
         raise ConvertedError(f"{folder} is no tokenizer of {layout.name}, which needs {needed}: {_ADVICE}")
     config = folder / "tokenizer_config.json"
     try:
-        entries = json.loads(config.read_text()) if config.is_file() else {}
-    except ValueError as error:
+        entries = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ConvertedError(f"{config} is not JSON ({error}): {_ADVICE}") from error
     if not isinstance(entries, dict):
         raise ConvertedError(f"{config} is not a JSON object: {_ADVICE}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from shortcut_jax.core.flow import interpolate
 from shortcut_jax.core.latents import patchify, unpatchify
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Array, Condition, StepVelocity
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.sampling import sample_key, told_sizes
@@ -21,6 +21,8 @@ from shortcut_jax.steps.views import guided, make_velocity
 
 Noise = Callable[[Array, Array], Array]
 """(step, draw) -> noise_BNC."""
+MAX_NOISES = 1000
+"""The most noises that are averaged in a step."""
 
 
 class EditPlan(NamedTuple):
@@ -42,10 +44,12 @@ class EditPlan(NamedTuple):
 
 def make_plan(steps: int, skip: int = 0, plain: int = 0, average: int = 1) -> EditPlan:
     """A plan of whole numbers. Raises ValueError where they do not fit each other."""
-    if steps < 1 or average < 1 or min(skip, plain) < 0 or skip + plain >= steps:
+    if steps < 1 or not 1 <= average <= MAX_NOISES or min(skip, plain) < 0 or skip + plain >= steps:
+        told = [n if abs(n) < 2**63 else "very many" for n in (steps, skip, plain, average)]
         raise ValueError(
-            f"an edit of {steps} steps, {skip} of them skipped and {plain} plain, with {average} noises each: steps "
-            "and average must be at least 1, skip and plain at least 0, and together less than steps"
+            f"an edit of {told[0]} steps, {told[1]} of them skipped and {told[2]} plain, with {told[3]} noises each: "
+            f"steps must be at least 1, average 1 to {MAX_NOISES}, skip and plain at least 0 and together less than "
+            "steps"
         )
     return EditPlan(steps, skip, plain, average)
 
@@ -100,7 +104,13 @@ def flow_edit(
 
 
 def make_editor(
-    cfg: FluxConfig, height: int, width: int, max_steps: int, shift: Array | float = 1.0, finest: int = 0
+    cfg: FluxConfig,
+    height: int,
+    width: int,
+    max_steps: int,
+    shift: Array | float = 1.0,
+    finest: int = 0,
+    spacing: Spacing | None = None,
 ) -> Callable[..., Array]:
     """A function (params, latents_BhwC, seed_B, index_B, source, target, plan) -> edited latents [B, height, width, c].
 
@@ -132,7 +142,7 @@ def make_editor(
             draw = lambda seed, index: jax.random.normal(fold(sample_key(seed, index)), x_BNC.shape[1:])
             return jax.vmap(draw)(seed_B, index_B)
 
-        times = sampling_grid(plan.steps, max_steps, shift)
+        times = sampling_grid(plan.steps, max_steps, shift, spacing)
         sizes = told_sizes(cfg, times, jnp.asarray(plan.steps), finest)
         return unpatchify(flow_edit(before, after, x_BNC, noise, times, plan, sizes), height, width)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from shortcut_jax.core.flow import integrate, predictions
 from shortcut_jax.core.latents import PATCH, unpatchify
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Array, Condition, Leaf
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.views import guided, make_velocity
@@ -27,6 +27,7 @@ def make_sampler(
     finest: int = 0,
     method: str = "euler",
     trajectory: bool = False,
+    spacing: Spacing | None = None,
 ) -> Sampler:
     """A function (params, noise_BNC, condition, num_steps) -> latents [B, height, width, c].
 
@@ -41,6 +42,7 @@ def make_sampler(
       method: `euler` or `heun`, which averages instantaneous velocities and always tells d = 0.
       trajectory: whether it returns the clean images that it aims at on its way, [max_steps + 1, B, height, width, c];
         see `core.flow.predictions`.
+      spacing: of the grid's times.
     """
     velocity_of = make_velocity(cfg, height, width)
 
@@ -56,7 +58,7 @@ def make_sampler(
         velocity = velocity_of(params, condition)
         if unconditional is not None:
             velocity = guided(velocity, velocity_of(params, unconditional), scale)
-        times = sampling_grid(num_steps, max_steps, shift)
+        times = sampling_grid(num_steps, max_steps, shift, spacing)
         sizes = told_sizes(cfg, times, num_steps, finest if method == "euler" else 0)
         if not trajectory:
             return unpatchify(integrate(velocity, noise_BNC, times, num_steps, sizes, method), height, width)
@@ -89,5 +91,7 @@ def sample_key(seed: Leaf, index: Leaf) -> Array:
 
 
 def seed_bits(seed: int) -> np.uint32:
-    """A seed as the 32 bits that a random key reads of it; negative ones wrap."""
-    return np.uint32(seed % 2**32)
+    """A seed as the 32 bits that a random key reads of it. Raises ValueError where it has more, or is negative."""
+    if not 0 <= seed < 2**32:
+        raise ValueError("a seed has 32 bits, so 0 to 4294967295")
+    return np.uint32(seed)

@@ -10,10 +10,11 @@ of ranks tells what was there.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from shortcut_jax.core.kernels import Axes, kernel_axes
@@ -134,9 +135,29 @@ def check(modules: Modules, shapes: Shapes) -> None:
             )
 
 
+def check_finite(modules: Modules) -> None:
+    """Raises ConversionError where a factor or an alpha is not finite."""
+    for name, f in modules.items():
+        if not (np.all(np.isfinite(f.down)) and np.all(np.isfinite(f.up)) and math.isfinite(f.alpha)):
+            raise ConversionError(f"the adapter of {name} holds values that are not finite (nan or inf)")
+
+
 def record_of(modules: Modules) -> Record:
     """Rank and alpha of each module."""
     return {name: (f.rank, f.alpha) for name, f in modules.items()}
+
+
+def added(adapters: Sequence[Modules]) -> Modules:
+    """Several sets of adapters as one that adds all their products: their factors side by side, in float32."""
+    if len(adapters) == 1:
+        return adapters[0]
+    result: Modules = {}
+    for name in dict.fromkeys(name for modules in adapters for name in modules):
+        found = [modules[name] for modules in adapters if name in modules]
+        down = np.concatenate([np.asarray(f.down, np.float32) for f in found])
+        up = np.concatenate([np.float32(f.scale) * np.asarray(f.up, np.float32) for f in found], axis=1)
+        result[name] = Factors(down, up, float(len(down)))
+    return result
 
 
 def stack(modules: Modules, shapes: Shapes) -> dict[str, np.ndarray]:
@@ -225,13 +246,20 @@ class Merged(Params):
         blocks, parts = math.prod(x.depth), math.prod(x.parts)
         a = self._arrays[f"{target}/a"].astype(np.float32).reshape(blocks, math.prod(x.inputs), parts, -1)
         b = self._arrays[f"{home}/b"].astype(np.float32).reshape(blocks, a.shape[-1], parts, -1)
-        scale = self._scales[home].reshape(blocks, parts)
+        scale, largest = self._scales[home].reshape(blocks, parts), float(ml_dtypes.finfo(value.dtype).max)
         # A lazy base reads a fresh array each time, which may be changed.
         result = value if isinstance(self._base, Params) and value.flags.writeable else np.copy(value)
         there, here = (y.reshape(blocks, a.shape[1], parts, -1) for y in (value, result))
         for i in range(blocks):
             for p in range(parts):
-                here[i, :, p] = there[i, :, p].astype(np.float32) + scale[i, p] * (a[i, :, p] @ b[i, :, p])
+                with np.errstate(over="ignore", invalid="ignore"):  # checked here
+                    merged = there[i, :, p].astype(np.float32) + scale[i, p] * (a[i, :, p] @ b[i, :, p])
+                    if not max(merged.max(), -merged.min()) <= largest:  # nor is nan
+                        raise ConversionError(
+                            f"with the adapters, {path} has values that are not finite in {value.dtype}: the adapters "
+                            f"are too strong (lower their scales), or the base's own values are not finite"
+                        )
+                here[i, :, p] = merged
         return result
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""LoRA files of Flux: the names of PEFT and diffusers, of kohya's scripts, and of ComfyUI's dotted files.
+"""LoRA files of Flux: by PEFT's and diffusers' names, kohya's scripts', ComfyUI's dotted ones, and XLabs'.
 
 PEFT's modules are ours. Black Forest Labs' names fuse q, k and v (and, in single blocks, the MLP's input): such a file
 has one A for all parts, or, as kohya's scripts and we write it, one A a part below each other and a block-diagonal B.
@@ -6,29 +6,21 @@ has one A for all parts, or, as kohya's scripts and we write it, one A a part be
 
 import difflib
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from shortcut_jax.weights import flux_bfl
-from shortcut_jax.weights.entries import NUMBER, told
+from shortcut_jax.weights import flux_bfl, lora_peft
+from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import UNITS, Factors, Modules, Shapes, Unit, check, expand, layer, sizes
+from shortcut_jax.weights.lora_names import is_embedding, is_of_text_encoder, parse
 from shortcut_jax.weights.params import common_dtype
 from shortcut_jax.weights.rules import ConversionError, refuse_names
 
 METADATA_KEY = "lora_adapter_metadata"
 """The header entry in which diffusers keeps PEFT's config."""
-
-_FACTOR = re.compile(
-    r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:\.default)?\.weight"
-)
-_PREFIX = re.compile(
-    r"(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_unet_|lora_transformer_)?"
-)
-_TEXT_ENCODERS = ("lora_te", "text_encoder", "text_encoders.")
 
 FUSED: dict[str, tuple[Unit, ...]] = {
     rule.sources[0].removesuffix(".weight"): tuple(
@@ -40,13 +32,23 @@ FUSED: dict[str, tuple[Unit, ...]] = {
 """The units that each module of Black Forest Labs holds, in the order of its output."""
 
 
-def is_lora(names: Any) -> bool:
-    """Whether tensors of these names are adapters."""
-    return any(_FACTOR.fullmatch(name) for name in names)
+_DOUBLE = "double_blocks.{i}.processor"
+XLABS: dict[str, tuple[Unit, ...]] = {
+    f"{_DOUBLE}.qkv_lora1": FUSED["double_blocks.{i}.img_attn.qkv"],
+    f"{_DOUBLE}.qkv_lora2": FUSED["double_blocks.{i}.txt_attn.qkv"],
+    f"{_DOUBLE}.proj_lora1": FUSED["double_blocks.{i}.img_attn.proj"],
+    f"{_DOUBLE}.proj_lora2": FUSED["double_blocks.{i}.txt_attn.proj"],
+    "single_blocks.{i}.processor.qkv_lora": FUSED["single_blocks.{i}.linear1"][:3],
+    "single_blocks.{i}.processor.proj_lora": FUSED["single_blocks.{i}.linear2"],
+}
+"""The same of XLabs' names."""
 
 
 def read(
-    tensors: Mapping[str, np.ndarray], shapes: Shapes, config: Mapping[str, Any] | None = None
+    tensors: Mapping[str, np.ndarray],
+    shapes: Shapes,
+    config: Mapping[str, Any] | None = None,
+    where: str = "PEFT's config",
 ) -> tuple[Modules, tuple[str, ...]]:
     """The adapters of a file, whatever its names.
 
@@ -55,23 +57,18 @@ def read(
       shapes: of the base's parameters.
       config: PEFT's config (`adapter_config.json`), which has the alphas where no tensor gives them. Without either,
         alpha is the rank.
+      where: the config is, for messages.
 
     Returns:
       The adapters, and what the reader should be told.
 
     Raises:
-      ConversionError: a name that is not known, a factor without its other half, or an adapter of another base.
+      ConversionError: a name that is not known, a factor without its other half, values that are not finite, an adapter
+        of another kind or of another base.
     """
-    own = {n: v for n, v in tensors.items() if not n.startswith(_TEXT_ENCODERS)}
-    left = len(tensors) - len(own)
-    notes: tuple[str, ...] = (
-        (f"{left} tensors of text encoder adapters are left out: only the transformer's are used",) if left else ()
-    )
-    double = [n for n, v in own.items() if v.dtype == np.float64 and not n.endswith(".alpha")]
-    if double:
-        own = {n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in own.items()}
-        notes += (f"{len(double)} float64 tensors are rounded to float32",)
-    alpha_of = _alphas(config or {})
+    notes = lora_peft.check(config or {}, where)
+    own, more = _own(tensors)
+    alpha_of = lora_peft.alphas(config or {}, where)
     fused, plain = _known(shapes)
     modules: Modules = {}
     for name, f in _pairs(own, {**fused, **plain}, alpha_of).items():
@@ -80,8 +77,97 @@ def read(
             if module in modules:
                 raise ConversionError(f"the file has two adapters for {module}")
             modules[module] = factors
+    _refuse_expanded(modules, shapes)
     check(modules, shapes)
-    return modules, notes
+    return modules, (*more, *notes)
+
+
+def _own(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The transformer's adapters, float64 rounded, and what was left out."""
+    encoders = [n for n in tensors if is_of_text_encoder(n)]
+    embeddings = [n for n in tensors if is_embedding(n)]
+    own = {n: tensors[n] for n in tensors if n not in {*encoders, *embeddings}}
+    zeros = [n for n, v in own.items() if n.endswith((".diff", ".diff_b")) and not np.any(v)]
+    own = {n: v for n, v in own.items() if n not in zeros}
+    refuse_adapters(own)
+    double = [n for n, v in own.items() if v.dtype == np.float64 and not n.endswith(".alpha")]
+    for name in double:
+        _check_finite(name, own[name])
+        with np.errstate(over="ignore"):  # told below
+            own[name] = own[name].astype(np.float32)
+    lines = (
+        (encoders, "tensors of text encoder adapters are left out: only the transformer's are used"),
+        (
+            embeddings,
+            f"tensors of embeddings ({embeddings[0] if embeddings else ''}, ...) are left out: they are words "
+            f"for text encoders, which stay as they are",
+        ),
+        (zeros, "differences of whole weights are left out: they are zero"),
+        (double, "float64 tensors are rounded to float32"),
+    )
+    return own, tuple(f"{len(names)} {line}" for names, line in lines if names)
+
+
+def _check_finite(name: str, value: np.ndarray) -> None:
+    bad = np.size(value) - np.count_nonzero(np.isfinite(value)) if value.dtype.kind not in "iub" else 0
+    if bad:
+        raise ConversionError(
+            f"{name} holds {bad} values that are not finite (nan or inf): the file is damaged, or its training diverged"
+        )
+
+
+def _refuse_expanded(modules: Modules, shapes: Shapes) -> None:
+    """Names relatives of Flux whose image input is a multiple of its own."""
+    relatives = {2: "a control LoRA of FLUX.1 Canny or Depth", 6: "a LoRA of FLUX.1 Fill"}
+    name, unit, _ = next(expand(shapes))
+    width = modules[name].down.shape[1] / sizes(unit, shapes)[0] if name in modules else 1
+    if width in relatives:
+        raise ConversionError(
+            f"this is {relatives[int(width)]}, which is not supported: its image input ({name}) is {int(width)} times "
+            f"as wide as the base's; use a LoRA of FLUX.1 dev or schnell"
+        )
+
+
+def alpha_origin(names: Iterable[str], config: Mapping[str, Any], where: str) -> str:
+    """Where the alphas of a file come from, in words.
+
+    Args:
+      names: of its tensors.
+      config: PEFT's config that is applied, empty without one.
+      where: it is.
+    """
+    parts = [p for p in map(parse, (n for n in names if not is_of_text_encoder(n))) if p]
+    given = {p.module for p in parts if p.kind == "alpha"}
+    left = {p.module for p in parts if p.kind == "down"} - given
+    rest = f"from {where}" if lora_peft.gives_alpha(config) else "the rank of each module, for the file does not say"
+    if not given:
+        return f"alpha: {rest}"
+    return "alpha: from the file's alpha tensors" + (f"; of {len(left)} modules without one: {rest}" if left else "")
+
+
+def header_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What the reader should be told of the entries of a file's header that trainers write.
+
+    Raises:
+      ConversionError: an adapter of Chroma, whose names may be Flux's.
+    """
+    for name in ("modelspec.architecture", "ss_base_model_version"):
+        if "chroma" in metadata.get(name, "").lower():
+            raise ConversionError(
+                f"this is an adapter of Chroma ({name} in the file's header), another model than FLUX.1, which is not "
+                f"supported: use adapters of FLUX.1 dev or schnell"
+            )
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return ()
+    if not isinstance(arguments, dict) or str(arguments.get("split_qkv")).lower() != "true":
+        return ()
+    return (
+        "trained by kohya's scripts with split_qkv (the file's header says so): by the file's alpha its q, k and v are "
+        "a third as strong as in training (a quarter in single blocks, with the MLP's input); they are read as the "
+        "file says, as ComfyUI, diffusers and kohya's scripts do",
+    )
 
 
 def _known(shapes: Shapes) -> tuple[dict[str, list[tuple[str, Unit]]], dict[str, str]]:
@@ -89,76 +175,72 @@ def _known(shapes: Shapes) -> tuple[dict[str, list[tuple[str, Unit]]], dict[str,
     every = {(unit, i): name for name, unit, i in expand(shapes)}
     plain = {spelled: name for name in every.values() for spelled in (name, name.replace(".", "_"))}
     fused = {}
-    for source, units in FUSED.items():
+    for source, units in (*FUSED.items(), *XLABS.items()):
         for (unit, i), _ in every.items():
             if unit == units[0]:
                 name = source.format(i=i)
-                fused[name] = fused[name.replace(".", "_")] = [(every[u, i], u) for u in units]
+                fused[name] = [(every[u, i], u) for u in units]
+                if source in FUSED:
+                    fused[name.replace(".", "_")] = fused[name]
     return fused, plain
 
 
-def _pairs(tensors: Mapping[str, np.ndarray], known: Mapping[str, Any], alpha_of: Any) -> dict[str, Factors]:
+def _pairs(
+    tensors: Mapping[str, np.ndarray], known: Mapping[str, Any], alpha_of: lora_peft.Alphas
+) -> dict[str, Factors]:
     """Both factors and alpha of each module, by its name without prefix."""
-    halves: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in tensors.items():
-        match = _FACTOR.fullmatch(name)
-        if match is None and not name.endswith(".alpha"):
+    homes: dict[str, dict[str, str]] = {}
+    adapters = set()
+    for name in tensors:
+        part = parse(name)
+        if part is None:
             raise ConversionError(
                 f"{name} is not part of a plain LoRA (A, B and alpha), the only kind that is supported"
             )
-        module = match["module"] if match else name.removesuffix(".alpha")
-        kind = "alpha" if match is None else "down" if match["down"] else "up"
-        halves.setdefault(module, {})[kind] = value
-    pairs: dict[str, Factors] = {}
-    for module, found in halves.items():
-        name = module[_PREFIX.match(module).end() :]  # type: ignore[union-attr]  # it matches the empty string
-        if name not in known:
-            nearest = difflib.get_close_matches(name, list(known), n=1)
-            hint = f"; nearest known name: {nearest[0]}" if nearest else ""
-            raise ConversionError(f"the LoRA adapts {module}, which is not a layer of this base{hint}")
-        if not {"down", "up"} <= found.keys():
-            missing = "B (lora_up)" if "down" in found else "A (lora_down)"
-            raise ConversionError(f"the LoRA has no {missing} for {module}")
-        if name in pairs:
-            raise ConversionError(f"the file has two adapters for {name}")
-        shapes = {half: np.shape(found[half]) for half in ("down", "up")}
-        if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+        if part.kind != "alpha":
+            adapters.add(part.adapter)
+        if len(adapters) > 1:
             raise ConversionError(
-                f"the factors of {name} have shapes {shapes['down']} and {shapes['up']}, not matrices"
+                f"the file has several adapters, {' and '.join(sorted(map(repr, adapters)))}: save each to a file of "
+                f"its own"
             )
-        if any(found[half].dtype.kind in "iub" for half in ("down", "up")):
-            raise ConversionError(f"the factors of {name} are whole numbers, which no LoRA is made of")
-        if np.size(found.get("alpha", 1.0)) != 1:
-            raise ConversionError(f"the alpha of {name} is not one number")
-        rank = len(found["down"])
-        alpha = float(np.reshape(found["alpha"], ())) if "alpha" in found else alpha_of(name, rank)
-        pairs[name] = Factors(found["down"], found["up"], alpha)
-    return pairs
+        if part.module not in known:
+            nearest = difflib.get_close_matches(part.module, list(known), n=1)
+            hint = f"; nearest known name: {nearest[0]}" if nearest else ""
+            raise ConversionError(f"the LoRA adapts {_given(name)}, which is not a layer of this base{hint}")
+        if part.kind in homes.setdefault(part.module, {}):
+            raise ConversionError(f"the file has two adapters for {part.module}")
+        homes[part.module][part.kind] = name
+    return {module: _pair(module, names, tensors, alpha_of) for module, names in homes.items()}
 
 
-def _alphas(config: Mapping[str, Any]) -> Any:
-    """(module, rank) -> alpha, by PEFT's config; the rank itself without one."""
-    if config.get("use_dora"):
-        raise ConversionError("this adapter is DoRA, which is not supported: only plain LoRA is")
+def _given(name: str) -> str:
+    """The module of a tensor, as it is written."""
+    return re.split(r"\.(?:lora_|lora\.|alpha$)", name)[0]
 
-    said = told(config, "lora_alpha", NUMBER, where="PEFT's config")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise ConversionError(f"PEFT's config says alpha_pattern {patterns!r}, which is not a JSON object")
-    chosen = {}
-    for pattern in patterns:
-        try:
-            wanted = re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
-            raise ConversionError(f"alpha_pattern {pattern!r} is not a regular expression: {error}") from error
-        chosen[wanted] = told(patterns, pattern, NUMBER, where="alpha_pattern in PEFT's config")
 
-    def alpha_of(module: str, rank: int) -> float:
-        found = [alpha for wanted, alpha in chosen.items() if wanted.match(module)]
-        alpha = float(found[0] if found else rank if said is None else said)
-        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-
-    return alpha_of
+def _pair(
+    name: str, names: Mapping[str, str], tensors: Mapping[str, np.ndarray], alpha_of: lora_peft.Alphas
+) -> Factors:
+    """The adapter of a module, from the names of its tensors."""
+    if not {"down", "up"} <= names.keys():
+        missing = "B (lora_up)" if "down" in names else "A (lora_down)"
+        raise ConversionError(f"the LoRA has no {missing} for {_given(next(iter(names.values())))}")
+    found = {kind: tensors[own] for kind, own in names.items()}
+    shapes = {half: np.shape(found[half]) for half in ("down", "up")}
+    if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+        raise ConversionError(f"the factors of {name} have shapes {shapes['down']} and {shapes['up']}, not matrices")
+    if any(found[half].dtype.kind in "iub" for half in ("down", "up")):
+        raise ConversionError(f"the factors of {name} are whole numbers, which no LoRA is made of")
+    if np.size(found.get("alpha", 1.0)) != 1:
+        raise ConversionError(f"the alpha of {name} is not one number")
+    for kind, value in found.items():
+        _check_finite(names[kind], value)
+    rank = len(found["down"])
+    alpha = float(np.reshape(found["alpha"], ())) if "alpha" in found else alpha_of(name, rank)
+    if alpha == 0:
+        raise ConversionError(f"the alpha of {name} is 0, so that its adapter would do nothing: the file is damaged")
+    return Factors(found["down"], found["up"], alpha)
 
 
 def _unfuse(name: str, f: Factors, parts: list[tuple[str, Unit]], shapes: Shapes) -> Modules:
@@ -262,6 +344,18 @@ def to_kohya(modules: Modules, shapes: Shapes) -> tuple[dict[str, np.ndarray], d
         tensors[f"lora_unet_{name}.lora_up.weight"] = f.up
         tensors[f"lora_unet_{name}.alpha"] = np.asarray(f.alpha, np.float32)
     return tensors, {"format": "pt"}
+
+
+def kohya_notes(modules: Modules) -> tuple[str, ...]:
+    """What the writer of a file with kohya's names should be told of its readers."""
+    outside = [name for name in modules if "blocks." not in name]
+    if not outside:
+        return ()
+    return (
+        f"diffusers drops {len(outside)} of these {len(modules)} adapters without a word, those outside the blocks "
+        f"({', '.join(outside)}), when it converts kohya's names; ComfyUI reads all: for diffusers write "
+        f"--format=diffusers",
+    )
 
 
 def _folded(f: Factors) -> Factors:

@@ -1,8 +1,10 @@
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from shortcut_jax.data.images import BadImage, decode, encode_png, fit
+from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, encode_png, fit, read_image
 from tests.data.pictures import encoded, picture
 
 
@@ -18,6 +20,30 @@ def test_lossless_pictures_come_back_exactly():
         np.testing.assert_array_equal(np.asarray(decode(encoded(pixels, form, **options))), pixels)
     np.testing.assert_array_equal(np.asarray(decode(encode_png(pixels))), pixels)
     assert encode_png(pixels) == encode_png(pixels.copy())
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_and_a_damaged_one_is_corrupt():
+    pixels = np.full((16, 16, 3), 200, np.uint8)
+    data = encoded(pixels, "AVIF")
+    assert abs(np.asarray(decode(data)).astype(int) - 200).max() < 5
+    assert _reason(data[:40]) == _reason(data[:-20]) == "corrupt"
+
+
+def test_only_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    told = {"fifo": "not a file", "zero": "not a file", "folder": "not a file", "loop": "unreadable file"}
+    for name, reason in {**told, "absent": "missing file", "fifo/x": "missing file"}.items():
+        with pytest.raises(BadImage) as error:
+            read_image(tmp_path / name)
+        assert error.value.reason == reason
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(BadImage, match="gigantic"):
+        read_image(tmp_path / "huge")
 
 
 def test_other_kinds_of_pixels_become_8_bit_rgb():

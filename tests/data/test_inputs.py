@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 
@@ -11,6 +12,7 @@ from shortcut_jax.data.images import decode
 from shortcut_jax.data.inputs import Item, SourceOptions, open_source
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.records import open_source as open_records
+from shortcut_jax.data.units import Unused
 from tests.data.pictures import encoded, picture, simple_folder, write_folder
 
 
@@ -19,7 +21,12 @@ def _all(source):
 
 
 def _reasons(items):
+    items = [item for item in items if not isinstance(item, Unused)]
     return Counter("kept" if isinstance(item, Item) else item.reason for item in items)
+
+
+def _unused(items):
+    return {item.what: item.number for item in items if isinstance(item, Unused)}
 
 
 def _write_tar(path, members, keep=None):
@@ -141,6 +148,7 @@ def test_tars_are_units_of_neighbouring_members(tmp_path):
         "empty caption": 1,
         "duplicate key": 1,
     }
+    assert _unused(items) == {".cls files": 1}
     with pytest.raises(DataError, match=r"set-03\.tar, which is not there"):
         open_source(str(tmp_path / "set-{00..03}.tar"), SourceOptions())
 
@@ -205,12 +213,50 @@ def test_a_tfds_set_gives_its_pictures_and_captions(data_dir, tmp_path):
 
 def test_what_is_no_source_is_told(tmp_path):
     (tmp_path / "file.txt").write_text("x")
+    os.mkfifo(tmp_path / "fifo")
     for text, told in (
         (str(tmp_path / "absent"), "is not there"),
         (str(tmp_path / "absent.tar"), "no such tar file"),
-        (str(tmp_path), r"neither metadata\.jsonl"),
+        (str(tmp_path), r"no captioned images \(1 file\)\. Understood are: .*metadata\.jsonl.*metadata\.csv.*parquet"),
         (str(tmp_path / "file.txt"), "no kind"),
+        (str(tmp_path / "fifo"), "no kind"),
         ("gs://bucket/a.tar", "mount or copy"),
     ):
         with pytest.raises(DataError, match=told):
             open_source(text, SourceOptions())
+
+
+def test_the_state_of_a_unit_is_that_of_its_rows(tmp_path):
+    folder = simple_folder(tmp_path / "a", 6)
+    states = lambda: [unit.state for unit in open_source(str(folder), SourceOptions(unit=2)).units]
+    before, rows = states(), (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join([*rows[:2], rows[0], *rows[3:], "{}"]) + "\n")
+    assert [a == b for a, b in zip(before, states(), strict=False)] == [True, False, True] and len(states()) == 4
+    # The third row is a duplicate only because of the first one, in another unit.
+    (folder / "metadata.jsonl").write_text("\n".join([*rows[1:3], rows[0], *rows[3:]]) + "\n")
+    alone = states()[1]
+    (folder / "metadata.jsonl").write_text("\n".join([*rows[:2], rows[0], *rows[3:]]) + "\n")
+    assert alone != states()[1]
+
+
+def test_of_a_list_of_captions_in_a_row_the_first_is_used(tmp_path):
+    rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate((["a", "b", "c"], "d", []))]
+    items = _all(open_source(str(write_folder(tmp_path / "a", {}, rows)), SourceOptions()))
+    assert [(i.caption, i.further) for i in items[:2]] == [("a", 2), ("d", 0)] and items[2].reason == "empty caption"
+
+
+def test_the_state_of_a_unit_of_sidecars_is_that_of_its_captions(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(PNG)
+        (tmp_path / f"{i}.txt").write_text("a caption")
+    states = lambda: [unit.state for unit in open_source(str(tmp_path), SourceOptions(unit=2)).units]
+    before = states()
+    (tmp_path / "3.txt").write_text("another caption")
+    assert [a == b for a, b in zip(before, states(), strict=True)] == [True, False]
+    assert states() == states()
+
+
+def test_a_header_that_is_no_csv_is_told(tmp_path):
+    (tmp_path / "metadata.csv").write_text('"file_name" x,text\n1.png,a\n')
+    with pytest.raises(DataError, match=r"first line of .*metadata\.csv cannot be read as names of columns"):
+        open_source(str(tmp_path), SourceOptions())

@@ -1,6 +1,7 @@
 import errno
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tensorflow_datasets as tfds
 from shortcut_jax.data import units, writing
 from shortcut_jax.data.format import DataError, PreparedSet
 from shortcut_jax.data.images import encode_png
-from shortcut_jax.data.units import Record, Skip, Unit, split_of
+from shortcut_jax.data.units import Record, Skip, Unit, Unused, split_of
 from shortcut_jax.data.writing import Job, write_units
 from tests.data.pictures import picture
 
@@ -163,7 +164,8 @@ def test_a_process_that_fails_is_not_waited_for(tmp_path):
 def test_too_much_left_out_stops_with_a_summary_and_goes_on_when_allowed(tmp_path):
     skipping = lambda unit: _produce(unit, skips=unit.index == 5)
     with pytest.raises(
-        DataError, match=r"1 of 31 \(3.2%\).*--max_skipped=0.03: 1 corrupt; they are listed in"
+        DataError,
+        match=r"1 of 31 \(3.2%\).*--max_skipped=0.03: 1 corrupt; they are listed in .*\(the first: 5/bad0: it says\)",
     ) as error:
         write_units(_job(tmp_path / "set", max_skipped=0.03), skipping)
     assert "\n" not in str(error.value) and not (tmp_path / "set").exists()
@@ -251,3 +253,116 @@ def test_the_hooks_of_latents_are_called_once(tmp_path):
 def test_a_split_may_have_everything(tmp_path, share):
     info = write_units(_job(tmp_path / "set", validation=share), _produce)
     assert info.num_records("validation") == (30 if share else 0) and len(info.eval_prompts) == 16
+
+
+def _outcomes(job, produce):
+    """Which units are asked for, and the set's bytes."""
+    asked = []
+    write_units(job, lambda unit: asked.append(unit.index) or produce(unit))
+    return asked, _bytes(job.out)
+
+
+def _units(states):
+    return [Unit(i, f"unit {i}", None, state) for i, state in enumerate(states)]
+
+
+def test_after_a_refusal_units_that_left_something_out_are_read_again(whole, tmp_path):
+    skipping = lambda unit: _produce(unit, skips=unit.index in (1, 4))
+    job = _job(tmp_path / "set", max_skipped=0.05)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"2 of 32.*correct the source and run this again"):
+            write_units(job, skipping)
+    assert _outcomes(job, _produce) == ([1, 4], _bytes(whole))
+    # Where no run was refused, they are kept: work that is often interrupted comes to an end.
+    job = _job(tmp_path / "other", max_skipped=0.9)
+    with pytest.raises(RuntimeError):
+        write_units(job, lambda unit: _break() if unit.index == 5 else skipping(unit))
+    assert _outcomes(job, skipping)[0] == [5]
+
+
+def _break():
+    raise RuntimeError("interrupted")
+
+
+def test_units_whose_source_changed_are_read_again(tmp_path):
+    request = lambda fingerprint: {"source": "here", "fingerprint": fingerprint}
+    made = lambda name, states, **changes: _job(
+        tmp_path / name, request=request("".join(states)), units=_units(states), **changes
+    )
+    with pytest.raises(RuntimeError):
+        write_units(made("set", "abcdef"), lambda unit: _break() if unit.index == 5 else _produce(unit))
+    clean = _outcomes(made("clean/set", "abXde"), _produce)[1]  # a file was replaced, and the last one taken away
+    assert _outcomes(made("set", "abXde"), _produce) == ([2], clean)
+    with pytest.raises(DataError, match="the source has changed since: give another --out, or delete"):
+        write_units(made("set", "abXdY"), _produce)
+
+
+@pytest.mark.parametrize("function", ["write_set", "shard_name"])
+def test_a_source_that_changed_while_the_set_was_completed(tmp_path, monkeypatch, function):
+    made = lambda name, states: _job(tmp_path / name, units=_units(states))
+    original, calls = getattr(writing, function), []
+
+    def fail(*args):
+        calls.append(args)
+        return _break() if function == "write_set" or len(calls) == 10 else original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(writing, function, fail)
+        write_units(made("set", "abcdef"), _produce)
+    asked, found = _outcomes(made("set", "abXd"), _produce)  # of which other shards get their names
+    assert asked == [2] and found == _outcomes(made("clean/set", "abXd"), _produce)[1]
+
+
+def test_a_unit_is_read_again_when_a_file_that_it_left_out_changes(whole, tmp_path):
+    bad, absent, locked = (tmp_path / name for name in ("bad", "absent", "locked"))
+    bad.write_bytes(b"bad")
+
+    def produce(unit):
+        yield from _produce(unit)
+        if unit.index < 2:
+            path = (bad, absent)[unit.index]
+            if path.read_bytes() != b"good" if path.exists() else True:
+                yield Skip(f"{unit.index}/x", "corrupt", "", (str(path), units.stamp(path)))
+        if unit.index == 2 and not locked.exists():
+            yield Skip("2/x", "unreadable file", "", (str(bad), ""))
+
+    job = _job(tmp_path / "set")
+    interrupted = lambda unit: _break() if unit.index == 5 else produce(unit)
+    with pytest.raises(RuntimeError):
+        write_units(job, interrupted)
+    assert writing.stale_units(job) == {2} and writing.units_done(job) == 4
+    for path in (bad, absent, locked):
+        path.write_bytes(b"good")
+    assert writing.stale_units(job) == {0, 1, 2}
+    assert _outcomes(job, produce) == ([0, 1, 2, 5], _bytes(whole))
+
+
+def test_a_process_waits_for_the_units_that_another_one_reads_again(whole, tmp_path, monkeypatch):
+    made = lambda states: _job(tmp_path / "set", units=_units(states))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):  # when all units are done
+        patch.setattr(writing, "_complete", lambda *_: _break())
+        write_units(made("abcdef"), _produce)
+    threads = [
+        threading.Thread(target=write_units, args=(made("abcYef"), _produce, index, 2, 0.02)) for index in range(2)
+    ]
+    threads[0].start()
+    time.sleep(0.2)
+    assert threads[0].is_alive() and not (tmp_path / "set").exists()
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert _bytes(tmp_path / "set") == _bytes(whole)
+
+
+def test_what_is_not_used_is_counted(tmp_path):
+    def produce(unit):
+        yield from _produce(unit)
+        yield Unused(".cls files", 2)
+
+    job = _job(tmp_path / "set")
+    info = write_units(job, produce)
+    assert info.unused == {".cls files": 12} == PreparedSet(job.out).info.unused
+    with pytest.raises(DataError, match=r"no record is left: not used: \.cls files \(6\)$"):
+        write_units(_job(tmp_path / "other"), lambda unit: iter([Unused(".cls files", 1)]))
+    with pytest.raises(DataError, match="no record is left: the source has no images"):
+        write_units(_job(tmp_path / "third"), lambda unit: iter([]))

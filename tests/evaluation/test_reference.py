@@ -1,8 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from shortcut_jax.core.stats import fit_gaussian
+from shortcut_jax.data.images import ENDINGS
 from shortcut_jax.evaluation.features import pixels, random_network
 from shortcut_jax.evaluation.reference import load_reference, open_reference, save_reference
 from shortcut_jax.settings import ConfigError
@@ -71,6 +74,35 @@ def test_no_reference_at_all_and_too_few_pictures(folder, tmp_path):
     empty.mkdir()
     with pytest.raises(ConfigError, match="has 0 pictures"):
         open_reference(str(empty), None, FEATURES, tmp_path)
+
+
+def test_the_images_of_a_reference_are_those_of_every_source(folder, tmp_path):
+    forms = {"bmp": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "webp": "WEBP", "png": "PNG"}
+    for ending in ENDINGS:
+        Image.new("RGB", (3, 2), "red").save(folder / f"x.{ending}", forms.get(ending, "JPEG"))
+    Image.new("RGB", (3, 2)).save(folder / "LARGE.PNG")
+    for name in ("._x.png", "__MACOSX/x.png", "notes.txt", "folder.png/1.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert open_reference(str(folder), None, FEATURES, tmp_path).num_pictures == 9 + len(ENDINGS) + 1
+
+
+def test_bad_images_are_left_out_and_told_up_to_a_share(folder, tmp_path):
+    expected = open_reference(str(folder), None, FEATURES, tmp_path / "clean")
+    (folder / "bad.jpg").write_bytes(b"\x89PNG\r\n\x1a\n bad")
+    for cache in ("a", "a"):  # the second time from what was kept
+        found = open_reference(str(folder), None, FEATURES, tmp_path / cache)
+        assert found.num_pictures == 9 and found.source == f"pictures of {folder} (1 truncated left out)"
+        np.testing.assert_array_equal(found.gaussian.mean, expected.gaussian.mean)
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(ConfigError, match=r"of 11 pictures more than 5% .*1 not a file, 1 truncated so far.*pipe\.png"):
+        open_reference(str(folder), None, FEATURES, tmp_path / "a")
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.new("RGB", (3, 2)).save(few / "1.png")
+    (few / "2.png").write_bytes(b"bad")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        open_reference(str(few), None, FEATURES, tmp_path / "a")
 
 
 def test_pictures_of_several_sizes_have_features_each(folder, tmp_path):

@@ -123,6 +123,14 @@ def test_where_nothing_can_be_read_the_reasons_are_told(folder):
         checkpoints.newest_readable(checkpoints.meta)
 
 
+@pytest.mark.parametrize("name", ["²", "x", "1"])
+def test_a_folder_that_is_no_checkpoint_has_no_config(name, tmp_path):
+    meta = tmp_path / name / "meta"
+    meta.mkdir(parents=True)
+    (meta / "metadata").write_text("[" * 100_000)
+    assert stored_config(tmp_path) is None
+
+
 def test_the_stored_config_is_the_newest_readable_one(folder, tmp_path):
     assert stored_config(folder) == {"seed": 3}
     (folder / "3" / "meta" / "metadata").write_text("{")

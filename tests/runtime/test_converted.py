@@ -123,3 +123,73 @@ def test_an_interrupt_while_replacing_keeps_the_old_one(tmp_path, monkeypatch):
     with complete_or_absent(target, overwrite=True) as folder:
         (folder / "part").write_text("new")
     assert (target / "part").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+ODD = [None, "x", True, -1, 10**30, float("inf"), [1] * 99, {"a": 1}]
+
+
+def _leaves(value, place=()):
+    yield place
+    for key in value if isinstance(value, dict) else ():
+        yield from _leaves(value[key], (*place, key))
+
+
+def test_whatever_is_edited_in_a_record_is_read_or_one_line(tmp_path):
+    flux = preset("tiny")
+    stored = [Stored("flux", flux, "a", tmp_path), Stored("vae", VaeConfig(), "b", tmp_path)]
+    stored += [
+        Stored("clip", ClipConfig(), "c", tmp_path),
+        Stored("lora", LoraInfo(flux, {"x": (4, 2.0)}), "d", tmp_path),
+    ]
+    write_record(tmp_path, stored, Sampling())
+    text, refused, read = (tmp_path / "models.json").read_text(), 0, 0
+    for place in _leaves(json.loads(text)):
+        for odd in (*ODD, "absent"):
+            record = {"whole": json.loads(text)}
+            node = record
+            *folders, name = ("whole", *place)
+            for key in folders:
+                node = node[key]
+            node[name] = odd
+            if odd == "absent" and place:
+                del node[name]
+            (tmp_path / "models.json").write_text(json.dumps(record["whole"]))
+            try:
+                models, sampling = read_record(tmp_path)
+            except ConvertedError as error:
+                line, refused = str(error), refused + 1
+                assert "models.json" in line and "\n" not in line and len(line) < 500, (place, odd, line)
+                continue
+            read += 1
+            assert isinstance(sampling.text_tokens, int) and all(isinstance(m.origin, str) for m in models)
+    assert refused > 300 and read > 30, (refused, read)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"format_version": ' + "9" * 5000 + "}", "\xff"])
+def test_a_record_that_is_no_object_is_one_line(text, tmp_path):
+    (tmp_path / "models.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConvertedError, match=r"models\.json cannot be read: .*convert again") as error:
+        read_record(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_kinds_and_entries_are_named(tmp_path):
+    write_record(tmp_path, [Stored("flux", preset("tiny"), "a", tmp_path)], Sampling())
+    whole = json.loads((tmp_path / "models.json").read_text())
+
+    def fails(change, text):
+        record = json.loads(json.dumps(whole))
+        change(record)
+        (tmp_path / "models.json").write_text(json.dumps(record))
+        with pytest.raises(ConvertedError, match=text):
+            read_record(tmp_path)
+
+    fails(lambda r: r["models"].update(unet=r["models"]["flux"]), "a model of the unknown kind 'unet'")
+    fails(lambda r: r["models"]["flux"]["config"].update(colour=1), "the config of flux has unknown entries: colour")
+    fails(lambda r: r["models"]["flux"]["config"].pop("heads"), "the config of flux has missing entries: heads")
+    fails(lambda r: r["models"]["flux"]["config"].update(width="64"), "says width '64', which is not a whole number")
+    fails(lambda r: r["models"]["flux"]["config"].update(width=10**12), "says width 1000000000000, which is out of")
+    fails(lambda r: r["models"]["flux"]["config"].update(attention="x"), "says attention, which is no geometry")
+    fails(lambda r: r.pop("sampling"), "it lacks 'sampling'")
+    fails(lambda r: r["sampling"].update(text_states="some"), "text_states is 'some', but must be full or trimmed")
+    fails(lambda r: r["sampling"]["shift"].update(max_tokens=256), "they must be two")

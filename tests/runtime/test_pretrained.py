@@ -5,7 +5,7 @@ import pytest
 
 from shortcut_jax import command, convert
 from shortcut_jax.runtime.pretrained import open_pretrained
-from shortcut_jax.runtime.safetensors import SafetensorsError
+from shortcut_jax.runtime.safetensors import SafetensorsError, choose_files
 from shortcut_jax.sources import open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import ConversionError, to_flax, to_torch
@@ -199,3 +199,82 @@ def test_a_whole_clip_is_one_model_that_keeps_its_projections(tmp_path):
     assert [note.split()[2] for note in model.notes] == ["logit_scale", *sorted(buffers)]
     projected = [name for name in model.params if name.endswith("projection/kernel")]
     assert projected == ["image_projection/kernel", "text_projection/kernel"]
+
+
+def _layout(folder, names, index=None):
+    """A folder of files with one tensor each, named after the file; an index names all of them."""
+    folder.mkdir()
+    for name in names:
+        save(folder / name, {name: np.zeros(1, np.float32)})
+    if index:
+        (folder / index).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+
+
+def _also(folder, names, index=None):
+    other = folder.with_name("other")
+    _layout(other, names, index)
+    for file in other.iterdir():
+        file.rename(folder / file.name)
+    other.rmdir()
+
+
+ONE = ["diffusion_pytorch_model.safetensors"]
+HALF = ["diffusion_pytorch_model.fp16.safetensors"]
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+HALF_SHARDS = [f"model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+OLD_HALF_SHARDS = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+INDEX, HALF_INDEX = "model.safetensors.index.json", "model.safetensors.index.fp16.json"
+
+
+@pytest.mark.parametrize(
+    ("full", "index", "variant", "variant_index"),
+    [
+        (ONE, None, HALF, None),
+        (["model.safetensors"], None, ["model.fp16.safetensors", "model.bf16.safetensors"], None),
+        (["model.safetensors"], None, HALF_SHARDS, HALF_INDEX),
+        (SHARDS, INDEX, ["model.fp16.safetensors"], None),
+        (SHARDS, INDEX, HALF_SHARDS, HALF_INDEX),
+        (SHARDS, INDEX, OLD_HALF_SHARDS, HALF_INDEX),
+        (SHARDS, None, OLD_HALF_SHARDS, None),
+    ],
+)
+def test_the_full_model_is_read_where_a_variant_lies_beside_it(full, index, variant, variant_index, tmp_path):
+    folder = tmp_path / "in"
+    _layout(folder, full, index)
+    assert choose_files(folder) == ([folder / name for name in full], [])
+    _also(folder, variant, variant_index)
+    assert choose_files(folder) == ([folder / name for name in full], sorted(variant))
+
+
+@pytest.mark.parametrize(
+    ("variant", "index"), [(HALF, None), (HALF_SHARDS, HALF_INDEX), (HALF_SHARDS, None), (OLD_HALF_SHARDS, HALF_INDEX)]
+)
+def test_a_variant_that_is_alone_is_read(variant, index, tmp_path):
+    folder = tmp_path / "in"
+    _layout(folder, variant, index)
+    assert choose_files(folder) == ([folder / name for name in variant], [])
+    if index:
+        assert choose_files(folder / index) == ([folder / name for name in variant], [])
+    if len(variant) > 1:
+        (folder / variant[0]).unlink()
+        with pytest.raises(SafetensorsError, match="00001-of-00002"):
+            choose_files(folder)
+
+
+def test_files_that_are_no_variants_are_read_together(tmp_path):
+    names = ["ae.safetensors", "clip.l.safetensors", "flux1-dev.safetensors"]
+    _layout(tmp_path / "in", names)
+    assert choose_files(tmp_path / "in") == ([tmp_path / "in" / name for name in names], [])
+
+
+def test_a_variant_beside_the_full_file_of_a_pipeline_is_told(tmp_path, params):
+    tensors = to_torch(params, flux_diffusers.RULES)
+    (tmp_path / "config.json").write_text(json.dumps(AXES))
+    save(tmp_path / ONE[0], tensors)
+    save(tmp_path / HALF[0], {k: np.full_like(v, np.nan).astype(np.float16) for k, v in tensors.items()})
+    (model,) = open_pretrained(tmp_path)
+    assert f"not read: {HALF[0]}, for {ONE[0]} in the same folder is the full model" in model.notes
+    np.testing.assert_array_equal(model.tensors["x_embedder.bias"], tensors["x_embedder.bias"])
+    (tmp_path / ONE[0]).unlink()
+    (half,) = open_pretrained(tmp_path)
+    assert half.tensors.spec("x_embedder.bias").dtype == np.float16 and not any("not read" in n for n in half.notes)

@@ -98,7 +98,26 @@ def test_what_is_no_tokenizer_is_one_line_with_advice(name, pipeline_folder, tmp
     fails("is not JSON")
     (folder / "tokenizer_config.json").write_text("[]")
     fails("is not a JSON object")
+    (folder / "tokenizer_config.json").write_text("[" * 10**5)
+    fails("is not JSON")
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ConvertedError, match=r"cannot be read \(.*\): convert again"):
         Tokenizer(folder)
+
+
+def test_merges_that_were_cut_off_at_a_line_are_told(pipeline_folder, tmp_path):
+    folder = shutil.copytree(pipeline_folder / "tokenizer", tmp_path / "given")
+    lines = (folder / "merges.txt").read_text().splitlines()
+    Tokenizer(folder, "tokenizer")
+    (folder / "merges.txt").write_text("\n".join(lines[:-3]))
+    with pytest.raises(ConvertedError, match=r"given/merges\.txt lacks 3 merges of vocab\.json, so it was cut off"):
+        Tokenizer(folder, "tokenizer")
+
+
+def test_a_spiece_model_that_cannot_be_read_is_told_without_a_wrong_package(tmp_path, capfd):
+    (tmp_path / "tokenizer_2").mkdir()
+    (tmp_path / "tokenizer_2" / "spiece.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ConvertedError, match=r"spiece\.model is damaged, or needs the package sentencepiece"):
+        Tokenizer(tmp_path / "tokenizer_2")
+    assert capfd.readouterr().err == ""

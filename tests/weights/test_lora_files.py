@@ -9,7 +9,8 @@ import pytest
 from shortcut_jax.runtime import exported
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora import Factors, Merged, expand, stack
-from shortcut_jax.weights.lora_files import METADATA_KEY, is_lora, read, to_kohya, to_peft
+from shortcut_jax.weights.lora_files import METADATA_KEY, kohya_notes, read, to_kohya, to_peft
+from shortcut_jax.weights.lora_names import is_lora
 from shortcut_jax.weights.rules import ConversionError, to_torch
 from tests.helpers import relative
 from tests.weights.lora_cases import CFG, RANKS, apply_flux, collections, random_modules
@@ -116,7 +117,11 @@ def test_kohya_names_are_those_that_diffusers_splits_back(name, shapes):
     modules = random_modules(shapes, **RANKS[name])
     tensors, _ = to_kohya(modules, shapes)
     theirs = _kohya_conversion()(_torch(tensors))
-    # Outside the blocks diffusers' conversion forgets the prefix.
+    # Outside the blocks diffusers' conversion forgets the prefix, without which its pipeline drops them.
+    bare = {k.rsplit(".lora_", 1)[0] for k in theirs if not k.startswith("transformer.")}
+    assert bare == {module for module in modules if "blocks." not in module}
+    (note,) = kohya_notes(modules) or ("()",)
+    assert note.split("(")[1].split(")")[0] == ", ".join(m for m in modules if m in bare)
     found = {k.removeprefix("transformer."): v.numpy() for k, v in theirs.items()}
     for module, f in modules.items():
         down, up = (found.pop(f"{module}.{half}.weight") for half in ("lora_A", "lora_B"))

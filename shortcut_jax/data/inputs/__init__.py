@@ -1,47 +1,71 @@
-"""Sources of captioned pictures: a folder, WebDataset shards, or a TFDS set."""
+"""Sources of captioned images: a folder in one of several layouts, WebDataset tars, parquet files, or a TFDS set."""
 
 import glob
+from collections.abc import Callable
 from pathlib import Path
 
 from shortcut_jax.data.format import DataError
-from shortcut_jax.data.inputs.catalogue import PREFIX, CatalogueSource, is_tfds_folder
-from shortcut_jax.data.inputs.folder import METADATA, FolderSource
+from shortcut_jax.data.inputs.catalogue import PREFIX, CatalogueSource
 from shortcut_jax.data.inputs.items import Item, Source, SourceOptions
+from shortcut_jax.data.inputs.layouts import LAYOUTS, NAMES, UNDERSTOOD, recognise
+from shortcut_jax.data.inputs.parquet import ParquetSource
+from shortcut_jax.data.inputs.tar_files import ENDINGS
+from shortcut_jax.data.inputs.tree import Tree, walk
 from shortcut_jax.data.inputs.webdataset import TarSource
 
-__all__ = ["Item", "Source", "SourceOptions", "open_source"]
+__all__ = ["NAMES", "Item", "Source", "SourceOptions", "open_source"]
 
 
-def open_source(source: str, options: SourceOptions) -> Source:
-    """Opens a source by what it is.
+def open_source(source: str, options: SourceOptions, say: Callable[[str], None] = lambda line: None) -> Source:
+    """Opens a source by what it is, and says what that is.
+
+    Args:
+      source: `tfds:NAME`, a folder, or files.
+      options: how it is read.
+      say: takes a line of what was found.
 
     Raises:
       DataError: it is none of those that can be read, or an option does not go with it.
     """
+    opened, lines = _open(source, options)
+    for line in (*lines, *opened.notes):
+        say(f"source: {line}")
+    return opened
+
+
+def _open(source: str, options: SourceOptions) -> tuple[Source, tuple[str, ...]]:
     path = Path(source).expanduser()
-    folder = path.is_dir()
-    if source.startswith(PREFIX) or (folder and is_tfds_folder(path)):
-        _check_options(options, "a TFDS set", "where")
-        return CatalogueSource(source.removeprefix(PREFIX), options)
+    if source.startswith(PREFIX):
+        check_options(options, "tfds")
+        return CatalogueSource(source.removeprefix(PREFIX), options), ()
     if "://" in source or source.startswith("pipe:"):
         raise DataError(f"--source={source}: only files can be read; mount or copy it first")
-    if folder and (path / METADATA).is_file():
-        _check_options(options, "a folder of pictures", "template")
-        return FolderSource(path, options)
-    if source.endswith(".tar") or (folder and any(path.glob("*.tar"))):
-        _check_options(options, "tar files", "where", "template")
-        return TarSource(source, options)
-    exists = path.exists() or bool(glob.glob(str(path)))
-    state = "is of no kind that can be read" if exists else "is not there"
-    if folder:
-        state = f"has neither {METADATA} nor *.tar nor a TFDS set"
-    raise DataError(
-        f"--source={source} {state}: give a folder with {METADATA}, WebDataset tar files (data-{{000..123}}.tar), "
-        f"or tfds:NAME"
-    )
+    if path.is_dir():
+        tree, layout, notes = recognise(walk(path), options)
+        check_options(options, layout.name)
+        return layout.open(tree, options), (f"{layout.what} in {tree.folder}", *notes)
+    if source.lower().endswith(ENDINGS):
+        check_options(options, "tars")
+        return TarSource(source, options), ()
+    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if files and all(name.suffix == ".parquet" for name in files):
+        check_options(options, "parquet")
+        return ParquetSource(_tree_of(files), options), ()
+    state = "is of no kind that can be read" if path.exists() or files else "is not there"
+    raise DataError(f"--source={source} {state}. Understood are: {UNDERSTOOD}; or tfds:NAME")
 
 
-def _check_options(options: SourceOptions, kind: str, *unfit: str) -> None:
-    for name in unfit:
-        if getattr(options, name):
-            raise DataError(f"--{name} does not go with {kind}")
+def check_options(options: SourceOptions, name: str) -> None:
+    """Raises DataError where an option does not go with a layout."""
+    layout = LAYOUTS[NAMES.index(name)]
+    for unfit in layout.unfit:
+        if getattr(options, unfit):
+            raise DataError(f"--{unfit} does not go with {layout.what}")
+    if options.layout and options.layout != name:
+        raise DataError(f"--layout={options.layout} does not go with {layout.what}")
+
+
+def _tree_of(files: list[Path]) -> Tree:
+    """Files that are named one by one, links among them: who names a link means the file."""
+    folder = files[0].parent if len({file.parent for file in files}) == 1 else Path("/")
+    return Tree(folder, [str(file.absolute().relative_to(folder.absolute())) for file in files], frozenset(), [])

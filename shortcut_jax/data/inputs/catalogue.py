@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
+from shortcut_jax.data.inputs.template import fill
 from shortcut_jax.data.records import EMBEDDED
 from shortcut_jax.data.units import Skip, Unit
 
@@ -25,7 +24,10 @@ class CatalogueSource:
       units: consecutive records.
       num_items: records of the split.
       fingerprint: of the set's name, version and shards.
+      notes: none.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, options: SourceOptions):
         """Opens a set.
@@ -83,21 +85,14 @@ class CatalogueSource:
     def _caption(self, record: Mapping[str, Any]) -> Any:
         if self._template:
             fields = {k: self._word(k, v) for k, v in record.items() if k != self._image}
-            try:
-                return self._template.format(**fields)
-            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-                raise DataError(
-                    f"--template={self._template!r} cannot be filled in ({error}): the fields are {', '.join(fields)}"
-                ) from error
+            return fill(self._template, fields)
         assert self._field
         value: Any = record
         for part in self._field.split("/"):
             if not isinstance(value, Mapping) or part not in value:
                 raise DataError(f"--caption_field={self._field} is not there: the fields are {', '.join(record)}")
             value = value[part]
-        if isinstance(value, list | tuple | np.ndarray) and np.ndim(value):  # several captions: the first
-            value = value[0] if len(value) else ""
-        return value.item() if isinstance(value, np.ndarray | np.generic) else value
+        return value
 
     def _word(self, name: str, value: Any) -> Any:
         import tensorflow_datasets as tfds

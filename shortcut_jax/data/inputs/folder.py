@@ -1,12 +1,10 @@
-"""A folder of pictures with `metadata.jsonl`: a line for each, with `file_name` and `prompt`, `caption` or `text`."""
+"""A folder of images with a table: a row for each, with `file_name` and `prompt`, `caption` or `text`."""
 
 import hashlib
 import json
-import os
 import posixpath
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from shortcut_jax.data.format import DataError
@@ -17,78 +15,103 @@ from shortcut_jax.data.inputs.items import (
     caption_in,
     captioned,
     consecutive,
+    hash_of,
     printable,
 )
+from shortcut_jax.data.inputs.tables import Table
+from shortcut_jax.data.inputs.tree import Inside, Tree
 from shortcut_jax.data.units import Skip, Unit
-
-METADATA = "metadata.jsonl"
 
 
 class FolderSource:
-    """See the module; the fingerprint is that of `metadata.jsonl`, for looking at every picture would take too long.
+    """See the module; the fingerprint is that of the table, for looking at every image would take too long.
 
     Attributes:
-      units: consecutive rows.
-      num_items: rows that are read.
-      fingerprint: of the metadata.
+      units: consecutive rows, and behind them the images that no row names.
+      num_items: both together.
+      fingerprint: of the table, and of the names of those images.
+      notes: what was found.
     """
 
-    def __init__(self, folder: Path, options: SourceOptions):
-        """Reads the metadata once: which rows there are, and that none leads out of the folder.
+    def __init__(self, tree: Tree, table: Table, options: SourceOptions):
+        """Reads the table once: which rows there are, and that none leads out of the folder.
 
         Raises:
-          DataError: a row names a file outside the folder, no row is left, or `where` cannot be read.
+          DataError: a row names a file outside the folder, no row is left or has a caption, or `where` cannot be read.
         """
-        self._folder, self._field = folder, options.caption_field
+        self._folder, self._table, self._field = tree.folder, table, options.caption_field
         self._where = _parse_where(options.where)
         self._places = array("Q")  # where the rows begin
         self._lines = array("Q")
+        self._states = array("Q")  # a hash of each row
         self._duplicates: set[int] = set()
-        self.fingerprint = self._scan()
-        self.num_items = len(self._places)
-        if not self.num_items:
+        digest = hashlib.sha256()
+        named = self._scan(digest)
+        if not self._places:
             chosen = f" for which {', '.join(options.where)}" if options.where else ""
-            raise DataError(f"{folder / METADATA} has no row{chosen}")
+            raise DataError(f"{table.path} has no row{chosen}")
+        images = tree.images()
+        self._unnamed = [name for name in images if _hash(name) not in named]
+        digest.update("\n".join(map(printable, self._unnamed)).encode())
+        self.fingerprint = digest.hexdigest()
+        self.num_items = len(self._places) + len(self._unnamed)
         self._unit = options.unit
-        self.units = consecutive(self.num_items, options.unit, "rows")
+        state = lambda first, end: hash_of([*map(str, self._states[first:end]), *self._unnamed_in(first, end)])
+        self.units = consecutive(self.num_items, options.unit, "rows", state)
+        self.notes = tree.rest({*images, table.path.name})
 
-    def _scan(self) -> str:
-        digest, place, seen = hashlib.sha256(), 0, set()
-        inside = _Inside(self._folder)
-        with (self._folder / METADATA).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                row = _parse(line)
-                if line.strip() and (not isinstance(row, dict) or self._chosen(row)):
-                    name = row.get("file_name") if isinstance(row, dict) else None
-                    if isinstance(name, str) and name:
-                        inside.check(name, number)
-                        known = hashlib.blake2b(_key(name).encode(), digest_size=8).digest()
-                        if known in seen:
-                            self._duplicates.add(len(self._places))
-                        seen.add(known)
-                    self._places.append(place)
-                    self._lines.append(number)
-                place += len(line)
-        return digest.hexdigest()
+    def _scan(self, digest: Any) -> set[bytes]:
+        """Finds the rows; returns hashes of the names in all of them."""
+        seen, named, fields = set[bytes](), set[bytes](), _Fields(self._field)
+        inside = Inside(self._folder)
+        for place, line, row in self._table.scan(digest):
+            name = _name(row)
+            known = _hash(name)
+            if isinstance(row, dict) and not self._chosen(row):
+                named.add(known)
+                continue
+            fields.add(row)
+            if name:
+                if not inside.holds(name):
+                    raise DataError(
+                        f"{self._table.path}, line {line}: file_name {name!r} leads out of the folder; nothing was "
+                        f"written. Correct or remove it"
+                    )
+                if known in seen:
+                    self._duplicates.add(len(self._places))
+                seen.add(known)
+            stated = f"{line} {len(self._places) in self._duplicates} {row!r}".encode("utf-8", "backslashreplace")
+            self._states.append(int.from_bytes(hashlib.blake2b(stated, digest_size=8).digest(), "big"))
+            self._places.append(place)
+            self._lines.append(line)
+        fields.check(self._table)
+        seen |= named
+        return seen
+
+    def _unnamed_in(self, first: int, end: int) -> list[str]:
+        """The images among some items that no row names: they come behind all rows."""
+        num = len(self._places)
+        return self._unnamed[max(first - num, 0) : max(end - num, 0)]
 
     def _chosen(self, row: dict[str, Any]) -> bool:
         return all(name in row and _text(row[name]) == value for name, value in self._where)
 
     def items(self, unit: Unit) -> Iterator[Item | Skip]:
-        """The rows of a unit; pictures are left to be read by whoever decodes them."""
+        """The rows of a unit; images are left to be read by whoever decodes them."""
         start = unit.index * self._unit
-        with (self._folder / METADATA).open("rb") as file:
-            for index in range(start, start + (unit.size or 0)):
-                file.seek(self._places[index])
-                yield self._item(index, file.readline())
+        stop = start + (unit.size or 0)
+        rows = self._table.read(self._places[start:stop])
+        for index, row in zip(range(start, stop), rows, strict=False):
+            yield self._item(index, row)
+        for name in self._unnamed_in(start, stop):
+            yield Skip(printable(name), "missing caption", f"no row of {self._table.path.name} names it")
 
-    def _item(self, index: int, line: bytes) -> Item | Skip:
-        row, place = _parse(line), f"{METADATA}:{self._lines[index]}"
-        if isinstance(row, str):
-            return Skip(place, "not UTF-8" if row.startswith("'utf-8'") else "bad JSON", row)
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name:
+    def _item(self, index: int, row: dict[str, Any] | Skip) -> Item | Skip:
+        place = f"{self._table.path.name}:{self._lines[index]}"
+        if isinstance(row, Skip):
+            return row._replace(key=place)
+        name = _name(row)
+        if not name:
             return Skip(place, "missing field", "it has no file_name")
         key = _key(name)
         if index in self._duplicates:
@@ -99,52 +122,46 @@ class FolderSource:
         return captioned(key, self._folder / name, caption)
 
 
-class _Inside:
-    """Looks that names stay inside a folder; a directory is read once."""
+class _Fields:
+    """Which fields the rows of a table have: a name that is in none of them is an error, not a million skips."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._real = folder, os.path.realpath(folder)
-        self._links: dict[str, set[str]] = {}
+    def __init__(self, caption_field: str | None):
+        self._caption = caption_field
+        self._first: list[str] = []
+        self._named = self._captioned = False
 
-    def check(self, name: str, line: int) -> None:
-        """Raises DataError where a name leads out of the folder."""
-        parts = name.replace("\\", "/").split("/")
-        outside = posixpath.isabs(name) or ".." in parts or "\0" in name
-        if not outside:
-            directory, base = posixpath.split(posixpath.normpath(name))
-            if base in self._links_of(directory, name, line):
-                outside = not self._holds(os.path.realpath(self._folder / name))
-        if outside:
-            self._refuse(name, line)
+    def add(self, row: dict[str, Any] | Skip) -> None:
+        if isinstance(row, Skip):
+            return
+        self._first = self._first or [str(name) for name in row]
+        self._named = self._named or "file_name" in row
+        self._captioned = self._captioned or any(
+            n in row for n in ([self._caption] if self._caption else CAPTION_FIELDS)
+        )
 
-    def _links_of(self, directory: str, name: str, line: int) -> set[str]:
-        if directory not in self._links:
-            path = self._folder / directory
-            if not self._holds(os.path.realpath(path)):
-                self._refuse(name, line)
-            try:
-                self._links[directory] = {e.name for e in os.scandir(path) if e.is_symlink()}
-            except OSError:  # it is not there: its pictures are counted as missing
-                self._links[directory] = set()
-        return self._links[directory]
-
-    def _holds(self, path: str) -> bool:
-        return os.path.commonpath([self._real, path]) == self._real
-
-    def _refuse(self, name: str, line: int) -> None:
+    def check(self, table: Table) -> None:
+        """Raises DataError where no row has a name, or a caption."""
+        if not self._first or (self._named and self._captioned):
+            return
+        told = f"its fields are {', '.join(self._first)}"
+        if not self._named:
+            raise DataError(f"{table.path} has no file_name, the image of a row: {told}")
+        if self._caption:
+            raise DataError(f"--caption_field={self._caption} is in no row of {table.path}: {told}")
         raise DataError(
-            f"{self._folder / METADATA}, line {line}: file_name {name!r} leads out of the folder; "
-            f"nothing was written. Correct or remove it"
+            f"{table.path} has no {', '.join(CAPTION_FIELDS)}: name the field of the captions with "
+            f"--caption_field=FIELD; {told}"
         )
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
-    """A row, or what is wrong with it."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return str(error) or "nested too deeply"
-    return row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+def _name(row: dict[str, Any] | Skip) -> str:
+    """The file of a row, empty where it has none."""
+    name = row.get("file_name") if isinstance(row, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(_key(name).encode(), digest_size=8).digest()
 
 
 def _key(name: str) -> str:

@@ -1,11 +1,14 @@
 """What a source of captioned pictures is, and what is wrong with a caption."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from shortcut_jax.data.units import Skip, Unit
+import numpy as np
+
+from shortcut_jax.data.units import Skip, Unit, Unused
 
 CAPTION_FIELDS = ("prompt", "caption", "text")
 """Names under which captions are looked for, in this order."""
@@ -20,11 +23,13 @@ class Item(NamedTuple):
       key: its name in the source.
       image: its encoded bytes, or the file that holds them.
       caption: without spaces around it.
+      further: captions that it has besides, which are not used.
     """
 
     key: str
     image: bytes | Path
     caption: str
+    further: int = 0
 
 
 class Source(Protocol):
@@ -34,6 +39,7 @@ class Source(Protocol):
       units: all of them.
       num_items: pictures and what is left out, where that is known beforehand.
       fingerprint: changes when the source does.
+      notes: what was found in it, a line each.
     """
 
     @property
@@ -45,7 +51,10 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
 
-    def items(self, unit: Unit) -> Iterator[Item | Skip]: ...  # noqa: D102
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def items(self, unit: Unit) -> Iterator[Item | Skip | Unused]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,11 @@ class SourceOptions:
 
     Attributes:
       unit: pictures a unit, where the source does not divide itself.
-      where: `field=value` that the rows of a folder have to have.
+      where: `field=value` that the rows of a table have to have.
       caption_field: of a row; `captions/text` goes into nested fields of a TFDS record.
-      template: caption of a TFDS record, with its fields in braces.
+      template: caption of a TFDS or parquet record with its fields in braces, or of an image in the folder `{label}`.
       tfds_dir: where TFDS sets lie.
+      layout: name of the one that is read, where a folder has several.
     """
 
     unit: int = 4096
@@ -65,16 +75,35 @@ class SourceOptions:
     caption_field: str | None = None
     template: str | None = None
     tfds_dir: str = "~/tensorflow_datasets"
+    layout: str | None = None
 
 
-def consecutive(num: int, size: int, what: str) -> list[Unit]:
-    """Units of `size` records in a row each; unit i begins with record i `size`."""
+def consecutive(num: int, size: int, what: str, state: Callable[[int, int], str] = lambda first, end: "") -> list[Unit]:
+    """Units of `size` records in a row each; unit i begins with record i `size`.
+
+    Args:
+      num: records of all units.
+      size: see above.
+      what: the records are.
+      state: first record and the one behind the last -> what changes when the source of these does.
+    """
     spans = ((first, min(first + size, num)) for first in range(0, num, size))
-    return [Unit(i, f"{what} {first} to {end - 1}", end - first) for i, (first, end) in enumerate(spans)]
+    return [Unit(i, f"{what} {a} to {b - 1}", b - a, state(a, b)) for i, (a, b) in enumerate(spans)]
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """A hash of lines."""
+    joined = "\n".join(lines)
+    return hashlib.sha256(joined.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:
-    """A picture with its caption (text, or its bytes), or what is wrong with the caption."""
+    """An image with its caption (text, its bytes, or a list of which the first counts), or what is wrong with it."""
+    further = 0
+    if isinstance(caption, np.ndarray | np.generic):
+        caption = caption.tolist()
+    if isinstance(caption, list | tuple):
+        further, caption = max(0, len(caption) - 1), caption[0] if caption else ""
     if isinstance(caption, bytes):
         try:
             caption = caption.decode("utf-8-sig")
@@ -91,7 +120,7 @@ def captioned(key: str, image: bytes | Path, caption: Any) -> Item | Skip:
         caption.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         return Skip(key, "not UTF-8", str(error))
-    return Item(key, image, caption)
+    return Item(key, image, caption, further)
 
 
 def caption_in(row: dict[str, Any], caption_field: str | None) -> Any:

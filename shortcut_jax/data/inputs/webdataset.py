@@ -1,23 +1,25 @@
-"""WebDataset shards: tar files in which `000.jpg` and `000.txt` (or `000.json`) make a captioned picture."""
+"""WebDataset shards: tar files in which `000.jpg` and `000.txt` (or `000.json`) make a captioned image.
 
-import glob
+A member's name is split at its last ending, if that is one of an image or a caption: `photo 20.05.2024.jpg` belongs to
+`photo 20.05.2024.txt`. WebDataset itself splits at the first dot, and so do tars with masks and the like beside their
+images: `000.seg.png` without a caption of its own belongs to `000` where that is a sample, and is not used.
+"""
+
 import hashlib
-import itertools
 import json
 import os
-import re
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from shortcut_jax.data.format import DataError
-from shortcut_jax.data.images import MAX_BYTES
+from shortcut_jax.data.images import ENDINGS as IMAGES
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, caption_in, captioned, printable
-from shortcut_jax.data.units import Skip, Unit
+from shortcut_jax.data.inputs.tar_files import find_tars, members, unit_name
+from shortcut_jax.data.inputs.unused import few_kinds, is_system_file, kind_of_name
+from shortcut_jax.data.units import Skip, Unit, Unused, stamp
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
+APART = "members apart"
 
 
 class TarSource:
@@ -27,153 +29,184 @@ class TarSource:
       units: one a file.
       num_items: None.
       fingerprint: see above.
+      notes: what lies beside the files.
     """
 
     num_items: int | None = None
 
-    def __init__(self, pattern: str, options: SourceOptions):
+    def __init__(self, pattern: str, options: SourceOptions, notes: tuple[str, ...] = ()):
         """Finds the files.
 
         Args:
           pattern: a folder, a file, a glob, or a range in braces: `cc12m-{00000..01242}.tar`.
           options: how captions are found.
+          notes: see above.
 
         Raises:
-          DataError: there are none, or one that the braces name is not there.
+          DataError: see `find_tars`.
         """
-        self._field = options.caption_field
+        self._field, self.notes = options.caption_field, notes
         self._paths = find_tars(pattern)
         base = os.path.commonpath([p.parent for p in self._paths])
-        names = [os.path.relpath(path.with_suffix(""), base) for path in self._paths]
-        self.units = [Unit(i, printable(name), None) for i, name in enumerate(names)]
+        names = [os.path.relpath(unit_name(str(path)), base) for path in self._paths]
+        self.units = [
+            Unit(i, printable(name), None, stamp(path))
+            for i, (name, path) in enumerate(zip(names, self._paths, strict=True))
+        ]
         stated = "".join(f"{name} {p.stat().st_size}\n" for name, p in zip(names, self._paths, strict=True))
         self.fingerprint = hashlib.sha256(stated.encode("utf-8", "backslashreplace")).hexdigest()
 
-    def items(self, unit: Unit) -> Iterator[Item | Skip]:
-        """The pictures of a file, read once from its beginning to its end.
+    def items(self, unit: Unit) -> Iterator[Item | Skip | Unused]:
+        """The images of a file, read once from its beginning to its end; last, what was found beside them.
 
         What lies before a cut is kept; the cut itself is left out as one "truncated tar", whatever came behind it.
 
         Raises:
           DataError: a member leads out of the folder, or is neither a file nor a folder.
         """
-        path = self._paths[unit.index]
-        known: set[str] = set()
-        group, stem = dict[str, bytes | int](), ""
-        for member in _members(path):
+        samples = _Samples(unit.name, self._field)
+        for member in members(self._paths[unit.index], lambda name: _split(name) is not None):
             if isinstance(member, Skip):
-                if {*IMAGES} & {*group} and {*CAPTIONS} & {*group}:
-                    yield self._item(unit, stem, group, known)
+                yield from samples.close(cut=True)
                 yield member._replace(key=unit.name)
-                return
+                break
             name, data = member
-            match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
-            kind = match[2].lower() if match else ""
-            if match is None or kind not in (*IMAGES, *CAPTIONS):
-                continue
-            if group and (match[1] != stem or kind in group):
-                yield self._item(unit, stem, group, known)
-                group = {}
-            stem, group[kind] = match[1], data
-        if group:
-            yield self._item(unit, stem, group, known)
-
-    def _item(self, unit: Unit, stem: str, group: dict[str, bytes | int], known: set[str]) -> Item | Skip:
-        key = f"{unit.name}/{printable(stem)}"
-        if key in known:
-            return Skip(key, "duplicate key")
-        known.add(key)
-        image = next((data for kind, data in group.items() if kind in IMAGES), None)
-        if image is None:
-            return Skip(key, "missing image")
-        huge = next((data for data in group.values() if isinstance(data, int)), None)
-        if huge is not None:
-            return Skip(key, "gigantic", f"{huge:,} bytes")
-        assert isinstance(image, bytes)
-        caption: Any = None if self._field else group.get("txt")
-        if caption is None and "json" in group:
-            try:
-                row = json.loads(bytes(group["json"]))
-            except UnicodeDecodeError as error:
-                return Skip(key, "not UTF-8", str(error))
-            except (ValueError, RecursionError) as error:
-                return Skip(key, "bad JSON", str(error))
-            caption = caption_in(row, self._field) if isinstance(row, dict) else None
-            if caption is None:
-                return Skip(key, "missing field", f"its JSON has no {self._field or ', '.join(CAPTION_FIELDS)}")
-        if caption is None:
-            return Skip(key, "missing caption", "it has no .json" if self._field else "it has neither .txt nor .json")
-        return captioned(key, image, caption)
+            split = _split(name)
+            if split is None:
+                samples.unused[kind_of_name(name)] += 1
+            else:
+                yield from samples.add(*split, data)
+        yield from samples.close()
+        yield from (Unused(what, count) for what, count in few_kinds(samples.unused).items())
 
 
-def find_tars(pattern: str) -> list[Path]:
-    """The tar files that a pattern names, sorted.
+class _Open(NamedTuple):
+    """A sample whose members are being read: its name, and their contents (of gigantic ones the size) by kind."""
 
-    Raises:
-      DataError: there are none, or one is not there.
+    stem: str
+    members: dict[str, bytes | int]
+
+    @property
+    def whole(self) -> bool:
+        return bool({*IMAGES} & {*self.members} and {*CAPTIONS} & {*self.members})
+
+
+class _Samples:
+    """The samples of a tar, from its members in their order.
+
+    Members of a sample follow each other, but for those of samples whose names continue its name (`a.jpg`, `a.seg.png`,
+    `a.txt`), so that there is a stack of samples. What is no whole sample is kept, without its contents, to the end:
+    only then it is known whether it belongs to another one, or whether its other members were somewhere else.
+
+    Attributes:
+      unused: kind -> members that nothing is made of.
     """
-    expanded = [Path(os.path.expanduser(name)) for name in _expand_braces(pattern)]
-    found: list[Path] = []
-    for path in expanded:
-        if path.is_dir():
-            found += path.glob("*.tar")
-        elif path.is_file():
-            found.append(path)
+
+    def __init__(self, unit: str, caption_field: str | None):
+        self._unit, self._field = unit, caption_field
+        self._open: list[_Open] = []
+        self._known: set[str] = set()
+        self._waiting: dict[str, tuple[set[str], Skip]] = {}
+        self.unused: Counter[str] = Counter()
+
+    def add(self, stem: str, kind: str, data: bytes | int) -> Iterator[Item | Skip]:
+        """Takes a member, and gives what is complete."""
+        while self._open and not f"{stem}.".startswith(f"{self._open[-1].stem}."):
+            yield from self._finish(self._open.pop())
+        if self._open and self._open[-1].stem == stem and kind in self._open[-1].members:
+            yield from self._finish(self._open.pop())
+        if not self._open or self._open[-1].stem != stem:
+            self._open.append(_Open(stem, {}))
+        self._open[-1].members[kind] = data
+
+    def close(self, cut: bool = False) -> Iterator[Item | Skip]:
+        """Gives what is left at the end; what is not whole at a cut is part of what the cut took."""
+        while self._open:
+            last = self._open.pop()
+            if last.whole or not cut:
+                yield from self._finish(last)
+        for stem, (kinds, skip) in self._waiting.items() if not cut else ():
+            owner = next((name for name in _owners(stem) if name in self._known), None)
+            if owner is None:
+                yield skip
+                continue
+            for kind in kinds:
+                self.unused[f"{stem[len(owner) :]}.{kind} files"] += 1
+
+    def _finish(self, sample: _Open) -> Iterator[Item | Skip]:
+        stem, kinds = sample.stem, {*sample.members}
+        key = f"{self._unit}/{printable(stem)}"
+        if stem in self._known:
+            if sample.whole or {*IMAGES} & kinds:
+                yield Skip(key, "duplicate key")
+            else:
+                self.unused.update(f".{kind} files" for kind in kinds)
+            return
+        result, used = self._result(key, sample)
+        waited, _ = self._waiting.get(stem, (set(), None))
+        if isinstance(result, Item) or (sample.whole and not _may_be_of_another(stem, result)):
+            self._known.add(stem)
+            self.unused.update(f".{kind} files" for kind in kinds - used if isinstance(result, Item))
+            yield result
+        elif waited and _Open(stem, dict.fromkeys(waited | kinds, b"")).whole:
+            del self._waiting[stem]
+            self._known.add(stem)
+            yield Skip(key, APART, "its members do not follow each other")
+        elif waited:
+            yield Skip(key, "duplicate key")
         else:
-            matches = [Path(p) for p in glob.glob(str(path), recursive=True)] if glob.has_magic(str(path)) else []
-            if not matches and len(expanded) > 1:
-                raise DataError(f"--source={pattern} names {path}, which is not there")
-            found += matches
-    if not found:
-        raise DataError(f"--source={pattern}: there is no such tar file")
-    return sorted({Path(os.path.abspath(path)) for path in found})
+            assert isinstance(result, Skip)
+            self._waiting[stem] = (kinds, result)
+
+    def _result(self, key: str, sample: _Open) -> tuple[Item | Skip, set[str]]:
+        """What a sample is, and the members that it is made of."""
+        group = sample.members
+        kind = next((kind for kind in group if kind in IMAGES), None)
+        if kind is None:
+            return Skip(key, "missing image", f"it has only .{', .'.join(group)}"), set()
+        image = group[kind]
+        for data in group.values():
+            if isinstance(data, int):
+                return Skip(key, "gigantic", f"{data:,} bytes"), set()
+        assert isinstance(image, bytes)
+        if not self._field and "txt" in group:
+            return captioned(key, image, group["txt"]), {kind, "txt"}
+        if "json" not in group:
+            told = "it has no .json" if self._field else "it has neither .txt nor .json"
+            return Skip(key, "missing caption", told), set()
+        caption = self._caption(key, group["json"])
+        return caption if isinstance(caption, Skip) else captioned(key, image, caption), {kind, "json"}
+
+    def _caption(self, key: str, data: Any) -> Any:
+        try:
+            row = json.loads(bytes(data))
+        except UnicodeDecodeError as error:
+            return Skip(key, "not UTF-8", str(error))
+        except (ValueError, RecursionError) as error:
+            return Skip(key, "bad JSON", str(error))
+        caption = caption_in(row, self._field) if isinstance(row, dict) else None
+        if caption is None:
+            return Skip(key, "missing field", f"its JSON has no {self._field or ', '.join(CAPTION_FIELDS)}")
+        return caption
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        width = len(span[1]) if span[1].startswith("0") else 0
-        choices = [f"{n:0{width}d}" for n in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return list(itertools.chain.from_iterable(_expand_braces(head + choice + tail) for choice in choices))
+def _split(name: str) -> tuple[str, str] | None:
+    """The name of a sample and the kind of its member, None for what is neither an image nor a caption."""
+    stem, _, kind = name.rpartition(".")
+    kind = kind.lower()
+    if not stem or stem.endswith("/") or kind not in (*IMAGES, *CAPTIONS) or is_system_file(name):
+        return None
+    return stem, kind
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes | int] | Skip]:
-    """Names and contents of the files in a tar (of a gigantic one its size), and a Skip where it is cut off."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # which would grow with the file
-                name = _safe_name(path, member)
-                if not member.isfile():
-                    continue
-                file = None if member.size > MAX_BYTES else tar.extractfile(member)
-                data = file.read() if file else member.size
-                if isinstance(data, bytes) and len(data) != member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield name, data
-            end = tar.offset  # type: ignore[attr-defined]
-        with path.open("rb") as raw:  # a cut between two members, or inside a header, looks like an end
-            raw.seek(end)
-            if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                yield Skip("", "truncated tar", f"{path.name} has no end; read to byte {end:,}")
-    except DataError:
-        raise
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        yield Skip("", "truncated tar", f"{path.name}: {error}")
+def _owners(stem: str) -> list[str]:
+    """The samples that a sample with dots in its name may belong to, the sample itself first: `a.b`, then `a`."""
+    folder, slash, base = stem.rpartition("/")
+    parts = base.split(".")
+    return [f"{folder}{slash}{'.'.join(parts[:n])}" for n in range(len(parts), 0, -1)]
 
 
-def _safe_name(path: Path, member: tarfile.TarInfo) -> str:
-    name = member.name.replace("\\", "/")
-    if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(f"{path}: its member {member.name!r} leads out of the folder; nothing of this file was kept")
-    if not (member.isfile() or member.isdir()):
-        raise DataError(
-            f"{path}: its member {member.name!r} is a link or a device, not a file; nothing of this file was kept"
-        )
-    return name.removeprefix("./")
+def _may_be_of_another(stem: str, result: Item | Skip) -> bool:
+    """Whether an image and its JSON may be an annotation of another image: `a.seg.png` and `a.seg.json`."""
+    dotted = "." in stem.rpartition("/")[2]
+    return dotted and isinstance(result, Skip) and result.reason in ("missing field", "bad JSON")

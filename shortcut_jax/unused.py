@@ -1,0 +1,59 @@
+"""Fields of a config that a run does not use, in one table: what was set for nothing is named before the first step."""
+
+import re
+from collections.abc import Callable
+
+from shortcut_jax.differences import flatten
+from shortcut_jax.settings import Settings, to_dict
+
+
+def _flow(s: Settings) -> str:
+    return "objective=flow" if s.objective == "flow" else ""
+
+
+def _no_self_rows(s: Settings) -> str:
+    return _flow(s) or ("" if s.rows.self_rows else "rows.self_rows=0")
+
+
+def _no_student_rows(s: Settings) -> str:
+    return _no_self_rows(s) or ("teacher_share=1" if s.teacher_share == 1 else "")
+
+
+def _no_flow_rows(s: Settings) -> str:
+    return "" if _flow(s) or s.rows.flow_rows else "rows.flow_rows=0"
+
+
+def _no_validation(s: Settings) -> str:
+    return "" if s.validation.every or s.validation.every_samples else "validation.every=0"
+
+
+WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
+    (r"lora\..*", lambda s: "" if s.train == "lora" else f"train={s.train}"),
+    (r"model\.param_dtype", lambda s: "train=lora" if s.train == "lora" else ""),
+    (r"init_view", lambda s: "" if s.init_from or s.base else "init_from=None"),
+    (r"teacher_grid", lambda s: "" if s.teacher_share else "teacher_share=0"),
+    (r"rows\..*", _flow),
+    (r"student_(steps|weights)", _no_student_rows),
+    (r"jumps|shift\..*", _no_self_rows),
+    (r"timestep", _no_flow_rows),
+    (r"data\.weights", lambda s: "" if s.data.mix else "data.mix=()"),
+    (r"data\.text_states", lambda s: "data.text_encoder=words" if s.data.text_encoder == "words" else ""),
+    (r"optimizer\.decay_paths", lambda s: "" if s.optimizer.weight_decay else "optimizer.weight_decay=0"),
+    (r"ema\.restart_ratio", lambda s: "" if s.ema.restart_auto else "ema.restart_auto=False"),
+    (r"spikes\.(after|decay)", lambda s: "" if s.spikes.factor else "spikes.factor=0"),
+    (r"watchdog\.(slow|grace)_seconds", lambda s: "" if s.watchdog.seconds else "watchdog.seconds=0"),
+    (r"eval\.(seeds|batch_size)", lambda s: "" if s.eval.views else "eval.views=()"),
+    (r"validation\.(name|split|rule|images|views|seed)", _no_validation),
+)
+"""Fields -> the setting for which a run does not use them, or nothing where it does. All others are always used."""
+
+
+def unused(s: Settings) -> list[str]:
+    """A line for each setting for which fields are unused that differ from their defaults."""
+    values, defaults = flatten(to_dict(s)), flatten(to_dict(Settings()))
+    found: dict[str, list[str]] = {}
+    for name, value in values.items():
+        reasons = [why(s) for pattern, why in WHY_UNUSED if re.fullmatch(pattern, name)]
+        if value != defaults[name] and any(reasons):
+            found.setdefault(next(filter(None, reasons)), []).append(name)
+    return [f"unused with {reason}: {', '.join(names)}" for reason, names in found.items()]
