@@ -18,6 +18,7 @@ from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import Score, cell, count_label, grid_captions, markdown, reference_of, score
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
+from shortcut_jax.runtime.shared_folder import check_place
 from shortcut_jax.steps.views import VIEWS
 
 USAGE = "usage: python -m shortcut_jax.compare --workdir=A --workdir=B [--steps=1,2,4] [--seeds=0,1] [--out=docs/x]"
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("data_dir", None, "Folder of TFDS sets; the runs' own by default.", flag_values=values)
     flags.DEFINE_string("out", "comparison", "Files to write, without their endings.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["workdir"])
+    check_place(Path(f"{options.out}.md"), "--out", folder=False)
     steps = command.whole_numbers("steps", options.steps, 1)
     seeds = command.whole_numbers("seeds", options.seeds, 0, 2**32 - 1)
     pipelines = [Pipeline(w, options.view, max_steps=max(steps), batch_size=256) for w in options.workdir]
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     labels = [f"{name}, {count_label(n)}" for name in names for n in steps]
     rows = [pipeline(captions, steps=n) for pipeline in pipelines for n in steps]
     picture = contact_sheet(rows, labels, [c.split()[-1] for c in captions])
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     picture.save(f"{options.out}.png")
     body = table(scores, steps)
     facts = [

@@ -34,6 +34,7 @@ from shortcut_jax.runtime.converted import (
     write_record,
 )
 from shortcut_jax.runtime.distributed import say, tell
+from shortcut_jax.runtime.shared_folder import check_place
 from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab, copy_tokenizer
 from shortcut_jax.sources import (
     JUDGES,
@@ -115,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
     _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
     command.check_finite("lora_scale", options.lora_scale or [])
     options.loras = command.adapters(options)
+    check_place(target, "--to", folder=False)
     job = _gather(sources, options)
     _check_format(job, options.format)
     if job.models.keys() & {"flux"} and job.sampling.text_states == "trimmed" and options.format != "orbax":

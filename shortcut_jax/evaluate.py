@@ -26,10 +26,11 @@ from shortcut_jax.evaluation.subject import CHECKPOINT, ConvertedSubject, RunSub
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.report import make_reference
 from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.claim import Claim
 from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.converted import RECORD
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.shared_folder import check_folder
+from shortcut_jax.runtime.shared_folder import check_folder, check_place
 
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
 ONLY_WITH = {"workdir": (), "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale")}
@@ -48,32 +49,38 @@ def main(argv: Sequence[str]) -> int:
     steps, other_steps = (sorted(set(numbers)) for numbers in chosen)
     _check(options)
     loras = command.adapters(options)
+    if options.save_reference is not None:
+        out = Path(options.save_reference).parent
+        check_place(Path(options.save_reference), "--save_reference", folder=False)
+    else:
+        out = Path(options.out or _default_out(options))
+        check_place(out, "--out")
     place = options.coordinator, options.num_processes, options.process_id, options.join_timeout
     distributed.initialize(*place)
     keep_programs()
     if options.save_reference is not None:
         features = choose_features(options, None)
-        folder = Path(options.save_reference).parent
-        reference = open_reference(options.reference, None, features, folder)
+        reference = open_reference(options.reference, None, features, out)
         save_reference(Path(options.save_reference), reference, features)
         say(f"{features.name} of {reference.num_pictures:,} {reference.source}: {options.save_reference}")
         return 0
-    out = Path(options.out or _default_out(options))
-    top = max(*steps, *other_steps, options.teacher_steps)
-    subjects: list[Subject] = [open_run(options, path, top) for path in options.workdir or ()]
-    if options.checkpoint:
-        subjects = [open_checkpoint(options, options.checkpoint, loras)]
-    teacher = open_teacher(options, subjects[0], top) if options.teacher else None
-    views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
-    images = options.images, other_steps, options.other_images
-    plan = Plan(views, steps, *images, options.teacher_steps, options.seed, options.extras)
-    entries = entries_of(subjects, teacher, plan)
-    check_folder(out)
-    own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
-    features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
-    judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
-    reference = open_reference(options.reference, own, features, out)
-    write(evaluate(entries, plan, judges, reference, out), out)
+    with Claim(out, "--out") as claim:
+        top = max(*steps, *other_steps, options.teacher_steps)
+        subjects: list[Subject] = [open_run(options, path, top) for path in options.workdir or ()]
+        if options.checkpoint:
+            subjects = [open_checkpoint(options, options.checkpoint, loras)]
+        teacher = open_teacher(options, subjects[0], top) if options.teacher else None
+        views = options.views or (["slow", "online", "fast"] if options.workdir else [CHECKPOINT])
+        images = options.images, other_steps, options.other_images
+        plan = Plan(views, steps, *images, options.teacher_steps, options.seed, options.extras)
+        entries = entries_of(subjects, teacher, plan)
+        check_folder(out, "--out")
+        claim.take()
+        own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
+        features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
+        judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
+        reference = open_reference(options.reference, own, features, out)
+        write(evaluate(entries, plan, judges, reference, out), out)
     return 0
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.format import VAE, PreparedSet, SetInfo, num_bytes
+from shortcut_jax.runtime.shared_folder import check_place
 
 SAMPLE = {"pixels": 20_000, "latents": 1_000}
 """Records that histograms are made of: those of latents are about 2 MB each."""
@@ -47,6 +48,7 @@ def inspect(folder: Path, out: Path | None) -> list[str]:
     out = out or Path(f"{folder.expanduser().resolve().name}-inspect.png")
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise UsageError(f"--out={out}: name a .png in a folder that is there")
+    check_place(out, "--out", folder=False)
     prepared = PreparedSet(folder)
     lines = statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
     sheet(prepared).save(out)

@@ -29,7 +29,16 @@ from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings
 from shortcut_jax.steps.state import TrainState, choose_view, to_items
 from shortcut_jax.validation import Validation
-from shortcut_jax.workdir import meta_of
+from shortcut_jax.workdir import meta_of, remedy
+
+
+class DivergedError(command.TrainingError):
+    """More steps in a row were skipped than the run bears."""
+
+    def __init__(self, message: str, skipped: int):
+        """`skipped` is their number."""
+        super().__init__(message)
+        self.skipped = skipped
 
 
 class Outputs(NamedTuple):
@@ -80,7 +89,8 @@ def loop(
     shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
     pending: tuple[int, dict[str, jax.Array]] | None = None
     total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
-    with contextlib.closing(read), progress.training(), profiler, tqdm(**total, **shown) as bar:
+    kept = finite_kept(assembly, outputs, lambda: (state, metrics))
+    with contextlib.closing(read), progress.training(), profiler, kept, tqdm(**total, **shown) as bar:
         for step in range(start + 1, stop + 1):
             outputs.watchdog.beat(f"step {step}", slow=step == start + 1)
             if profiler.starts(step):
@@ -122,6 +132,33 @@ def loop(
 
 
 @contextlib.contextmanager
+def finite_kept(
+    assembly: Assembly, outputs: Outputs, current: Callable[[], tuple[TrainState, dict[str, jax.Array]]]
+) -> Iterator[None]:
+    """Saves the state where the block stops as too many steps were skipped: they have changed no weight in it.
+
+    `current` returns it and the metrics of its step, which may be one after the step that stopped the run.
+
+    Raises:
+      TrainingError: in place of DivergedError, with what was saved and how to resume.
+    """
+    try:
+        yield
+    except DivergedError as stop:
+        state, metrics = current()
+        step, where = int(state.step), outputs.checkpoints.folder
+        try:
+            with busy(outputs, "saving", step):
+                save(step, assembly, outputs, state, metrics, last=True, stopped=stop.skipped)
+        except (CheckpointError, command.TrainingError) as error:
+            raise command.TrainingError(f"{stop}; {error}") from stop
+        outputs.progress.note()
+        raise command.TrainingError(
+            f"{stop}; saved step {step} in {where}: {remedy(outputs.workdir, stop.skipped)}"
+        ) from stop
+
+
+@contextlib.contextmanager
 def busy(outputs: Outputs, state: str, step: int) -> Iterator[None]:
     """Work beside the steps, as heartbeat, goodput and watchdog are to know it."""
     with outputs.progress.doing(state), outputs.watchdog.slow(f"{state} at step {step}"):
@@ -147,7 +184,7 @@ def await_step(metrics: Any, progress: Progress) -> None:
 
 
 def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outputs, meter: Meter, bar: tqdm) -> None:
-    """Checks, shows and writes the metrics of a step. Raises TrainingError after too many skipped steps."""
+    """Checks, shows and writes the metrics of a step. Raises DivergedError after too many skipped steps."""
     progress = outputs.progress
     await_step(metrics, progress)
     skipped = int(metrics["skipped"])
@@ -157,9 +194,10 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
     if skipped > s.max_skipped:
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         why = f"a spike (spikes.factor {s.spikes.factor:g})" if np.isfinite(loss + norm) else "not finite"
-        raise command.TrainingError(
+        raise DivergedError(
             f"step {step}: loss {loss} and gradient norm {norm} are {why}, {skipped} steps in a row "
-            f"(max_skipped {s.max_skipped}); nothing of them was kept"
+            f"(max_skipped {s.max_skipped}); they changed no weight",
+            skipped,
         )
     if skipped:
         spikes = f", {int(metrics['spikes'])} of them spikes" if "spikes" in metrics else ""
@@ -189,17 +227,20 @@ def save(
     metrics: dict[str, jax.Array],
     last: bool = False,
     stopping: bool = False,
+    stopped: int = 0,
 ) -> None:
     """Starts a checkpoint of a state that is known to be finite; the last one of a run is waited for.
 
-    Where it fails and the run is `stopping` after a signal, that is only told: starting again is what helps.
+    Where it fails and the run is `stopping` after a signal, that is only told: starting again is what helps. A run that
+    was `stopped` by so many skipped steps says so in what is stored.
     """
     if not np.isfinite(float(metrics["param_norm"])):
         raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
     if step in outputs.checkpoints.steps():
         return
     try:
-        outputs.checkpoints.save(step, to_items(state), meta_of(step, assembly, state, outputs.base), surely=last)
+        meta = meta_of(step, assembly, state, outputs.base, stopped)
+        outputs.checkpoints.save(step, to_items(state), meta, surely=last)
     except CheckpointError as error:
         if not stopping:
             raise

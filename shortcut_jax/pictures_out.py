@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from shortcut_jax.command import UsageError
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
+from shortcut_jax.runtime.shared_folder import check_place
 
 CHUNK = "shortcut_jax"
 IMAGE, SHEET, TRAJECTORY = "image", "sheet", "trajectory"
@@ -140,7 +141,8 @@ class Output:
             raise UsageError(f"--out={target}: end it in .png, .jpg or .webp, or in / for a folder")
         elif not self._path.absolute().parent.is_dir():
             raise UsageError(f"--out={target}: the folder {self._path.parent} is not there")
-        taken = [int(p.stem) for p in self._path.glob("*.png") if p.stem.isdigit()] if count_on else []
+        check_place(self._path, "--out", folder=self.is_folder)
+        taken = [int(p.stem) for p in self._path.glob("*.png") if p.stem.isdecimal()] if count_on else []
         self._next = max(taken, default=-1) + 1
         self._kept: list[tuple[np.ndarray, Record]] = []
         self._strips: list[tuple[np.ndarray, Record]] = []

@@ -20,12 +20,14 @@ from typing import Any
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.buckets import parse_buckets
-from shortcut_jax.data.format import TEXT_DTYPES, Size
+from shortcut_jax.data.format import INFO, TEXT_DTYPES, Size
 from shortcut_jax.data.inputs import NAMES, Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
 from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, stale_units, units_done, write_units
 from shortcut_jax.runtime import distributed
+from shortcut_jax.runtime.claim import Claim, Member, Times
+from shortcut_jax.runtime.shared_folder import check_place
 
 STORES = ("pixels", "latents")
 DEFAULT_UNIT = 4096
@@ -61,7 +63,11 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(inspect(Path(options.inspect), options.out and Path(options.out))))
         return 0
     check_options(options)
+    if not (Path(options.out) / INFO).is_file():  # a set that is there may be read only
+        check_place(Path(options.out), "--out")
     processes = join("latents" if options.from_teacher else options.store)
+    with claim(Path(options.out), processes):
+        pass  # a set that another command makes is refused before anything is opened
     return (prepare_from_teacher if options.from_teacher else prepare)(options, processes)
 
 
@@ -176,7 +182,9 @@ def write(job: Job, produce: Produce, processes: Processes) -> int:
     if stale := len(stale_units(job)):
         say(f"read again: {stale:,} units whose source has changed, or that left out too much before")
     try:
-        with _signals():
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        with _signals(), claim(job.out, processes) as held:
+            held.take()
             info = write_units(job, produce, processes.index, processes.count)
     except Stopped as stop:
         say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
@@ -184,6 +192,16 @@ def write(job: Job, produce: Produce, processes: Processes) -> int:
     for line in summary(info, job.out, time.monotonic() - start):
         say(line)
     return 0
+
+
+def claim(out: Path, processes: Processes, times: Times | None = None) -> Claim:
+    """The claim on a set that is being written: beside it, for it is a folder only when it is complete.
+
+    Processes that make pixels do not know each other, so each holds its part.
+    """
+    path_of = lambda index: out.with_name(f".{out.name}.claim-{index}.json")
+    group = f"{os.environ.get('JAX_COORDINATOR_ADDRESS')} {processes.count}"
+    return Claim(out, "--out", Member(path_of(processes.index), path_of(0), group), times)
 
 
 def join(store: str) -> Processes:

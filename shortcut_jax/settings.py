@@ -350,10 +350,17 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 
 def complete(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config with the defaults of fields that are newer than it: a default means what was done before."""
+    """A stored config with the defaults of fields that are newer than it: a default means what was done before.
+
+    Raises:
+      ConfigError: a value stands where there have to be several.
+    """
+    _check_tables(stored, to_dict(Settings()), "")
     if "guide" not in stored:  # Older than post-training: no rows had a teacher, and all configs had a guidance range.
+        if missing := [name for name in ("rows", "model") if name not in stored]:
+            raise ConfigError(f"config key {missing[0]!r} is missing in what is stored")
         stored = {**stored, "rows": {k: v for k, v in stored["rows"].items() if k != "teacher_rows"}}
-        if not preset(stored["model"]["preset"]).guidance:
+        if not preset(str(stored["model"].get("preset"))).guidance:
             stored["guidance"] = ()
     return _complete(stored, to_dict(Settings()))
 
@@ -361,6 +368,14 @@ def complete(stored: dict[str, Any]) -> dict[str, Any]:
 def read_stored(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored config as `to_dict` gives one now: of all fields, its paths absolute."""
     return to_dict(with_absolute_paths(build(complete(stored))))
+
+
+def _check_tables(stored: Any, defaults: dict[str, Any], name: str) -> None:
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{name or 'the config'} is {str(stored)[:40]!r}, but must hold {', '.join(defaults)}")
+    for key, value in defaults.items():
+        if isinstance(value, dict) and key in stored:
+            _check_tables(stored[key], value, f"{name}.{key}".strip("."))
 
 
 def _complete(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

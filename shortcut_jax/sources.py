@@ -19,7 +19,7 @@ from shortcut_jax.models.inception import SIDE, InceptionV3
 from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.resolve import from_config, model_config
-from shortcut_jax.runtime.checkpoint import stored_meta
+from shortcut_jax.runtime.checkpoint import step_folders, stored_meta
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
@@ -152,7 +152,7 @@ class _Workdir(NamedTuple):
 def _read_workdir(workdir: Path, view: str) -> _Workdir:
     folder = workdir / "checkpoints"
     meta = stored_meta(folder)
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    steps = sorted(step_folders(folder))
     if meta is None or not steps:
         raise ConvertedError(f"no checkpoint in {folder}: train first, or name another workdir")
     settings = from_config(complete(meta["config"]))
@@ -226,7 +226,7 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
     guided = next((m.config.guidance for m in models if m.kind == "flux"), True)
     length = 512 if guided else 256
     if meta := stored_meta(path / "checkpoints"):
-        data = meta["config"]["data"]
+        data = complete(meta["config"])["data"]
         stored = data["text_encoder"] == "stored"
         tokens = data["text_tokens"] if stored else length
         return Sampling(ShiftRule(dynamic=guided), tokens, data.get("text_states", "full") if stored else "full")

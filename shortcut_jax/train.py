@@ -27,14 +27,15 @@ from shortcut_jax.report import Score, grid_captions, judge, measures, reference
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime import agreement, distributed
 from shortcut_jax.runtime.agreement import check_devices
-from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
+from shortcut_jax.runtime.checkpoint import Checkpoints, step_folders, stored_config
+from shortcut_jax.runtime.claim import Claim
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
 from shortcut_jax.runtime.heartbeat import Progress
 from shortcut_jax.runtime.logs import mark_stderr, process_log
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
 from shortcut_jax.runtime.peers import Peers
-from shortcut_jax.runtime.shared_folder import check_folder
+from shortcut_jax.runtime.shared_folder import check_folder, check_place
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings, build, to_dict, with_absolute_paths
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     check_available(settings.data)
     config_file = options.config_path
     workdir = local_path(options.workdir or f"runs/{config_file.stem}-{settings.objective}", "--workdir")
+    check_place(workdir, "--workdir")
     check_same(settings, workdir, options.stop_at)
     check_devices()
     assembly = assemble_training(keep_batch(settings, workdir, len(jax.devices())))
@@ -130,7 +132,7 @@ def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
     if not (workdir / "config.json").is_file():
         return False  # someone else's checkpoint
     stored = to_dict(with_absolute_paths(build(load_config(workdir / "config.json", {}))))
-    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()]
+    steps = step_folders(workdir / "checkpoints")
     same = not compare(stored, record_of(teacher))["identity"]
     return same and max(steps, default=0) < teacher.settings.steps
 
@@ -146,10 +148,12 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
       ConfigError: the workdir belongs to another run, or the data are not of the size that the config says.
       TrainingError: the loss stayed non-finite; what was saved before is intact.
       CheckpointError: the last state could not be saved.
+      ClaimError: another run works in the workdir.
     """
     settings, watch = assembly.settings, Stopwatch("starting")
     with (
-        distributed.Interruptions() as interruptions,
+        Claim(workdir) as claim,
+        distributed.Interruptions(claim.ending) as interruptions,
         process_log() as log_in,
         Peers(settings.peer_timeout) as peers,
         Watchdog(settings.watchdog, workdir, peers.leave) as watchdog,
@@ -161,6 +165,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         validation = Validation(assembly) if settings.validation.interval(assembly.batch_size) else None
         initial = open_start(assembly, workdir)
         check_folder(workdir)
+        claim.take()
         log_in(workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep, attempts=settings.save_attempts)
         log = MetricLog(workdir)

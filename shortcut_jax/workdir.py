@@ -11,12 +11,13 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.differences import compare
 from shortcut_jax.initial import BaseRecord, Initial, freeze, open_initial, start
 from shortcut_jax.resolve import mesh_shape, objective_settings
-from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config, stored_meta
+from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import describe_shardings, replicated, summarise_shardings
 from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
 from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.state import TrainState, from_items, to_counters, to_items
+from shortcut_jax.steps.views import Frozen
 
 
 def record_of(assembly: Assembly) -> dict[str, Any]:
@@ -28,21 +29,44 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     """Compares a config with the one a workdir was made by, before anything is written.
 
     Raises:
-      ConfigError: they differ in what makes a run what it is; all such fields and both values are named.
+      ConfigError: they differ in what makes a run what it is; all such fields and both values are named. Or the run
+        stopped by skipped steps, and this config would bear no more of them.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file, not a folder")
-    stored = stored_config(workdir / "checkpoints")
-    if stored is None:
+    meta = stored_meta(workdir / "checkpoints")
+    if meta is None:
         return
-    differences = compare(read_stored(stored), config)
+    stored = _stored(workdir, meta)
+    differences = compare(stored, config)
     if differences["identity"]:
         raise ConfigError(
             f"the workdir {workdir} holds a different run; stored -> asked for: "
             f"{'; '.join(differences['identity'])}. Choose another --workdir, or the stored values"
         )
+    stopped = meta["stopped"]
+    if config["max_skipped"] < stopped and config["spikes"] == stored["spikes"]:
+        raise ConfigError(
+            f"the run in {workdir} stopped at step {meta['step']} after {stopped} skipped steps in a row (not finite, "
+            f"or spikes), and would again: {remedy(workdir, stopped)}"
+        )
     for line in differences["schedule"]:
         say(f"changed since the last run: {line}")
+
+
+def _stored(workdir: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_stored(meta["config"])
+    except ValueError as error:  # each kind of UserError, and ConfigError
+        raise ConfigError(f"the config in the checkpoints of {workdir} cannot be read: {error}") from error
+
+
+def remedy(workdir: Path, skipped: int) -> str:
+    """How to continue a run that stopped after so many skipped steps in a row."""
+    return (
+        f"to resume after them, set --config.max_skipped={skipped} or more (or change --config.spikes.factor); for a "
+        f"lower learning rate, start another workdir with --config.init_from={workdir}"
+    )
 
 
 def keep_batch(settings: Settings, workdir: Path, num_devices: int) -> Settings:
@@ -54,7 +78,9 @@ def keep_batch(settings: Settings, workdir: Path, num_devices: int) -> Settings:
     meta = stored_meta(workdir / "checkpoints")
     if meta is None:
         return settings
-    rows, then, now = meta["config"]["batch_size"], meta.get("batch_shards"), mesh_shape(settings, num_devices)
+    rows, then, now = _stored(workdir, meta)["batch_size"], meta["batch_shards"], mesh_shape(settings, num_devices)
+    if not rows:
+        raise ConfigError(f"the config in the checkpoints of {workdir} has batch_size {rows}: it was edited")
     shards, asked = now.batch_shards, settings.batch_per_device
     started_with = settings.batch_size if asked is None else asked * (then or shards)
     if started_with != rows and (asked is None or then):
@@ -99,17 +125,24 @@ def restore_or_init(
         return state, 0, base
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        return checkpoints.restore(step, to_items(assembly.state_shapes)), checkpoints.meta(step)
+        meta = checkpoints.meta(step)
+        try:  # before the arrays, and where an older checkpoint can take its place
+            from_items(dict.fromkeys(ITEMS), meta["counters"], Frozen())
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"its counters cannot be read: {type(error).__name__} {error}") from error
+        return checkpoints.restore(step, to_items(assembly.state_shapes)), meta
 
     items, meta = checkpoints.newest_readable(read)
     frozen, base = freeze(assembly, initial, meta.get("base"))
     whole = replicated(assembly.mesh)
     state = from_items(items, meta["counters"], frozen, lambda scalar: jax.device_put(scalar, whole))
-    return state, int(meta["step"]), base
+    return state, int(state.step), base
 
 
-def meta_of(step: int, assembly: Assembly, state: TrainState, base: BaseRecord | None) -> dict[str, Any]:
-    """What is stored as JSON beside the arrays of a checkpoint."""
+def meta_of(
+    step: int, assembly: Assembly, state: TrainState, base: BaseRecord | None, stopped: int = 0
+) -> dict[str, Any]:
+    """What is stored as JSON beside the arrays of a checkpoint; `stopped`: by so many skipped steps in a row."""
     return {
         "step": step,
         "seed": assembly.settings.seed,
@@ -117,6 +150,7 @@ def meta_of(step: int, assembly: Assembly, state: TrainState, base: BaseRecord |
         "batch_shards": assembly.mesh_shape.batch_shards,
         "counters": to_counters(state),
         "base": base and base._asdict(),
+        **({"stopped": stopped} if stopped else {}),
     }
 
 

@@ -15,9 +15,10 @@ from shortcut_jax import Pipeline, command, loop, train
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.claim import CLAIM, Claim, Times
 from shortcut_jax.settings import ConfigError, to_dict
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.workdir import keep_batch
+from shortcut_jax.workdir import check_workdir, keep_batch
 from tests.helpers import relative, tiny_assembly, tiny_config
 from tests.processes import start
 
@@ -93,12 +94,24 @@ def test_another_identity_stops_naming_fields_and_values_and_harms_nothing(train
     assert _listing(trained) == before
 
 
+def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing_of_the_first(trained, tmp_path, arguments, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    with Claim(workdir, times=Times(interval=0.05)) as first:
+        first.take()
+        before = {path: when for path, when in _listing(workdir).items() if path != str(first.path)}
+        error = _fails(capfd, arguments(workdir, steps=6))
+        assert f"{workdir} is in use by process {os.getpid()} on " in error and "another --workdir" in error
+        assert {path: when for path, when in _listing(workdir).items() if path != str(first.path)} == before
+
+
 def test_a_longer_schedule_goes_on_and_is_logged(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     assert train.main(arguments(workdir, "--stop_at=5", steps=6, log_every=2)) == 0
     err = capfd.readouterr().err
     assert "changed since the last run: steps: 4 -> 6" in err and "log_every" not in err
+    assert not (workdir / CLAIM).exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -218,18 +231,31 @@ def _with_nan_at(monkeypatch, steps):
 
 def test_a_non_finite_step_stops_the_run_and_names_itself(tmp_path, arguments, monkeypatch, capfd):
     _with_nan_at(monkeypatch, {3})
-    error = _fails(capfd, arguments(tmp_path / "run", checkpoint_every=2))
-    assert "step 3" in error and "max_skipped 0" in error
-    items, _ = _restored(tmp_path / "run", 2)
+    argv = arguments(tmp_path / "run", checkpoint_every=2)
+    error = _fails(capfd, argv)
+    assert "step 3: loss nan" in error and "max_skipped 0" in error
+    assert (
+        f"saved step 4 in {tmp_path / 'run' / 'checkpoints'}: to resume after them, set --config.max_skipped=1" in error
+    )
+    items, meta = _restored(tmp_path / "run", 4)  # step 4 was under way, and is finite
+    assert meta["counters"]["step"] == 4 and meta["counters"]["skipped_total"] == meta["stopped"] == 1
     assert all(np.isfinite(v).all() for v in items.values())
-    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
+    error = _fails(capfd, argv)
+    assert "stopped at step 4 after 1 skipped steps in a row" in error and "and would again: to resume" in error
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2, 4]
 
 
 def test_more_non_finite_steps_in_a_row_than_are_borne_stop_the_run(tmp_path, arguments, monkeypatch, capfd):
     _with_nan_at(monkeypatch, {1, 3, 4})
     error = _fails(capfd, arguments(tmp_path / "run", max_skipped=1, steps=6))
-    assert "step 4" in error and "2 steps in a row (max_skipped 1)" in error
-    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == []
+    assert "step 4" in error and "2 steps in a row (max_skipped 1)" in error and "--config.max_skipped=2" in error
+    items, meta = _restored(tmp_path / "run", 5)
+    assert all(np.isfinite(v).all() for v in items.values()) and meta["counters"]["skipped_total"] == 3
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    with pytest.raises(ConfigError, match="stopped at step 5 after 2 skipped steps in a row"):
+        check_workdir(tmp_path / "run", config)
+    check_workdir(tmp_path / "run", config | {"max_skipped": 2})
+    check_workdir(tmp_path / "run", config | {"spikes": config["spikes"] | {"factor": 5.0}})
 
 
 def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, arguments, monkeypatch):

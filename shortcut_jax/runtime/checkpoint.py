@@ -10,6 +10,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from shortcut_jax.runtime.distributed import say
+from shortcut_jax.runtime.logs import LOGGER
 from shortcut_jax.runtime.shared_folder import probe
 
 ITEMS = ("params", "fast", "slow", "optimizer")
@@ -34,6 +36,15 @@ PAUSE_SECONDS = 2.0
 
 TIMEOUT_SECONDS = 600
 """How long processes wait for each other's part of a checkpoint in the background."""
+
+_STEP = re.compile("0|[1-9][0-9]*")
+
+_OF_BASE = ("path", "hash")
+_KINDS: dict[str, Any] = {
+    **{"config": dict, "counters": dict, "base": dict | None, "step": int, "seed": int},
+    **{"batch_shards": int | None, "stopped": int},
+}
+"""What the fields of a checkpoint's `meta` have to be."""
 
 Result = TypeVar("Result")
 
@@ -135,7 +146,8 @@ class Checkpoints:
         try:
             act()
         except Exception as failure:  # Orbax, TensorStore and the disk each raise their own kinds.
-            why = _first_line(_root(failure))
+            why = _reason(_root(failure))
+            LOGGER.info("writing the checkpoint of step %d failed", step, exc_info=failure)
             who = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
             print(f"writing the checkpoint of step {step} failed{who}: {why}", file=sys.stderr, flush=True)
         if _all_agree(not why):
@@ -159,7 +171,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as failure:
-            print(f"writing the last checkpoint failed: {_first_line(_root(failure))}", file=sys.stderr, flush=True)
+            LOGGER.info("writing the last checkpoint failed", exc_info=failure)
+            print(f"writing the last checkpoint failed: {_reason(_root(failure))}", file=sys.stderr, flush=True)
         self._manager.close()
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -215,13 +228,33 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _checked(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The folders of `folder` that are named as a step is, the newest first; other names are somebody else's."""
+    named = (path for path in folder.iterdir() if _STEP.fullmatch(path.name)) if folder.is_dir() else ()
+    return dict(sorted(((int(path.name), path) for path in named), reverse=True))
+
+
+def _checked(meta: Any, path: Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint.
+
+    Raises:
+      ValueError: it is not what this package writes: damaged, or edited.
+      CheckpointError: it is of another format.
+    """
+    if not isinstance(meta, dict) or "format_version" not in meta:
+        raise ValueError("its meta has no format_version")
     version = meta["format_version"]
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"the checkpoint {path} is of format {version}, but this version of shortcut_jax reads format "
             f"{FORMAT_VERSION}: use the version that wrote it"
         )
+    for name, kinds in _KINDS.items():
+        if name in meta and not isinstance(meta[name], kinds):
+            raise ValueError(f"its meta has {name} = {str(meta[name])[:40]!r}")
+    base = meta.get("base") or dict.fromkeys(_OF_BASE, "")
+    if "config" not in meta or not all(isinstance(base.get(name), str) for name in _OF_BASE):
+        raise ValueError("its meta lacks the config, or the base")
     return meta
 
 
@@ -234,6 +267,12 @@ def _all_agree(well: bool) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line, or what the system said: TensorStore tells that behind many paths."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return f"[Errno {code[1]}] {os.strerror(int(code[1]))}" if code else _first_line(error)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -270,14 +309,10 @@ def stored_meta(folder: Path) -> dict[str, Any] | None:
     Raises:
       CheckpointError: that checkpoint is of another format.
     """
-    if not folder.is_dir():
-        return None
-    for path in sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: -int(p.name)):
-        try:
+    for path in step_folders(folder).values():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             meta = _checked(json.loads((path / META / "metadata").read_text()), path)
-            return {"base": None, **meta, "config": meta["config"]}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
+            return {"base": None, "batch_shards": None, "stopped": 0, **meta}
     return None
 
 

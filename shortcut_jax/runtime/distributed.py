@@ -4,7 +4,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -94,8 +94,10 @@ class Interruptions:
       received: the signal that this process caught, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
+        """`told` is called as soon as a signal is known, possibly within its handler."""
         self.received: signal.Signals | None = None
+        self._told = told
 
     def __enter__(self) -> "Interruptions":
         self._several = jax.process_count() > 1
@@ -112,6 +114,7 @@ class Interruptions:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        self._told()
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # as if the cluster had asked: the service tells the others
 
@@ -122,6 +125,8 @@ class Interruptions:
         from jax.experimental import multihost_utils
 
         reached = multihost_utils.reached_preemption_sync_point(next(_ASKED))
+        if reached:
+            self._told()
         return (self.received or signal.SIGTERM) if reached else None
 
     def check(self) -> None:

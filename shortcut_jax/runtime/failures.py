@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from shortcut_jax.runtime import key_value
@@ -30,6 +31,10 @@ LOST = JoinError.exit_code
 """Exit code of a process whose peers were lost: try again."""
 
 _TOPIC, _LEFT = "failed", "left"
+LAST_SECONDS = 2.0
+"""For each thing that is done when a process ends at once."""
+
+_last: list[Callable[[], None]] = []
 _leaving = threading.Lock()
 _stop = threading.Event()
 
@@ -110,8 +115,23 @@ def leave(code: int, line: str, failed: str = "") -> None:
     end(code)
 
 
+def at_end(act: Callable[[], None]) -> None:
+    """Has something done when `end` ends this process, as far as it takes no longer than `LAST_SECONDS`."""
+    _last.append(act)
+
+
+def forget(act: Callable[[], None]) -> None:
+    """Takes an `at_end` back."""
+    with contextlib.suppress(ValueError):
+        _last.remove(act)
+
+
 def end(code: int) -> NoReturn:
     """Ends this process at once, and its data workers, which only a regular exit would end."""
+    for act in list(_last):
+        thread = threading.Thread(target=act, daemon=True)  # what hangs may be the disk
+        thread.start()
+        thread.join(LAST_SECONDS)
     for worker in multiprocessing.active_children():
         worker.kill()
     with contextlib.suppress(Exception):

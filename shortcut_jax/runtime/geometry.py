@@ -62,7 +62,7 @@ def count_blocks(shapes: Shapes, stack: str) -> int:
     A block that is absent between others is thus missing, while a stray number beyond them is left over.
     """
     places = [n.split(".")[stack.count(".") + 1] for n in shapes if n.startswith(f"{stack}.")]
-    sizes = Counter(int(p) for p in places if p.isdigit())
+    sizes = Counter(int(p) for p in places if p.isdecimal())
     whole = max(sizes.values(), default=0)
 
     def wrong(depth: int) -> int:

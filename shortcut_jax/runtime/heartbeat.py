@@ -121,7 +121,8 @@ class Progress:
 
     def account(self) -> Account:
         """Where the time of the run went, up to now and over all its sessions. For process 0."""
-        return account([*read_lines(self._workdir / LEDGER), self._record()])
+        kept = [record for record in read_lines(self._workdir / LEDGER) if _is_record(record)]
+        return account([*kept, self._record()])
 
     def _record(self) -> dict[str, Any]:
         seconds = {kind: round(value, 3) for kind, value in self.watch.seconds().items()}
@@ -164,8 +165,16 @@ class Progress:
             newer = {key: left[key] for key in ("session", "step", "state", "seconds", "skipped")}
             if known and known[-1]["state"] not in ENDS and _total(newer) > _total(known[-1]):
                 append_line(self._workdir / LEDGER, newer)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return  # none, or of another kind
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a line of the ledger is one of ours: people may have edited it."""
+    seconds = record.get("seconds")
+    numbers = [record.get("session"), record.get("step"), record.get("skipped")]
+    numbers += seconds.values() if isinstance(seconds, dict) else [None]
+    return isinstance(record.get("state"), str) and all(isinstance(number, int | float) for number in numbers)
 
 
 def _total(record: dict[str, Any]) -> float:

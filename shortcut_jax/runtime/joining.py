@@ -84,7 +84,7 @@ def find_place(
         if num == 1:
             return None
     _, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
         raise JoinError(f"the coordinator's address is {address!r}, but must be HOST:PORT")
     if not 0 <= index < num:
         raise JoinError(f"process {index} is not one of {num} processes: ids are 0 to {num - 1}")
@@ -168,6 +168,6 @@ def _number(name: str) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise JoinError(f"the variable {name} is {text!r}, but must be a number")
     return int(text)

@@ -24,7 +24,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:  # cut off, see append_line
+        except (ValueError, RecursionError):  # cut off, see append_line
             continue
         if isinstance(record, dict):
             records.append(record)

@@ -12,6 +12,7 @@ from typing import TextIO
 import jax
 
 from shortcut_jax.runtime import key_value
+from shortcut_jax.runtime.background import background_to
 
 LOGGER = logging.getLogger("shortcut_jax")
 """What is logged here goes into the process's own file; `distributed.say` prints and logs."""
@@ -57,6 +58,21 @@ def mark_stderr() -> None:
         sys.stderr = Prefixed(sys.stderr, f"[process {index}] ")
 
 
+class _LogFile(logging.FileHandler):
+    """Where the disk is full, the log cannot be written either: that is told in a line, once."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name in logging)
+        if not self.told:
+            self.told = True
+            print(f"note: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is left in its buffer
+            super().close()
+
+
 @contextlib.contextmanager
 def process_log() -> Iterator[Callable[[Path], None]]:
     """Logs this process in a workdir, whose name is told later by calling what this yields.
@@ -80,7 +96,7 @@ def process_log() -> Iterator[Callable[[Path], None]]:
         path = log_file(workdir, index)
         try:
             path.parent.mkdir(exist_ok=True)
-            target = logging.FileHandler(path)
+            target = _LogFile(path)
         except OSError as error:
             print(f"note: no log of process {index}: {error}", file=sys.stderr, flush=True)
             return
@@ -89,7 +105,8 @@ def process_log() -> Iterator[Callable[[Path], None]]:
         buffer.flush()
 
     try:
-        yield open_in
+        with background_to(buffer.handle):
+            yield open_in
     except BaseException as error:
         LOGGER.error("%s: %s", type(error).__name__, error, exc_info=True, extra={"printed": True})
         raise

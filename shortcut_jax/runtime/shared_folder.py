@@ -1,6 +1,7 @@
 """Whether a folder can be written to, and is the same one for all processes: asked before any long work starts."""
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -19,7 +20,7 @@ class FolderError(OSError):
     """A folder that cannot be written to, or that is another one for other processes."""
 
 
-def check_folder(folder: Path, patience: float = PATIENCE) -> None:
+def check_folder(folder: Path, flag: str = "--workdir", patience: float = PATIENCE) -> None:
     """Makes a folder if need be, writes into it from every process, and looks whether all see the file of process 0.
 
     Raises:
@@ -30,7 +31,7 @@ def check_folder(folder: Path, patience: float = PATIENCE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe(folder / f"{token}-{key_value.process_id()}", PROBE_BYTES)
     except OSError as error:
-        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
+        raise FolderError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from None
     if key_value.num_processes() == 1:
         return
     path = folder / token
@@ -50,6 +51,33 @@ def check_folder(folder: Path, patience: float = PATIENCE) -> None:
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def check_place(path: Path, flag: str, folder: bool = True) -> None:
+    """Looks whether a folder (or a file) can be written at a path, in what is there of it; nothing is left behind.
+
+    Cheap, so that it can come before anything that takes time, whereas `check_folder` makes the folder.
+
+    Raises:
+      FolderError: it cannot, in the name of a flag.
+    """
+    if folder and path.exists() and not path.is_dir():
+        raise FolderError(f"{flag}={path} is a file, not a folder: choose another {flag}")
+    there = path if folder else path.parent
+    try:
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not folder and path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        trial = there / f".probe-{secrets.token_hex(8)}"
+        trial.mkdir()  # access rights alone say nothing of /proc, or of a file system that is read only
+        trial.rmdir()
+    except OSError as error:
+        raise FolderError(
+            f"cannot write to {flag}={path}: {error.strerror} in {there}; choose another {flag}"
+        ) from None
 
 
 def probe(path: Path, size: int) -> None:

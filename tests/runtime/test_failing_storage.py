@@ -13,6 +13,7 @@ from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import ITEMS, CheckpointError, Checkpoints
+from shortcut_jax.runtime.logs import log_file, process_log
 
 
 def _items(value):
@@ -66,6 +67,29 @@ def test_a_save_that_fails_in_the_background_keeps_the_last_one_and_the_next_one
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _items(0.0))
     np.testing.assert_array_equal(checkpoints.restore(3, abstract)["params"]["w"], np.full((4, 3), 30.0))
     checkpoints.close()
+
+
+def test_a_failing_save_is_one_line_an_attempt_and_the_log_has_the_rest(tmp_path, background_fails, capfd):
+    with process_log() as log_in:
+        log_in(tmp_path)
+        checkpoints = Checkpoints(tmp_path / "c", keep=1, attempts=3)
+        background_fails(3)
+        with pytest.raises(CheckpointError, match="in 3 attempts"):
+            _save(checkpoints, 1, surely=True)
+        checkpoints.close()
+    line = "writing the checkpoint of step 1 failed: [Errno 28] No space left on device"
+    assert capfd.readouterr().err.splitlines() == [line] * 3
+    log = log_file(tmp_path, 0).read_text()
+    assert log.count("Failed to run") == 3 and log.count("Traceback") > 3 and "INFO writing the checkpoint" in log
+
+
+def test_what_tensorstore_says_of_the_disk_is_told_without_its_paths(tmp_path, monkeypatch, capfd):
+    def fails(*args):
+        raise ValueError(f"OUT_OF_RANGE: Error writing {'x' * 300}: File too large [os_error_code='27'] [spec='{{}}']")
+
+    monkeypatch.setattr(checkpoint, "_check_storage", fails)
+    _save(Checkpoints(tmp_path / "c"), 1)
+    assert "writing the checkpoint of step 1 failed: [Errno 27] File too large\n" in capfd.readouterr().err
 
 
 def test_a_background_failure_is_noticed_at_the_next_save(tmp_path, background_fails, capfd):

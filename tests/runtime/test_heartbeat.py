@@ -110,6 +110,15 @@ def test_a_heartbeat_of_another_kind_is_replaced(left, tmp_path):
     assert _beat(tmp_path)["state"] == "starting" and progress.account().sessions == 1
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", '{"session": 1, "step": 2, "seconds": 3, "state": "x"}', "[" * 100_000])
+def test_a_line_of_the_ledger_that_was_edited_is_passed_over(line, tmp_path):
+    _progress(tmp_path).end("stopped")
+    with (tmp_path / "goodput.jsonl").open("a") as file:
+        file.write(line + "\n")
+    time.sleep(0.002)
+    assert _progress(tmp_path).account().sessions == 2
+
+
 def test_a_heartbeat_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(heartbeat.LOGGER, "warning", lambda *args: said.append(args))

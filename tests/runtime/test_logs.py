@@ -1,10 +1,14 @@
+import asyncio
+import gc
 import io
 import logging
 import re
 import sys
+import threading
 
 import jax
 import pytest
+from absl import logging as absl_logging
 
 from shortcut_jax.runtime import key_value
 from shortcut_jax.runtime.distributed import say
@@ -87,3 +91,80 @@ def test_a_log_that_cannot_be_opened_is_told_and_stops_nothing(tmp_path, capfd):
         say("still here")
     err = capfd.readouterr().err
     assert "note: no log of process 0" in err and "still here" in err
+
+
+def _in_thread(act, name="mine"):
+    thread = threading.Thread(target=act, name=name)
+    thread.start()
+    thread.join()
+
+
+def _raises(place):
+    """A function of a file in a folder, which raises."""
+    scope = {}
+    exec(compile("def act():\n    raise OSError('the disk')\n", f"/packages/{place}/file.py", "exec"), scope)
+    return scope["act"]
+
+
+def _logs_as_orbax():
+    logger = absl_logging.get_absl_logger()
+    record = logger.makeRecord("absl", logging.ERROR, "/packages/orbax/future.py", 1, "failed: %s", ("x",), None)
+    logger.handle(record)
+
+
+def _never_retrieved():
+    loop = asyncio.new_event_loop()
+    future = loop.create_future()
+    future.set_exception(OSError("the disk"))
+    del future
+    gc.collect()
+    loop.close()
+
+
+BACKGROUND = {
+    "a log of Orbax": (_logs_as_orbax, "ERROR failed: x"),
+    "a thread of Orbax": (lambda: _in_thread(_raises("orbax")), "OSError: the disk"),
+    "an error that C++ prints": (
+        lambda: _in_thread(lambda: sys.excepthook(OSError, OSError("the disk"), None)),
+        "OSError: the disk",
+    ),
+    "asyncio": (_never_retrieved, "exception was never retrieved"),
+}
+
+
+@pytest.mark.parametrize("name", BACKGROUND)
+def test_what_threads_of_libraries_report_goes_into_the_log_alone(name, tmp_path, capfd):
+    act, text = BACKGROUND[name]
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    with process_log() as log_in:
+        log_in(tmp_path)
+        act()
+    assert text in "\n".join(_lines(tmp_path))
+    assert hooks == (sys.excepthook, threading.excepthook, sys.unraisablehook)
+    assert not capfd.readouterr().err
+
+
+def test_a_thread_of_ours_that_fails_is_a_line_and_its_traceback_is_in_the_log(tmp_path, capfd):
+    with process_log() as log_in:
+        log_in(tmp_path)
+        _in_thread(_raises("shortcut_jax"))
+    assert capfd.readouterr().err == "error in thread mine: OSError: the disk\n"
+    log = "\n".join(_lines(tmp_path))
+    assert "ERROR thread mine: OSError: the disk" in log and "Traceback" in log
+
+
+def test_a_log_on_a_full_disk_is_told_once_and_stops_nothing(tmp_path, capfd, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    with process_log() as log_in:
+        log_in(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(logging.FileHandler, "flush", full)
+            say("one")
+            say("two")
+        say("three")
+    err = capfd.readouterr().err.splitlines()
+    assert [line for line in err if line not in ("one", "two", "three")] == [
+        f"note: {log_file(tmp_path, 0)} cannot be written: [Errno 28] No space left on device"
+    ]
