@@ -42,6 +42,11 @@ def _captions(data: TrainingData, one: OpenSet) -> list[str]:
 
 def _stored(one: OpenSet) -> str:
     text = one.info and one.info.text
+    if not one.info or not text or text.cut == 0:
+        return ""
+    if text.cut is None:
+        return f"{one.name} stores {text.tokens} tokens a caption: longer ones were cut when it was prepared"
     return (
-        f"{one.name} stores {text.tokens} tokens a caption: longer ones were cut when it was prepared" if text else ""
+        f"{text.cut / one.info.total:.1%} of the captions of {one.name} had more than the {text.tokens} tokens that it "
+        f"stores and were cut when it was prepared"
     )

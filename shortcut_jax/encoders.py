@@ -29,6 +29,7 @@ from shortcut_jax.runtime.sharding import (
     replicated,
     tree_shardings,
 )
+from shortcut_jax.runtime.tokenizers import Tokens
 from shortcut_jax.sources import Model, buildable_params, open_models, place
 from shortcut_jax.weights.rules import nest
 
@@ -100,9 +101,9 @@ class TextEncoders:
             return text_tokens or self.text_tokens
         return min(self._tokenizers["clip"].max_tokens, self.models["clip"].config.max_tokens)
 
-    def lengths(self, prompts: Sequence[str], text_tokens: int | None = None) -> np.ndarray:
-        """T5's tokens of each prompt, its end token included and padding not."""
-        return self._tokenizers["t5"](prompts, self._length("t5", text_tokens)).length_B
+    def t5_tokens(self, prompts: Sequence[str], text_tokens: int | None = None) -> Tokens:
+        """T5's tokens of each prompt, their number without padding, and the text that is cut off."""
+        return self._tokenizers["t5"](prompts, self._length("t5", text_tokens))
 
     def cuts(self, prompts: Sequence[str], text_tokens: int | None = None) -> list[str]:
         """A line for each prompt and text encoder that does not read all of it, with the text that is cut off."""

@@ -94,7 +94,8 @@ def statistics(info: SetInfo, sample: Sample, size: int) -> list[str]:
     if info.text:
         t = info.text
         error = f", rounding error {t.error:.2%}" if t.error else ""
-        lines.append(f"text: {t.tokens} tokens of {t.width}, {t.states} states in {t.dtype}{error}")
+        cut = f", {t.cut:,} captions cut" if t.cut else ""
+        lines.append(f"text: {t.tokens} tokens of {t.width}, {t.states} states in {t.dtype}{error}{cut}")
     if info.latents:
         z = info.latents
         lines.append(f"latents: {z.channels} channels, {z.stride} pixels each, scale {z.scale:g}, shift {z.shift:g}")

@@ -74,11 +74,11 @@ class SetMaker:
         return {"txt": txt.astype(ml_dtypes.bfloat16), "vec": vec}
 
     def complete(self, folder: Path, sums: Mapping[str, float]) -> dict[str, Any]:
-        """Puts the autoencoder into the folder of a set; the error of its text states."""
+        """Puts the autoencoder into the folder of a set; the error of its text states, and how many were cut."""
         self.copy_vae(folder / VAE)
         square, error = sums.get("state_square", 0.0), sums.get("error_square", 0.0)
         measured = math.sqrt(error / square) if square else 0.0
-        return {"text": dataclasses.replace(self.text_info, error=measured)}
+        return {"text": dataclasses.replace(self.text_info, error=measured, cut=int(sums.get("cut", 0)))}
 
     def copy_vae(self, folder: Path) -> None:
         """Writes the autoencoder as diffusers does: `open_models` reads it, and its bytes are always the same."""
@@ -94,12 +94,13 @@ class SetMaker:
           DataError: states are not finite.
         """
         txt_BMT, vec_BV = np.asarray(txt_BMT, np.float32), np.asarray(vec_BV, np.float32)
-        lengths = self.text.lengths(captions, self.text_info.tokens)
+        tokens = self.text.t5_tokens(captions, self.text_info.tokens)
         for i, caption in enumerate(captions):
             if not (np.isfinite(txt_BMT[i]).all() and np.isfinite(vec_BV[i]).all()):
                 raise DataError(f"the text states of {caption[:60]!r} are not finite: the checkpoint is damaged")
-            fields, error, square = pack_text(txt_BMT[i], self.text_info, int(lengths[i]))
-            yield fields | {"vec": vec_BV[i]}, {"error_square": error, "state_square": square}
+            fields, error, square = pack_text(txt_BMT[i], self.text_info, int(tokens.length_B[i]))
+            sums = {"error_square": error, "state_square": square, "cut": float(bool(tokens.cuts[i]))}
+            yield fields | {"vec": vec_BV[i]}, sums
 
 
 class LatentEncoder(SetMaker):

@@ -1,5 +1,6 @@
 """Sets of latents, made of pictures or by a teacher, on the small random pipeline."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from shortcut_jax import TextToImage, command, convert, inspect_set, prepare, so
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.data.format import VAE, DataError, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
 from shortcut_jax.data.pictures import Picture
+from shortcut_jax.data.progress import summary
 from shortcut_jax.encoders import load_decoder, load_text_encoder
 from shortcut_jax.latent_encoder import LatentEncoder, as_half
 from shortcut_jax.models.vae import Autoencoder
@@ -162,7 +164,7 @@ def test_float8_states_are_near_and_trimmed_ones_are_zero_behind_the_caption(sta
     exact = LatentEncoder(converted_folder, states, TOKENS, "bfloat16", 1)
     small = LatentEncoder(converted_folder, states, TOKENS, "float8", 1)
     pictures = [Picture(c, c, 16, 16, picture(i, 16, 16)) for i, c in enumerate(CAPTIONS[:2])]
-    lengths = exact.text.lengths(CAPTIONS[:2], TOKENS)
+    lengths = exact.text.t5_tokens(CAPTIONS[:2], TOKENS).length_B
     assert 4 <= lengths[0] < lengths[1] <= TOKENS
     wanted = np.array(pipeline.encode(CAPTIONS[:2], text_tokens=TOKENS).txt_BMT)
     for i, ((fields, _), (few, sums)) in enumerate(zip(exact(pictures), small(pictures), strict=True)):
@@ -175,6 +177,17 @@ def test_float8_states_are_near_and_trimmed_ones_are_zero_behind_the_caption(sta
         measured = np.sqrt(sums["error_square"] / sums["state_square"])
         assert relative(txt_MT, wanted[i]) == pytest.approx(measured, rel=0.05)
         np.testing.assert_array_equal(fields["mean"], few["mean"])
+
+
+def test_captions_that_are_cut_are_counted(converted_folder, prepared, capsys):
+    encoder = LatentEncoder(converted_folder, text_tokens=8, per_device=1)
+    txt, vec = np.ones((3, 8, 32), np.float32), np.ones((3, 24), np.float32)
+    counted = [sums["cut"] for _, sums in encoder.text_fields(CAPTIONS, txt, vec)]
+    assert counted == [0.0, 1.0, 0.0]  # nine words and the end
+    info = PreparedSet(prepared).info
+    assert info.text.cut == 0 and not any("cut" in line for line in summary(info, prepared, 1.0))
+    told = summary(dataclasses.replace(info, text=dataclasses.replace(info.text, cut=5)), prepared, 1.0)
+    assert any(f"5 of 12 captions had more than {TOKENS} tokens of T5 and were cut" in line for line in told)
 
 
 @pytest.mark.slow
@@ -193,14 +206,15 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
     trimmed = TextToImage(folder, devices=jax.devices()[:2])
     full, cut = (p.encode(CAPTIONS[:2], text_tokens=TOKENS) for p in (pipeline, trimmed))
     zeroed = np.array(full.txt_BMT)
-    for row, length in zip(zeroed, pipeline.text.lengths(CAPTIONS[:2], TOKENS), strict=True):
+    for row, length in zip(zeroed, pipeline.text.t5_tokens(CAPTIONS[:2], TOKENS).length_B, strict=True):
         row[length:] = 0
     np.testing.assert_allclose(cut.txt_BMT, zeroed, atol=1e-6)
     noise = pipeline.draw_noise(0, 0, 2, 16, 16)
     sampled = trimmed.denoise(noise, cut, 16, 16, 2)
     assert relative(sampled, pipeline.denoise(noise, full._replace(txt_BMT=zeroed), 16, 16, 2)) < 1e-5
     assert relative(sampled, pipeline.denoise(noise, full, 16, 16, 2)) > 1e-3
-    load, length = load_text_encoder(folder, TOKENS, "trimmed")(CAPTIONS[0])[0], pipeline.text.lengths([CAPTIONS[0]])[0]
+    load = load_text_encoder(folder, TOKENS, "trimmed")(CAPTIONS[0])[0]
+    length = pipeline.text.t5_tokens([CAPTIONS[0]]).length_B[0]
     assert length < TOKENS and not np.any(load[length:]) and np.all(np.any(load[:length] != 0, axis=1))
     assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/d", "--format=diffusers"]) == 0
     assert "trimmed text states, but diffusers and ComfyUI" in capfd.readouterr().err

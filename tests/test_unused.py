@@ -9,6 +9,7 @@ import pytest
 
 from shortcut_jax.announce import announce, announce_data
 from shortcut_jax.caption_lengths import MOST_READ, tell_cuts
+from shortcut_jax.data.format import TextInfo
 from shortcut_jax.data.training import OpenSet, TrainingData
 from shortcut_jax.resolve import from_config, objective_settings
 from shortcut_jax.settings import known_fields
@@ -153,6 +154,24 @@ def test_captions_that_are_cut_are_counted_in_every_set_of_a_mix():
     assert line.startswith("50.0% of the 1,000 captions sampled of the 10,000 of large have more than")
     assert line.endswith("the longest of them has 4") and len(large.read) == MOST_READ
     assert (min(large.read), max(large.read)) == (0, 9999)
+
+
+@pytest.mark.parametrize(
+    ("cut", "line"),
+    [
+        (None, "pipes stores 6 tokens a caption: longer ones were cut when it was prepared"),
+        (
+            5,
+            "50.0% of the captions of pipes had more than the 6 tokens that it stores and were cut when it was prepared",
+        ),
+        (0, None),
+    ],
+)
+def test_a_set_of_stored_states_says_what_was_cut_when_it_was_prepared(cut, line):
+    info = SimpleNamespace(text=TextInfo("full", "bfloat16", 6, 16, 12, cut=cut), total=10)
+    one = OpenSet("pipes", [], ((8, 8),), np.zeros(0, int), SimpleNamespace(info=info))
+    data = SimpleNamespace(settings=SimpleNamespace(text_encoder="stored"), sets=[one])
+    assert tell_cuts(data) == ([line] if line else [])
 
 
 def test_the_captions_of_a_run_are_counted_before_its_first_step(data_dir, capsys):

@@ -33,8 +33,12 @@ def _one_of(*values: str) -> Check:
     return lambda x: isinstance(x, str) and x in values
 
 
-def _fields(checks: Mapping[str, Check]) -> Check:
-    return lambda x: isinstance(x, dict) and x.keys() == checks.keys() and all(c(x[n]) for n, c in checks.items())
+def _fields(checks: Mapping[str, Check], optional: frozenset[str] = frozenset()) -> Check:
+    def check(x: Any) -> bool:
+        known = isinstance(x, dict) and x.keys() <= checks.keys() and checks.keys() - x.keys() <= optional
+        return known and all(checks[name](value) for name, value in x.items())
+
+    return check
 
 
 _size = _whole(1, 2**20)
@@ -45,6 +49,7 @@ _TEXT = {
     "width": _size,
     "pooled_width": _size,
     "error": lambda x: x is None or _number(x),  # of states that are not finite
+    "cut": lambda x: x is None or _whole(most=2**53)(x),
 }
 _LATENTS = {"channels": _size, "stride": _size, "scale": _number, "shift": _number}
 _or_none = lambda check: lambda x: x is None or check(x)
@@ -56,7 +61,7 @@ _FIELDS: dict[str, Check] = {
     "skipped": _mapping_to(_whole(most=2**53)),
     "unused": _mapping_to(_whole(most=2**53)),
     "enlarged": _whole(most=2**53),
-    "text": _or_none(_fields(_TEXT)),
+    "text": _or_none(_fields(_TEXT, optional=frozenset({"cut"}))),  # which older sets lack
     "latents": _or_none(_fields(_LATENTS)),
     "encoders": _mapping_to(lambda x: _mapping_to(_text)(x) and {"origin", "content"} <= x.keys()),
     "eval_prompts": _list_of(_text),

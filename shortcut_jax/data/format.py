@@ -52,6 +52,7 @@ class TextInfo:
       width: T, of a T5 state, an even number.
       pooled_width: V, of CLIP's vector.
       error: norm of the rounding error over that of the states, of the records that it was measured on.
+      cut: captions that were longer than `tokens`; None where that was not counted.
     """
 
     states: str
@@ -60,6 +61,7 @@ class TextInfo:
     width: int
     pooled_width: int
     error: float = 0.0
+    cut: int | None = None
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,11 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
         )
     if info.unused:
         lines.append(f"not used: {unused_text(info.unused)}")
+    if info.text and info.text.cut:
+        lines.append(
+            f"{info.text.cut:,} of {info.total:,} captions had more than {info.text.tokens} tokens of T5 and were cut: "
+            "--text_tokens keeps more"
+        )
     if info.enlarged:
         lines.append(f"{info.enlarged:,} of {info.total:,} pictures were smaller than their bucket and were enlarged")
     lines.append(f"{folder}: {num_bytes(folder) / 1e6:,.1f} MB, {seconds:.0f} s")
