@@ -7,12 +7,13 @@ import contextlib
 import importlib.util
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import tempfile
 import time
 import types
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _serve(studio: Studio, host: str, port: int, hosts: Hosts) -> signal.Signals
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, lambda number, _: received.append(signal.Signals(number)))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with tempfile.TemporaryDirectory(prefix="shortcut_jax_app_", ignore_cleanup_errors=True) as folder:
+    with _own_folder() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         from shortcut_jax import app_page, app_style
 
@@ -151,6 +152,17 @@ def _serve(studio: Studio, host: str, port: int, hosts: Hosts) -> signal.Signals
         page.server.force_exit = True  # open pages are not waited for
         page.close(verbose=False)
     return received[0]
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="shortcut_jax_app_")
+    try:
+        yield folder
+    finally:  # renamed first, so that a request under way can add nothing to what is being deleted
+        with contextlib.suppress(OSError):
+            os.rename(folder, f"{folder}-ended")
+        shutil.rmtree(f"{folder}-ended", ignore_errors=True)
 
 
 def _guarded(hosts: Hosts) -> Callable[[Any], contextlib.AbstractAsyncContextManager[None]]:

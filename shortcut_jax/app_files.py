@@ -30,14 +30,22 @@ def save(folder: Path, pixels_hwc: np.ndarray, record: Record) -> str:
     """Writes an image as it is shown and downloaded, in a folder of its own, and returns its path.
 
     The metadata is that of `sample`; where the image is enlarged, `enlarged` is the factor.
+
+    Raises:
+      RequestError: the folder is gone.
     """
     picture = to_image(pixels_hwc)
     factor = max(DISPLAYED // max(picture.size), 1)
     if factor > 1:
         size = picture.width * factor, picture.height * factor
         picture, record = picture.resize(size, Image.Resampling.NEAREST), {**record, "enlarged": factor}
-    path = Path(tempfile.mkdtemp(prefix="made-", dir=folder)) / file_name(record)
-    save_picture(path, picture, [record])
+    try:
+        path = Path(tempfile.mkdtemp(prefix="made-", dir=folder)) / file_name(record)
+        save_picture(path, picture, [record])
+    except FileNotFoundError as error:
+        raise RequestError(
+            "the folder of the server's images is gone: it is about to end, or to be restarted"
+        ) from error
     return str(path)
 
 
