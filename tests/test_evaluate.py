@@ -18,7 +18,9 @@ ARGUMENTS = ["--steps=1,2", "--other_steps=2", "--images=40", "--other_images=16
 
 
 def _evaluate(workdir, out, data_dir, *extra):
-    argv = ["evaluate", f"--workdir={workdir}", f"--out={out}", f"--data_dir={data_dir}", *ARGUMENTS, *extra]
+    given = {flag.split("=")[0] for flag in extra}
+    kept = [flag for flag in ARGUMENTS if flag.split("=")[0] not in given]
+    argv = ["evaluate", f"--workdir={workdir}", f"--out={out}", f"--data_dir={data_dir}", *kept, *extra]
     assert evaluate.main(argv) == 0
     return json.loads((out / "evaluation.json").read_text())
 

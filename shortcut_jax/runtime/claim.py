@@ -277,7 +277,8 @@ def _now() -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_bytes().decode(errors="replace")
+        with path.open("rb") as file:
+            return file.read().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
