@@ -53,7 +53,7 @@ from shortcut_jax.sources import (
 )
 from shortcut_jax.steps.views import VIEWS
 from shortcut_jax.weights.finite import Finite
-from shortcut_jax.weights.lora import Merged, Modules, check_finite, record_of, stack
+from shortcut_jax.weights.lora import Merged, Modules, check_values, record_of, stack
 from shortcut_jax.weights.lora_files import kohya_notes, to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
 from shortcut_jax.weights.rules import ConversionError
@@ -215,7 +215,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
     if options.dtype:
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
-        check_finite(modules)
+        check_values(modules)
     return Job({}, Sampling(), (modules, base), {})
 
 

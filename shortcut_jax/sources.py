@@ -27,7 +27,7 @@ from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
 from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.foreign import refuse_adapters
-from shortcut_jax.weights.lora import Merged, Modules, added, check_finite, expand, unstack
+from shortcut_jax.weights.lora import Merged, Modules, added, check_values, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, alpha_origin, header_notes, read
 from shortcut_jax.weights.lora_names import is_lora
@@ -293,7 +293,7 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
         modules, notes = _workdir_lora(path, view)
     else:
         modules, notes = _read_lora(path, shapes)
-    check_finite(modules)
+    check_values(modules)
     if not modules:
         raise ConversionError(f"{path} adapts no layer of the transformer{': ' if notes else ''}{'; '.join(notes)}")
     check_lora(modules, shapes)

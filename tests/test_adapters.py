@@ -9,6 +9,7 @@ import pytest
 from shortcut_jax import command, convert, evaluate, sample
 from shortcut_jax.app_models import ConvertedPipeline
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.evaluation.subject import ConvertedSubject
 from shortcut_jax.initial import open_initial
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
@@ -82,6 +83,14 @@ def test_sampling_tells_what_is_left_out_of_an_adapter(converted_folder, tmp_pat
             TextToImage(converted_folder, loras=[(tmp_path / "lora.safetensors", float(scale))])
     assert sample.main(["sample", *argv, *size]) == 0
     assert "note: 1 tensors of text encoder adapters are left out" in capfd.readouterr().err
+    # So do judging and the page.
+    for open_pipeline in (
+        lambda loras: ConvertedSubject(converted_folder, ["a cat"], 8, {"height": 16, "width": 16}, loras),
+        lambda loras: ConvertedPipeline(converted_folder, loras),
+    ):
+        open_pipeline([(tmp_path / "lora.safetensors", 1.0)])
+        err = capfd.readouterr().err
+        assert "note: 1 tensors of text encoder adapters are left out" in err and "note: alpha: the rank of" in err
 
 
 def test_every_command_refuses_an_adapter_that_is_not_finite_in_one_line(converted_folder, tmp_path, capfd):
@@ -99,11 +108,10 @@ def test_every_command_refuses_an_adapter_that_is_not_finite_in_one_line(convert
         (sample.main, model, f"--lora={lora}", "--prompt=a cat", out),
         (evaluate.main, model, f"--lora={lora}", f"--prompts={tmp_path}/prompts.txt", out),
     ):
-        assert f"{name} holds {tensors[name].size} values that are not finite" in _fails(main, capfd, *argv), argv
-        assert not [
-            path for path in tmp_path.rglob("*") if path.is_file() and "out" in path.relative_to(tmp_path).parts
-        ]
-    with pytest.raises(ConversionError, match=f"{name} holds"):
+        size, line = f"{tensors[name].size:,}", _fails(main, capfd, *argv)
+        assert f"{name} has {size} of {size} values that are NaN or infinite" in line, argv
+        assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["lora.safetensors", "prompts.txt"]
+    with pytest.raises(ConversionError, match=f"^{name} has"):
         ConvertedPipeline(converted_folder, [(lora, 1.0)])
 
 
@@ -116,7 +124,7 @@ def test_training_refuses_an_adapter_that_is_not_finite(name, tmp_path):
     given = {"init_from": str(base), name: str(tmp_path / "lora.safetensors")}
     given |= {"base": str(base)} if name == "init_from" else {}
     assembly = tiny_assembly(**POST_TRAINING | given)
-    with pytest.raises(ConversionError, match=r"proj_out\.lora_A\.weight holds 1 values that are not finite"):
+    with pytest.raises(ConversionError, match=r"proj_out\.lora_A\.weight has 1 of 96 values that are NaN or infinite"):
         open_initial(assembly)
 
 

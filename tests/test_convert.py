@@ -314,7 +314,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(bfl, shapes, tmp_path, ca
         (tmp_path / "odd" / "m.safetensors.index.json").write_text(index)
         assert "is not an index of shards" in _fails(capfd, f"--from={tmp_path}/odd", target)
     assert "nowhere is not there" in _fails(capfd, f"--from={tmp_path}/nowhere", target)
-    assert "cannot be written" in _fails(capfd, source, f"--to={tmp_path}/taken/x")
+    assert f"cannot write to --to={tmp_path}/taken/x" in _fails(capfd, source, f"--to={tmp_path}/taken/x")
     assert "--to is missing" in _fails(capfd, source)
     assert "but no --from is one" in _fails(capfd, source, target, "--view=fast")
     assert "two of the sources hold a flux model" in _fails(capfd, source, source, target)

@@ -20,6 +20,7 @@ from shortcut_jax.generate import Caption, Generator
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import grid_captions
 from shortcut_jax.resolve import objective_settings
+from shortcut_jax.runtime.distributed import tell
 from shortcut_jax.runtime.sharding import replicated
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.steps.objectives import row_group
@@ -230,6 +231,7 @@ class ConvertedSubject:
           ConfigError: sizes or numbers that it does not take.
         """
         self._model = TextToImage(folder, loras=loras)
+        tell(self._model.models["flux"].notes)
         self._options = {name: value for name, value in options.items() if value is not None}
         self._options = {"height": 1024, "width": 1024, **self._options}
         self._prompts = list(prompts)

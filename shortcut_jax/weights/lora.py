@@ -19,6 +19,7 @@ import numpy as np
 
 from shortcut_jax.core.kernels import Axes, kernel_axes
 from shortcut_jax.weights import flux_diffusers
+from shortcut_jax.weights.finite import check_finite
 from shortcut_jax.weights.params import Params, Spec, common_dtype, spec_of
 from shortcut_jax.weights.rules import ConversionError
 
@@ -135,11 +136,11 @@ def check(modules: Modules, shapes: Shapes) -> None:
             )
 
 
-def check_finite(modules: Modules) -> None:
+def check_values(modules: Modules) -> None:
     """Raises ConversionError where a factor or an alpha is not finite."""
     for name, f in modules.items():
-        if not (np.all(np.isfinite(f.down)) and np.all(np.isfinite(f.up)) and math.isfinite(f.alpha)):
-            raise ConversionError(f"the adapter of {name} holds values that are not finite (nan or inf)")
+        for half, values in (("A", f.down), ("B", f.up), ("alpha", np.asarray(f.alpha))):
+            check_finite(f"{half} of the adapter of {name}", values)
 
 
 def record_of(modules: Modules) -> Record:

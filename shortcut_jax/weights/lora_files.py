@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax.weights import flux_bfl, lora_peft
+from shortcut_jax.weights.finite import check_finite
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import UNITS, Factors, Modules, Shapes, Unit, check, expand, layer, sizes
 from shortcut_jax.weights.lora_names import is_embedding, is_of_text_encoder, parse
@@ -92,8 +93,8 @@ def _own(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tupl
     refuse_adapters(own)
     double = [n for n, v in own.items() if v.dtype == np.float64 and not n.endswith(".alpha")]
     for name in double:
-        _check_finite(name, own[name])
-        with np.errstate(over="ignore"):  # told below
+        check_finite(name, own[name])
+        with np.errstate(over="ignore"):  # checked with the others
             own[name] = own[name].astype(np.float32)
     lines = (
         (encoders, "tensors of text encoder adapters are left out: only the transformer's are used"),
@@ -106,14 +107,6 @@ def _own(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tupl
         (double, "float64 tensors are rounded to float32"),
     )
     return own, tuple(f"{len(names)} {line}" for names, line in lines if names)
-
-
-def _check_finite(name: str, value: np.ndarray) -> None:
-    bad = np.size(value) - np.count_nonzero(np.isfinite(value)) if value.dtype.kind not in "iub" else 0
-    if bad:
-        raise ConversionError(
-            f"{name} holds {bad} values that are not finite (nan or inf): the file is damaged, or its training diverged"
-        )
 
 
 def _refuse_expanded(modules: Modules, shapes: Shapes) -> None:
@@ -235,7 +228,7 @@ def _pair(
     if np.size(found.get("alpha", 1.0)) != 1:
         raise ConversionError(f"the alpha of {name} is not one number")
     for kind, value in found.items():
-        _check_finite(names[kind], value)
+        check_finite(names[kind], value)
     rank = len(found["down"])
     alpha = float(np.reshape(found["alpha"], ())) if "alpha" in found else alpha_of(name, rank)
     if alpha == 0:
