@@ -125,7 +125,7 @@ def restore_or_init(
         return state, 0, base
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        meta = checkpoints.meta(step)
+        meta = {**checkpoints.meta(step), "step": step}
         try:  # before the arrays, and where an older checkpoint can take its place
             from_items(dict.fromkeys(ITEMS), meta["counters"], Frozen())
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -136,7 +136,7 @@ def restore_or_init(
     frozen, base = freeze(assembly, initial, meta.get("base"))
     whole = replicated(assembly.mesh)
     state = from_items(items, meta["counters"], frozen, lambda scalar: jax.device_put(scalar, whole))
-    return state, int(state.step), base
+    return state, meta["step"], base
 
 
 def meta_of(
