@@ -159,17 +159,14 @@ def test_captions_that_are_cut_are_counted_in_every_set_of_a_mix():
 @pytest.mark.parametrize(
     ("cut", "line"),
     [
-        (None, "pipes stores 6 tokens a caption: longer ones were cut when it was prepared"),
-        (
-            5,
-            "50.0% of the captions of pipes had more than the 6 tokens that it stores and were cut when it was prepared",
-        ),
+        (None, "set stores 6 tokens a caption: longer ones were cut when it was prepared"),
+        (5, "50.0% of the captions of set had more than the 6 tokens that it stores and were cut when it was prepared"),
         (0, None),
     ],
 )
 def test_a_set_of_stored_states_says_what_was_cut_when_it_was_prepared(cut, line):
     info = SimpleNamespace(text=TextInfo("full", "bfloat16", 6, 16, 12, cut=cut), total=10)
-    one = OpenSet("pipes", [], ((8, 8),), np.zeros(0, int), SimpleNamespace(info=info))
+    one = OpenSet("set", [], ((8, 8),), np.zeros(0, int), SimpleNamespace(info=info))
     data = SimpleNamespace(settings=SimpleNamespace(text_encoder="stored"), sets=[one])
     assert tell_cuts(data) == ([line] if line else [])
 
