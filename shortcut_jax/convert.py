@@ -119,6 +119,9 @@ def main(argv: Sequence[str]) -> int:
     check_place(target, "--to", folder=False)
     job = _gather(sources, options)
     _check_format(job, options.format)
+    if job.lora or options.format in ("bfl", "comfy"):
+        what = "adapters" if job.lora else f"--format={options.format}"
+        command.note_unused(options, f"{what}, without tokenizers", exported.TOKENIZERS)
     if job.models.keys() & {"flux"} and job.sampling.text_states == "trimmed" and options.format != "orbax":
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]

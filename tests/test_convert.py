@@ -188,8 +188,10 @@ def test_a_pipeline_goes_to_every_format_and_back(pipeline_folder, converted_fol
         one, two = (OrbaxParams(folder / kind) for folder in (converted_folder, tmp_path / "again"))
         assert set(one) == set(two) and all(np.array_equal(one[k], two[k]) for k in one), kind
     capfd.readouterr()
-    assert _convert(f"--from={tmp_path}/orbax", f"--to={tmp_path}/bfl", "--format=bfl") == 0
-    assert "are not part of Black Forest Labs' format and are left out" in capfd.readouterr().err
+    assert _convert(f"--from={tmp_path}/orbax", f"--to={tmp_path}/bfl", "--format=bfl", folders[0]) == 0
+    err = capfd.readouterr().err
+    assert "are not part of Black Forest Labs' format and are left out" in err
+    assert "note: unused with --format=bfl, without tokenizers: --tokenizer" in err
     assert sorted(p.name for p in (tmp_path / "bfl").iterdir()) == ["ae.safetensors", "flux1.safetensors"]
 
 
