@@ -296,6 +296,8 @@ def config_help(flag: str) -> str:
 
 def _absolute(name: str, given: str) -> str:
     if name == "source" and given.startswith("tfds:"):
+        if "://" in given:
+            local_path(given.removeprefix("tfds:"), "--source=tfds:")
         return given
     # A slash at the end says that a folder is meant.
     return str(local_path(given, f"--{name}")) + ("/" if given.endswith("/") and given.strip("/") else "")

@@ -11,7 +11,7 @@ import numpy as np
 from shortcut_jax.assemble import FRESH_INPUTS, Assembly, fresh_embeddings
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.local_path import download_hint
+from shortcut_jax.local_path import download_hint, local_path
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.runtime.checkpoint import stored_meta
@@ -85,12 +85,13 @@ def open_initial(assembly: Assembly, base: dict[str, Any] | None = None) -> Init
         return Initial()
     model = _open_network(assembly, name, path)
     adapters = _open_adapters(assembly, "init_from", start) if is_lora and start else None
-    teacher = _open_adapters(assembly, "teacher_lora", Path(s.teacher_lora)) if s.teacher_lora else None
+    at = local_path(s.teacher_lora, "teacher_lora") if s.teacher_lora else None
+    teacher = _open_adapters(assembly, "teacher_lora", at) if at else None
     return Initial(model, path, adapters, teacher)
 
 
 def _existing(name: str, path: str, hint: str = "") -> Path:
-    found = Path(path).expanduser()
+    found = local_path(path, name)
     if not found.exists():
         raise ConfigError(f"{name}={path} is not there{f': {hint}' if hint else download_hint(found.absolute())}")
     return found
@@ -223,13 +224,13 @@ def _record(assembly: Assembly, initial: Initial, frozen: Frozen) -> BaseRecord 
     if frozen.base is None:
         return None
     s = assembly.settings
-    absolute = lambda path: str(Path(str(path)).expanduser().absolute())
+    absolute = lambda path: str(local_path(str(path), "base"))
     record = BaseRecord(absolute(initial.path), fingerprint(frozen.base), s.model.preset)
     if frozen.teacher is not None:
         record = record._replace(teacher=absolute(s.teacher_lora), teacher_hash=fingerprint(frozen.teacher))
     used = {"init_from": s.init_from if initial.adapters else None, "teacher_lora": s.teacher_lora}
     for name, path in used.items():
-        meta = stored_meta(Path(path).expanduser() / "checkpoints") if path else None
+        meta = stored_meta(local_path(path, name) / "checkpoints") if path else None
         if meta and meta["base"] and meta["base"]["hash"] != record.hash:
             raise ConfigError(
                 f"{name}={path} was trained on a base with content {meta['base']['hash']} (then at "

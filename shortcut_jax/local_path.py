@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from shortcut_jax.errors import PathError
@@ -16,6 +17,8 @@ _REMEDIES = {
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _HUB = re.compile(r"\w[\w.-]*")
+_NO_CHARACTERS = {"Cc", "Cs", "Zl", "Zp"}
+"""Control characters (NUL among them), halves of a pair, and line breaks; unusual spaces and emoji are fine."""
 _MOST_BYTES_OF_A_NAME = 255
 _MOST_BYTES_OF_A_PATH = 4095
 
@@ -41,12 +44,6 @@ def local_path(given: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
-def absolute_text(given: str, name: str) -> str:
-    """The same for a path that is stored: text, in which `~` stays, so that it also means something elsewhere."""
-    path = local_path(given, name)
-    return given if given.startswith("~") else str(path)
-
-
 def download_hint(path: Path) -> str:
     """How to get what looks like a name on the Hugging Face Hub where a path was meant; empty for any other path.
 
@@ -68,8 +65,10 @@ def download_hint(path: Path) -> str:
 def _check(text: str, name: str) -> None:
     if not text.strip():
         raise PathError(f"{name} is empty: give a path")
-    if not text.isprintable():
-        raise PathError(f"{name}={text[:80]!r} has a character that cannot be printed: give another path")
+    if any(unicodedata.category(character) in _NO_CHARACTERS for character in text):
+        raise PathError(f"{name}={text[:80]!r} has a character that no name may have: give another path")
+    if text.startswith("pipe:"):
+        raise PathError(f"{name}={text[:80]} is a command, which is not run: give files")
     scheme = _SCHEME.match(text)
     if scheme:
         remedy = _REMEDIES.get(scheme[1].lower(), "mount it and give the folder it is mounted at")

@@ -15,7 +15,7 @@ from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.sharding import MESH_AXES, MeshShape
-from shortcut_jax.settings import ConfigError, Settings, build, to_dict, with_absolute_paths
+from shortcut_jax.settings import ConfigError, Settings, build, check_paths, to_dict
 from shortcut_jax.steps.evals import RULES
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
 from shortcut_jax.steps.optim import SCHEDULES
@@ -54,7 +54,8 @@ def from_config(config: typing.Any) -> Settings:
       ConfigError: an unknown, missing or wrongly typed key, or a value out of range.
       PathError: a path that is not one of this machine.
     """
-    settings = with_absolute_paths(build(config))
+    settings = build(config)
+    check_paths(settings)
     _check(settings)
     return settings
 

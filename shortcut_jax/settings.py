@@ -19,7 +19,7 @@ from shortcut_jax.core.schedules import ShiftRange, StudentSteps
 from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.fields import FieldError, describe, field_types, parse_text, split_hint, unknown
-from shortcut_jax.local_path import absolute_text
+from shortcut_jax.local_path import local_path
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.watchdog import WatchdogSettings
 from shortcut_jax.steps.optim import OptimizerSettings
@@ -337,16 +337,15 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def with_absolute_paths(settings: Settings) -> Settings:
-    """The same run, its paths absolute: what is stored of it then does not depend on the current folder.
+def check_paths(settings: Settings) -> None:
+    """Raises PathError where a field is not a path of this machine.
 
-    Raises:
-      PathError: one of them is not a path of this machine.
+    They stay as they were given, so that the same command is the same run in a project folder that has moved, or is
+    mounted elsewhere on another host; they are made absolute where they are opened.
     """
-    given = {name: getattr(settings, name) for name in PATHS}
-    paths: dict[str, Any] = {name: absolute_text(path, name) for name, path in given.items() if path is not None}
-    data = dataclasses.replace(settings.data, dir=absolute_text(settings.data.dir, "data.dir"))
-    return dataclasses.replace(settings, data=data, **paths)
+    for name, path in (*((name, getattr(settings, name)) for name in PATHS), ("data.dir", settings.data.dir)):
+        if path is not None:
+            local_path(path, name)
 
 
 def complete(stored: dict[str, Any]) -> dict[str, Any]:
@@ -366,8 +365,8 @@ def complete(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_stored(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config as `to_dict` gives one now: of all fields, its paths absolute."""
-    return to_dict(with_absolute_paths(build(complete(stored))))
+    """A stored config as `to_dict` gives one now, of all fields."""
+    return to_dict(build(complete(stored)))
 
 
 def _check_tables(stored: Any, defaults: dict[str, Any], name: str) -> None:

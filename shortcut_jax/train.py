@@ -38,7 +38,7 @@ from shortcut_jax.runtime.peers import Peers
 from shortcut_jax.runtime.shared_folder import check_folder, check_place
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
-from shortcut_jax.settings import Settings, build, to_dict, with_absolute_paths
+from shortcut_jax.settings import Settings, build, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
@@ -105,7 +105,7 @@ OF_A_HOST = ("data.dir", "data.threads", "data.workers", "base")
 def check_same(settings: Settings, workdir: Path, stop_at: int | None) -> None:
     """Raises AgreementError where the processes were started with different configs, code or flags of XLA."""
     config = {key: value for key, value in flatten(to_dict(settings)).items() if key not in OF_A_HOST}
-    agreement.check_same({**config, "--workdir": workdir, "--stop_at": stop_at, **agreement.code_facts()})
+    agreement.check_same({**config, "--workdir": workdir.name, "--stop_at": stop_at, **agreement.code_facts()})
 
 
 def train_teacher(config_file: Path, settings: Settings) -> int:
@@ -131,7 +131,7 @@ def _is_unfinished(workdir: Path, teacher: Assembly) -> bool:
         return True
     if not (workdir / "config.json").is_file():
         return False  # someone else's checkpoint
-    stored = to_dict(with_absolute_paths(build(load_config(workdir / "config.json", {}))))
+    stored = to_dict(build(load_config(workdir / "config.json", {})))
     steps = step_folders(workdir / "checkpoints")
     same = not compare(stored, record_of(teacher))["identity"]
     return same and max(steps, default=0) < teacher.settings.steps

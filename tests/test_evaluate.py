@@ -17,11 +17,15 @@ inception_folder, clip_release = judges.inception_folder, judges.clip_release
 ARGUMENTS = ["--steps=1,2", "--other_steps=2", "--images=40", "--other_images=16", "--batch_size=16"]
 
 
-def _evaluate(workdir, out, data_dir, *extra):
+def _argv(workdir, out, data_dir, *extra):
+    """The arguments above, and others in their place."""
     given = {flag.split("=")[0] for flag in extra}
     kept = [flag for flag in ARGUMENTS if flag.split("=")[0] not in given]
-    argv = ["evaluate", f"--workdir={workdir}", f"--out={out}", f"--data_dir={data_dir}", *kept, *extra]
-    assert evaluate.main(argv) == 0
+    return [f"--workdir={workdir}", f"--out={out}", f"--data_dir={data_dir}", *kept, *extra]
+
+
+def _evaluate(workdir, out, data_dir, *extra):
+    assert evaluate.main(["evaluate", *_argv(workdir, out, data_dir, *extra)]) == 0
     return json.loads((out / "evaluation.json").read_text())
 
 
@@ -62,10 +66,10 @@ SAMPLES_ONLY = ("--extras=", "--views=slow", "--steps=2")
 @pytest.mark.slow
 def test_two_processes_and_eight_devices_say_the_same(evaluated, trained, data_dir, tmp_path):
     want = json.loads((evaluated / "evaluation.json").read_text())
-    argv = ["-m", "shortcut_jax.evaluate", f"--workdir={trained}", f"--data_dir={data_dir}", *ARGUMENTS, *SAMPLES_ONLY]
-    together = start(2, [*argv, f"--out={tmp_path / 'two'}"], devices=1)
+    argv = lambda out: ["-m", "shortcut_jax.evaluate", *_argv(trained, tmp_path / out, data_dir, *SAMPLES_ONLY)]
+    together = start(2, argv("two"), devices=1)
     flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
-    line = [sys.executable, *argv, f"--out={tmp_path / 'eight'}"]
+    line = [sys.executable, *argv("eight")]
     alone = subprocess.Popen(line, env={**os.environ, **flags}, stderr=subprocess.PIPE, text=True)
     for process in (*together, alone):
         _, errors = process.communicate(timeout=300)
@@ -103,7 +107,7 @@ evaluate.main(["evaluate", *sys.argv[1:]])
 def test_what_was_killed_goes_on_where_it_was(
     evaluated, trained, data_dir, tmp_path, monkeypatch, one_device_of_module
 ):
-    argv = [f"--workdir={trained}", f"--out={tmp_path}", f"--data_dir={data_dir}", *ARGUMENTS, *SAMPLES_ONLY]
+    argv = _argv(trained, tmp_path, data_dir, *SAMPLES_ONLY)
     flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, *argv], env={**os.environ, **flags}, stderr=subprocess.DEVNULL

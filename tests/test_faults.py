@@ -148,7 +148,7 @@ def test_a_run_outlives_a_save_that_fails_and_an_unsaved_end_is_an_error(tmp_pat
     assert calls == [1, 2, 2, 3, 4] and _steps(tmp_path / "run") == [4]
     broken.add(6)
     with pytest.raises(SystemExit) as stop:
-        command.run(train.main, [*argv, "--config.steps=6"])
+        command.run(train.main, [argument.replace("--config.steps=4", "--config.steps=6") for argument in argv])
     assert stop.value.code == 1
     error = capfd.readouterr().err
     assert "error: the checkpoint of step 6 could not be written" in error and "that of step 5" in error

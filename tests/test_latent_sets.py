@@ -88,7 +88,7 @@ def test_records_hold_the_moments_and_states_of_the_models(prepared, pipeline, a
     vae, params = autoencoder
     assert len(records) == 12 and info.latents == LatentInfo(16, 2, 0.3611, 0.1159)
     assert set(info.encoders) == {"vae", "t5", "clip"} and info.text == TextInfo(
-        "full", "bfloat16", TOKENS, 32, 24, info.text.error
+        "full", "bfloat16", TOKENS, 32, 24, info.text.error, cut=0
     )
     for key, record in records.items():
         i = int(key[:2])
@@ -225,7 +225,7 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
 
 def test_the_text_states_of_a_run_go_into_what_is_converted(tmp_path, monkeypatch):
     data = {"text_encoder": "stored", "text_tokens": 40}
-    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": {"data": data}})
+    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": {"guide": "told", "data": data}})
     sampling = sources.sampling_of(tmp_path, [])
     assert (sampling.text_tokens, sampling.text_states) == (40, "full")  # of a run from before there were two kinds
     data["text_states"] = "trimmed"

@@ -8,16 +8,16 @@ import pytest
 import shortcut_jax
 from shortcut_jax import command
 from shortcut_jax.errors import PathError
-from shortcut_jax.local_path import absolute_text, download_hint, local_path
+from shortcut_jax.local_path import download_hint, local_path
 
 
 def test_it_is_absolute_and_keeps_what_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert local_path("runs/a", "--workdir") == tmp_path / "runs" / "a"
     assert local_path(tmp_path, "--workdir") == tmp_path
+    for good in ("Screenshot 3.00.00\u202fPM.png", "a\u3000b", "\U0001f469\u200d\U0001f680.png"):
+        assert local_path(good, "--edit") == tmp_path / good
     assert local_path("~/a", "--workdir") == Path.home() / "a"
-    assert absolute_text("~/a", "data.dir") == "~/a"
-    assert absolute_text("a", "data.dir") == str(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,9 @@ def test_it_is_absolute_and_keeps_what_is_absolute(tmp_path, monkeypatch):
         ("file:///tmp/x", "without file://"),
         ("", "empty"),
         ("  ", "empty"),
-        ("a\0b", "cannot be printed"),
+        ("a\0b", "character that no name may have"),
+        ("a\nb", "character that no name may have"),
+        ("pipe:aws s3 cp s3://b/x.tar -", "give files"),
         ("a/" + 300 * "b", "name of 300 bytes"),
         ("ab/" * 2000, "4095"),
         ("~nobody-of-this-name/x", "nobody-of-this-name"),

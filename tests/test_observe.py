@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, loop, train
+from shortcut_jax.runtime.checkpoint import CheckpointError
 from shortcut_jax.runtime.goodput import account
 from shortcut_jax.runtime.json_lines import read_lines
 from shortcut_jax.runtime.metrics import read_metrics
@@ -74,11 +75,23 @@ def test_the_parts_of_a_step_are_its_wall_time_and_slow_data_are_seen(tmp_path, 
     assert row["images_per_second"] == pytest.approx(32 / sum(parts))
 
 
+def _unless_stopped(save):
+    """The last state of a run that stops cannot be saved."""
+
+    def failing(*args, stopped=0, **options):
+        if stopped:
+            raise CheckpointError("no space is left")
+        return save(*args, **options)
+
+    return failing
+
+
 @pytest.mark.slow
 def test_a_run_that_failed_and_was_resumed_tells_what_it_lost(tmp_path, arguments, monkeypatch, capfd):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         _with_nan_at(patch, {4})
+        patch.setattr(loop, "save", _unless_stopped(loop.save))
         with pytest.raises(command.TrainingError):
             train.main(arguments(workdir, checkpoint_every=2, **NO_REPORT))
     assert (_beat(workdir)["state"], _beat(workdir)["step"]) == ("failed", 4)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from shortcut_jax import Pipeline, convert, train
+from shortcut_jax.differences import compare
+from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.runtime.converted import OrbaxParams
-from shortcut_jax.settings import ConfigError
+from shortcut_jax.settings import ConfigError, to_dict
 from tests.conftest import train_on_one_device
+from tests.helpers import POST_TRAINING, tiny_config
 
 STILL = {"optimizer__learning_rate": 1e-30}
 """One program for all runs whose weights are to stay; --stop_at keeps the steps that its schedule is compiled with."""
@@ -241,3 +244,15 @@ def test_the_report_judges_the_teacher_beside_the_student(tmp_path, post_argumen
     assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
     report = (tmp_path / "run/report.md").read_text()
     assert "| teacher (20)" in report and "| slow (20)" in report and "in adapters" in report
+
+
+def test_a_base_given_by_a_relative_path_is_the_same_run_in_a_folder_that_has_moved(tmp_path, monkeypatch):
+    """What is stored is what was given; where the base was is known from the checkpoint."""
+    (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings = from_config(tiny_config(**POST_TRAINING | {"init_from": "runs/teacher"}))
+    assert settings.init_from == "runs/teacher"
+    stored = to_dict(settings)
+    monkeypatch.chdir(tmp_path)
+    again = to_dict(from_config(tiny_config(**POST_TRAINING | {"init_from": "runs/teacher"})))
+    assert not compare(stored, again)["identity"]

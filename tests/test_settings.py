@@ -153,7 +153,7 @@ def test_seeds_have_32_bits_and_steps_31():
     [
         ({"data__name": "a\0b"}, r"data\.name is 'a\\x00b', which has a NUL character"),
         ({"eval__captions": ("a", "\0")}, r"eval\.captions is '\\x00', which has a NUL"),
-        ({"init_from": "a\0"}, "init_from=.*cannot be printed"),
+        ({"init_from": "a\0"}, "init_from=.*character that no name may have"),
         ({"data__name": "n" * 300}, r"data\.name=n+\.\.\. has a name of 300 bytes"),
         ({"data__mix": ("gs://x/y",)}, r"data\.mix=gs://x/y is not a path"),
         ({"data__mix": ("",)}, r"data\.mix is empty"),

@@ -11,6 +11,7 @@ import numpy as np
 from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.format import INFO, DataError, PreparedSet, Size
 from shortcut_jax.data.stored import open_records
+from shortcut_jax.local_path import local_path
 
 EMBEDDED = ("digits",)
 """Sets that are generated on first use from what the installation ships."""
@@ -77,7 +78,7 @@ def latent_size(settings: DataSettings, size: Size | None = None) -> tuple[int, 
 
 def data_folder(settings: DataSettings, name: str | None = None) -> Path:
     """Where a set lies, or would lie; the first one by default."""
-    return Path(os.path.expanduser(settings.dir)) / os.path.expanduser(name or settings.name)
+    return local_path(settings.dir, "data.dir") / os.path.expanduser(name or settings.name)
 
 
 def is_prepared(folder: Path) -> bool:

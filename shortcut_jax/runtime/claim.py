@@ -20,6 +20,7 @@ writes anything more than it is in the middle of. Readers of a folder ask for no
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -119,12 +120,14 @@ class Claim:
           ClaimError: somebody does.
         """
         t, begin, told = self._times, time.monotonic(), False
-        seen, since = _read(path), begin
+        seen, looked, silent = _read(path), begin, 0.0
         while seen is not None:
             holder, now = _parse(seen), time.monotonic()
+            # A disk that stalls stops the holder's renewals as well as this process, which may be the first to go on.
+            silent, looked = silent + min(now - looked, 2 * t.poll), now
             if group is not None and holder.get("group") == group:
                 return
-            if _is_dead(holder) or now - since > t.stale:
+            if _is_dead(holder) or silent > t.stale:
                 _tell(f"taking over {self._folder} from {_describe(holder)}, which gives no sign of life")
                 _remove(path, seen)
             elif now - begin > t.patience:
@@ -137,7 +140,7 @@ class Claim:
             time.sleep(t.poll)
             found = _read(path)
             if found not in (seen, None):
-                since, holder = time.monotonic(), _parse(found)
+                silent, holder = 0.0, _parse(found)
                 if not (holder.get("ending") or (group is not None and holder.get("group") == group)):
                     remedy = f"wait until it has ended, stop it, or give another {self._flag}"
                     raise ClaimError(f"{self._in_use(holder)}: {remedy}")
@@ -199,10 +202,15 @@ class Claim:
 
     def _create(self) -> bool:
         try:
-            with self.path.open("x") as file:
-                self._write(file)
+            file = self.path.open("x")
         except FileExistsError:
             return False
+        try:
+            with file:
+                self._write(file)
+        except OSError:  # an empty claim would keep the next process waiting
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _keep(self) -> None:
@@ -282,6 +290,8 @@ def _read(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno == errno.ESTALE:  # on NFS: removed by another host meanwhile
+            return None
         raise FolderError(f"cannot read the claim {path}: {error.strerror}") from None
 
 
@@ -299,7 +309,7 @@ def _remove(path: Path, seen: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         if _read(aside) != seen:
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(OSError):  # there is a newer one, or the file system has no links
                 os.link(aside, path)
         aside.unlink()
 
