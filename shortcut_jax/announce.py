@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.caption_lengths import tell_cuts
 from shortcut_jax.check_training import decay_notice
@@ -44,7 +46,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
 def announce_data(assembly: Assembly, data: TrainingData) -> None:
     """Tells what an epoch is made of, where that is not plain: several sets or sizes, or less than a batch."""
     rows, records = assembly.batch_size, data.num_records
-    tell(tell_cuts(data))
+    if jax.process_index() == 0:  # which alone prints, and so alone reads the captions
+        tell(tell_cuts(data))
     if records < rows:
         say(f"{records} images for {rows} rows a step: each is repeated, with noise of its own")
     if len(data.sets) > 1:

@@ -9,6 +9,9 @@ from shortcut_jax.data.words import count_words
 MOST_READ = 1000
 """Captions that are looked at in a set that is not in memory, evenly spaced over it: reading all could take hours."""
 
+_AT_ONCE = 32
+"""Records that are held at once: they come with their images."""
+
 
 def tell_cuts(data: TrainingData) -> list[str]:
     """A line for each set some captions of which are cut, or were when it was prepared."""
@@ -37,7 +40,8 @@ def _captions(data: TrainingData, one: OpenSet) -> list[str]:
         indices = np.linspace(0, num - 1, min(num, MOST_READ)).astype(int).tolist()
         if one.prepared:
             records = one.prepared.records(data.settings.split, decode=False)
-    return [record["caption"].decode("utf-8", "replace") for record in read_many(records, indices)]
+    chunks = (indices[first : first + _AT_ONCE] for first in range(0, len(indices), _AT_ONCE))
+    return [record["caption"].decode("utf-8", "replace") for some in chunks for record in read_many(records, some)]
 
 
 def _stored(one: OpenSet) -> str:

@@ -156,7 +156,9 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
         raise UsageError("--base goes with a LoRA given by --from; to merge one use --lora")
     _check_merged(sources, options)
     folders = _tokenizers(sources, options)
-    tokenizers = {name: Tokenizer(folder, name) for name, folder in folders.items()}  # read, for copies are not
+    writes = options.format in ("orbax", "diffusers")
+    # Read, for copies are not.
+    tokenizers = {name: Tokenizer(folder, name) for name, folder in folders.items()} if writes else {}
     models: dict[str, Model] = {}
     sampling: Sampling | None = None
     for source in sources:

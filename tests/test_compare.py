@@ -45,7 +45,7 @@ def test_ratios_are_of_mean_distances():
     ("extra", "pattern"),
     [
         (["--steps=0,1"], "--steps=0,1, but must be whole numbers of at least 1"),
-        (["--seeds=a"], "--seeds=a, but must be whole numbers of at least 0"),
+        (["--seeds=a"], "--seeds=a, but must be whole numbers from 0 to 4294967295"),
         ([], "no checkpoint in"),
     ],
 )

@@ -24,9 +24,9 @@ class Piece(NamedTuple):
 class Records(Sequence[dict[str, Any]]):
     """The records of a split by index, in storage order."""
 
-    def __init__(self, source: Any, pieces: Sequence[Piece]):
-        """Takes a data source of TFDS, and where its records lie."""
-        self._source, self._pieces = source, pieces
+    def __init__(self, source: Any, pieces: Sequence[Piece], optional: frozenset[str] = frozenset()):
+        """Takes a data source of TFDS, where its records lie, and the fields that a record may lack."""
+        self._source, self._pieces, self._optional = source, pieces, optional
         self._ends = list(itertools.accumulate(piece.num for piece in pieces))
 
     def __len__(self) -> int:
@@ -41,19 +41,26 @@ class Records(Sequence[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            return _complete(self._source[int(index)])
+            return self._complete(self._source[int(index)])
         except Exception as error:  # of Riegeli, protobuf or PIL, by what is damaged
             raise DataError(f"{self.place(index)} is damaged ({first_line(error)}): {AGAIN}") from error
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several records at once. Raises DataError where one of them cannot be read or decoded."""
         try:
-            return list(map(_complete, self._source.__getitems__(indices)))
+            return list(map(self._complete, self._source.__getitems__(indices)))
         except Exception:
             return [self[index] for index in indices]  # one of which raises, with its name
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def _complete(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record as it is. Raises ValueError where a field is missing, for which TFDS gives None."""
+        for name, value in record.items():
+            if value is None and name not in self._optional:
+                raise ValueError(f"it has no {name}")
+        return record
 
     def place(self, index: int) -> str:
         """Shard and record, in words."""
@@ -61,14 +68,6 @@ class Records(Sequence[dict[str, Any]]):
         piece = self._pieces[which]
         before = self._ends[which - 1] if which else 0
         return f"record {index - before + piece.first:,} of {piece.path}"
-
-
-def _complete(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it is. Raises ValueError where a field is missing, for which TFDS gives None."""
-    for name, value in record.items():
-        if value is None:
-            raise ValueError(f"it has no {name}")
-    return record
 
 
 def open_records(builder: Any, split: str, decoders: Any = None) -> Records:
@@ -81,7 +80,9 @@ def open_records(builder: Any, split: str, decoders: Any = None) -> Records:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(_check_shard, instructions))
     pieces = [Piece(Path(i.filename), i.skip, i.take) for i in instructions]
-    return Records(builder.as_data_source(split=split, decoders=decoders), pieces)
+    features = builder.info.features or {}
+    optional = frozenset(name for name, feature in features.items() if type(feature).__name__ == "Optional")
+    return Records(builder.as_data_source(split=split, decoders=decoders), pieces, optional)
 
 
 def _check_shard(instruction: Any) -> None:

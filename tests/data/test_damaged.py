@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from shortcut_jax.data.arrays import read_headers
 from shortcut_jax.data.format import DataError, PreparedSet
 from shortcut_jax.data.pipeline import BatchReader, batches
 from shortcut_jax.data.records import DataSettings, check_available
+from shortcut_jax.data.stored import Piece, Records
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.inspect_set import inspect
 from tests.data.prepared import LATENTS, TEXT, write_small_set
@@ -236,3 +238,11 @@ def test_headers_are_read_without_what_they_announce(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"one array \(\.npy\)"):
         read_headers(tmp_path / "one.npy")
+
+
+def test_a_field_that_a_set_declares_optional_may_be_absent():
+    source = [{"image": 1, "note": None}]
+    piece = [Piece(Path("shard"), 0, 1)]
+    assert Records(source, piece, frozenset({"note"}))[0] == source[0]
+    with pytest.raises(DataError, match="record 0 of shard is damaged .*it has no note"):
+        Records(source, piece)[0]
