@@ -81,7 +81,8 @@ class ParquetSource:
             rows += metadata.row_group(group).num_rows
             if rows >= unit or group == metadata.num_row_groups - 1:
                 title = f"{printable(posixpath.splitext(name)[0])} rows {first} to {first + rows - 1}"
-                self.units.append(Unit(len(self.units), title, rows, f"{stamp(path)} {groups}"))
+                read = stamp(path)
+                self.units.append(Unit(len(self.units), title, rows, f"{read} {groups}", (str(path), read)))
                 self._parts.append(Part(path, tuple(groups), first))
                 groups, rows, first = [], 0, first + rows
         self.num_items += metadata.num_rows

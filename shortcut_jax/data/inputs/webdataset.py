@@ -50,7 +50,7 @@ class TarSource:
         base = os.path.commonpath([p.parent for p in self._paths])
         names = [os.path.relpath(unit_name(str(path)), base) for path in self._paths]
         self.units = [
-            Unit(i, printable(name), None, stamp(path))
+            Unit(i, printable(name), None, stamp(path), (str(path), stamp(path)))
             for i, (name, path) in enumerate(zip(names, self._paths, strict=True))
         ]
         stated = "".join(f"{name} {p.stat().st_size}\n" for name, p in zip(names, self._paths, strict=True))
