@@ -132,6 +132,7 @@ def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
             bytes_per_record=least,
             validation=options.validation,
             max_skipped=options.max_skipped,
+            unused=source.unused,
             eval_prompts=prompts,
             **fields,
         )

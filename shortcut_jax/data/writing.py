@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,7 @@ class Job:
       encoders: see `SetInfo`.
       validation: share of the validation split.
       max_skipped: the largest share that may be left out.
+      unused: what the source has beside what its units count -> how many of it.
       eval_prompts: captions that pictures are drawn for; None: the first captions of the validation split.
       prompts: eval prompts -> the arrays that `write_set` takes. Called once, by process 0.
       complete: called once, by process 0, with the folder that becomes the set and the sums of all records; may put
@@ -104,6 +106,7 @@ class Job:
     encoders: dict[str, dict[str, str]] = field(default_factory=dict)
     validation: float = 0.01
     max_skipped: float = 0.01
+    unused: Mapping[str, int] = field(default_factory=dict)
     eval_prompts: tuple[str, ...] | None = None
     prompts: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None
     complete: Callable[[Path, Mapping[str, float]], dict[str, Any]] | None = None
@@ -278,8 +281,13 @@ def _named(job: Job, outcomes: Sequence[tuple[int, Done]]) -> Iterator[tuple[Pat
 def _nothing_left(job: Job, tally: Tally) -> str:
     refused = f"{skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}" if tally.skipped else ""
     _refused(job)
-    told = "; ".join(filter(None, [refused, f"not used: {unused_text(tally.unused)}" if tally.unused else ""]))
+    unused = _unused(job, tally)
+    told = "; ".join(filter(None, [refused, f"not used: {unused_text(unused)}" if unused else ""]))
     return f"no record is left: {told or 'the source has no images'}{remedies(tally.skipped)}"
+
+
+def _unused(job: Job, tally: Tally) -> dict[str, int]:
+    return dict(sorted((Counter(job.unused) + Counter(tally.unused)).items()))
 
 
 def _complete(job: Job, tally: Tally) -> None:
@@ -313,7 +321,7 @@ def _complete(job: Job, tally: Tally) -> None:
         "request": job.request,
         "skipped": dict(sorted(tally.skipped.items())),
         "enlarged": int(tally.sums.get("enlarged", 0)),
-        "unused": tally.unused,
+        "unused": _unused(job, tally),
         "text": job.text,
         "latents": job.latents,
         "encoders": job.encoders,
