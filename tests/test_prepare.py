@@ -218,6 +218,11 @@ def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, caps
     write(1, damaged=True)
     with pytest.raises(DataError, match="the source has changed since: give another --out"):
         prepare.main(_arguments(source, tmp_path / "set"))
+    partly = _arguments(source, tmp_path / "partly", max_skipped=0.5)
+    assert prepare.main(partly) == 0 == prepare.main(partly)
+    os.utime(tmp_path / "1.tar", (1, 1))  # as where what was corrected has the same size
+    with pytest.raises(DataError, match=r"left out files that have changed since \(1: .*1\.tar\)"):
+        prepare.main(partly)
 
 
 def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
