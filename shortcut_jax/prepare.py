@@ -24,7 +24,7 @@ from shortcut_jax.data.format import INFO, TEXT_DTYPES, Size
 from shortcut_jax.data.inputs import NAMES, Source, SourceOptions, open_source
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, stale_units, units_done, write_units
+from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, units_done, write_units
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.claim import Claim, Member, Times
 from shortcut_jax.runtime.shared_folder import check_place
@@ -132,6 +132,7 @@ def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
             bytes_per_record=least,
             validation=options.validation,
             max_skipped=options.max_skipped,
+            unused=source.unused,
             eval_prompts=prompts,
             **fields,
         )
@@ -172,20 +173,16 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
 
 def write(job: Job, produce: Produce, processes: Processes) -> int:
     """Writes a set, or the rest of one; says what came of it. Returns the exit code."""
-    say = lambda line: processes.index == 0 and print(line, file=sys.stderr, flush=True)
+    say = _say if processes.index == 0 else lambda line: None
     start = time.monotonic()
     if already_written(job):
         say(f"{job.out} is there already, prepared with these arguments")
         return 0
-    if done := units_done(job):
-        say(f"going on: {done:,} of {len(job.units):,} units are done")
-    if stale := len(stale_units(job)):
-        say(f"read again: {stale:,} units whose source has changed, or that left out too much before")
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
         with _signals(), claim(job.out, processes) as held:
             held.take()
-            info = write_units(job, produce, processes.index, processes.count)
+            info = write_units(job, produce, processes.index, processes.count, say=say)
     except Stopped as stop:
         say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
         return distributed.EXIT_CODES[stop.args[0]]

@@ -142,6 +142,54 @@ def test_a_corrected_source_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, 
     assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
 
 
+def test_an_image_that_was_read_and_is_replaced_is_read_again(tmp_path, monkeypatch):
+    folder = simple_folder(tmp_path / "a", 40)
+    (folder / "p/025.png").unlink()  # refused when three of four units are done
+    with pytest.raises(DataError, match="1 of 30"):
+        prepare.main(_arguments(folder, tmp_path / "set", unit=10))
+    (folder / "p/025.png").write_bytes(encoded(picture(25)))
+    (folder / "p/003.png").write_bytes(encoded(picture(103)))
+    asked = []
+    items = FolderSource.items
+    monkeypatch.setattr(FolderSource, "items", lambda self, unit: asked.append(unit.index) or items(self, unit))
+    assert prepare.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
+    assert asked == [0, 2, 3]
+    (tmp_path / "clean").mkdir()
+    assert prepare.main(_arguments(folder, tmp_path / "clean/set", unit=10)) == 0
+    assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
+
+
+def test_what_a_complete_set_left_out_and_was_corrected_is_told(tmp_path, capsys):
+    folder = simple_folder(tmp_path / "a", 20)
+    good = (folder / "p/003.png").read_bytes()
+    for name, damaged in (("003", good[:100]), ("004", None), ("005", encoded(picture(5, 16, 16)))):
+        (folder / f"p/{name}.png").unlink()
+        if damaged:
+            (folder / f"p/{name}.png").write_bytes(damaged)
+    arguments = _arguments(folder, tmp_path / "set", max_skipped=0.5, enlarge="false")
+    for _ in range(2):  # nothing has changed the second time
+        assert prepare.main(arguments) == 0
+    assert "is there already" in capsys.readouterr().err
+    for name in ("003", "004", "005"):
+        before = (folder / f"p/{name}.png").read_bytes() if name != "004" else None
+        (folder / f"p/{name}.png").write_bytes(good)
+        with pytest.raises(
+            DataError, match=rf"set left out files that have changed since \(1: .*{name}\.png\): give another --out, or"
+        ) as error:
+            prepare.main(arguments)
+        assert "\n" not in str(error.value)
+        (folder / f"p/{name}.png").unlink()
+        if before:  # with the stamp that it had
+            listed = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
+            (stamped,) = (row["stamp"] for row in listed if row["file"].endswith(f"{name}.png"))
+            (folder / f"p/{name}.png").write_bytes(before)
+            os.utime(folder / f"p/{name}.png", ns=(0, int(stamped.split()[1])))
+    assert prepare.main(arguments) == 0
+    (tmp_path / "set/skipped.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"skipped\.jsonl is damaged"):
+        prepare.main(arguments)
+
+
 def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, capsys):
     def write(number, damaged=False):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
@@ -170,6 +218,11 @@ def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, caps
     write(1, damaged=True)
     with pytest.raises(DataError, match="the source has changed since: give another --out"):
         prepare.main(_arguments(source, tmp_path / "set"))
+    partly = _arguments(source, tmp_path / "partly", max_skipped=0.5)
+    assert prepare.main(partly) == 0 == prepare.main(partly)
+    os.utime(tmp_path / "1.tar", (1, 1))  # as where what was corrected has the same size
+    with pytest.raises(DataError, match=r"left out files that have changed since \(1: .*1\.tar\)"):
+        prepare.main(partly)
 
 
 def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ class Picture(NamedTuple):
       width: that it had.
       pixels: [h, w, 3] uint8, of its bucket.
       further: captions that it had besides.
+      watched: see `Record`.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Picture(NamedTuple):
     width: int
     pixels: np.ndarray
     further: int = 0
+    watched: tuple[str, str] | None = None
 
 
 class Encode(Protocol):
@@ -126,18 +128,19 @@ def _items(source: Source, unit: Unit) -> Iterator[Item | Skip | Unused]:
 def _read(item: Item, buckets: Sequence[Size], enlarge: bool) -> tuple[int, Picture, bool] | Skip:
     path = item.image if isinstance(item.image, Path) else None
     before = stamp(path) if path else ""
+    watched = (str(path), before) if path else None
     try:
         image = decode(read_image(path) if path else item.image)  # type: ignore[arg-type]  # bytes, where no path
     except BadImage as error:
         # What may not be read now may be readable the next time, though the file is the same.
-        watched = (str(path), "" if error.reason == "unreadable file" and before else before) if path else None
+        watched = (str(path), "") if path and error.reason == "unreadable file" else watched
         return Skip(item.key, error.reason, error.detail, watched)
     bucket = nearest(buckets, image.height, image.width)
     height, width = buckets[bucket]
     if not enlarge and (image.height < height or image.width < width):
-        return Skip(item.key, "too small", f"{image.height} x {image.width} for {height} x {width}")
+        return Skip(item.key, "too small", f"{image.height} x {image.width} for {height} x {width}", watched)
     pixels, enlarged = fit(image, buckets[bucket])
-    return bucket, Picture(item.key, item.caption, image.height, image.width, pixels, item.further), enlarged
+    return bucket, Picture(item.key, item.caption, image.height, image.width, pixels, item.further, watched), enlarged
 
 
 def _encoded(bucket: int, batch: Sequence[tuple[Picture, bool]], encode: Encode) -> Iterator[Record]:
@@ -145,7 +148,7 @@ def _encoded(bucket: int, batch: Sequence[tuple[Picture, bool]], encode: Encode)
     for (picture, enlarged), (fields, sums) in zip(batch, encoded, strict=True):
         told = {"key": picture.key, "caption": picture.caption, "height": picture.height, "width": picture.width}
         further = {FURTHER: picture.further} if picture.further else {}
-        yield Record(bucket, told | fields, {**sums, **further, "enlarged": int(enlarged)})
+        yield Record(bucket, told | fields, {**sums, **further, "enlarged": int(enlarged)}, picture.watched)
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

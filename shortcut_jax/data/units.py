@@ -37,12 +37,14 @@ class Unit(NamedTuple):
       name: what it is, in words.
       size: its pictures, where that is known beforehand.
       state: changes when its part of the source does; "" where only the fingerprint of the whole is known.
+      watched: its file and that file's `stamp`, where it is a file, or a part of one.
     """
 
     index: int  # type: ignore[assignment]  # a tuple has a method of that name
     name: str
     size: int | None
     state: str = ""
+    watched: tuple[str, str] | None = None
 
 
 class Record(NamedTuple):
@@ -52,11 +54,13 @@ class Record(NamedTuple):
       bucket: an index into the buckets of the set.
       fields: as `set_features` has them.
       sums: numbers that are added up over the set, for instance {"enlarged": 1}.
+      watched: see `Skip`.
     """
 
     bucket: int
     fields: dict[str, Any]
     sums: dict[str, float] = {}  # noqa: RUF012  (never written to)
+    watched: tuple[str, str] | None = None
 
 
 class Skip(NamedTuple):
@@ -146,6 +150,19 @@ def done_path(work: Path, index: int) -> Path:
     return work / f"{index:06d}.json"
 
 
+def files_path(work: Path, index: int) -> Path:
+    """The image files that the records of a unit were made of, a line each."""
+    return work / f"{index:06d}.files"
+
+
+def files_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Files and the stamps that they had when they were read, where they are listed."""
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            name, stamped = json.loads(line)
+            yield name, stamped
+
+
 def done_units(work: Path) -> set[int]:
     """The units that are done."""
     return {int(path.stem) for path in work.glob("[0-9]*.json")}
@@ -164,6 +181,11 @@ def stamp(path: str | Path) -> str:
     except OSError:
         return ""
     return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def has_changed(path: str, stamped: str) -> bool:
+    """Whether a file is another one than when it had a stamp."""
+    return stamp(path) != stamped
 
 
 def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
@@ -200,11 +222,11 @@ def write_unit(
     Raises:
       OSError: it cannot be written; its temporary files are gone.
     """
-    done = Done(unit.name, state=unit.state)
+    done, read = Done(unit.name, state=unit.state), list[tuple[str, str]]()
     with _Files(work, unit.index) as files:
         for result in produced:
             if isinstance(result, Skip):
-                done.skipped.append(result)
+                done.skipped.append(result._replace(watched=result.watched or unit.watched))
             elif isinstance(result, Unused):
                 done.add_sums({f"{UNUSED}{result.what}": result.number})
             else:
@@ -212,8 +234,10 @@ def write_unit(
                 data = serialize(result.fields)
                 files.write(split, data)
                 done.add(split, result, len(data))
+                read += [result.watched] if result.watched else []
             yield done
         files.finish(done)
+    write_text(files_path(work, unit.index), "".join(f"{as_json(file)}\n" for file in read))
     write_json(done_path(work, unit.index), vars(done))
 
 
@@ -274,7 +298,21 @@ def _check_written(path: Path, count: int) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that is there as a whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value) + "\n")
+
+
+def as_json(value: Any) -> str:
+    """JSON in one line, its characters as they are unless UTF-8 has none for a byte of a file's name."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if _is_utf8(text) else json.dumps(value)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

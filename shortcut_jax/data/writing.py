@@ -8,10 +8,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,13 +44,16 @@ from shortcut_jax.data.units import (
     Skip,
     Unit,
     Unused,
+    as_json,
     counts,
     done_path,
     done_units,
+    files_of,
+    files_path,
+    has_changed,
     read_done,
     records_path,
     serializer,
-    stamp,
     write_json,
     write_text,
     write_unit,
@@ -81,6 +87,7 @@ class Job:
       encoders: see `SetInfo`.
       validation: share of the validation split.
       max_skipped: the largest share that may be left out.
+      unused: what the source has beside what its units count -> how many of it.
       eval_prompts: captions that pictures are drawn for; None: the first captions of the validation split.
       prompts: eval prompts -> the arrays that `write_set` takes. Called once, by process 0.
       complete: called once, by process 0, with the folder that becomes the set and the sums of all records; may put
@@ -99,6 +106,7 @@ class Job:
     encoders: dict[str, dict[str, str]] = field(default_factory=dict)
     validation: float = 0.01
     max_skipped: float = 0.01
+    unused: Mapping[str, int] = field(default_factory=dict)
     eval_prompts: tuple[str, ...] | None = None
     prompts: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None
     complete: Callable[[Path, Mapping[str, float]], dict[str, Any]] | None = None
@@ -118,12 +126,14 @@ def already_written(job: Job) -> bool:
     """Whether the set is there.
 
     Raises:
-      DataError: `out` is something else, or it or its unfinished folder was asked for with other arguments.
+      DataError: `out` is something else, or it or its unfinished folder was asked for with other arguments, or a file
+        that the set left out is another one now.
     """
     out = job.out
     if (out / INFO).is_file():
         info = read_info(out)
         _check_same(out, info.request, job.request)
+        _check_left_out(out)
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"--out={out} is there and is no prepared set: give another --out")
@@ -142,6 +152,7 @@ def write_units(
     process_index: int = 0,
     process_count: int = 1,
     poll_seconds: float = 1.0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SetInfo:
     """Writes a set, or the rest of one, and returns what it is. Process i of n writes units i, i + n, ...
 
@@ -151,6 +162,7 @@ def write_units(
       process_index: i.
       process_count: n.
       poll_seconds: how often a process that has nothing left to do looks at what the others did.
+      say: takes a line of what was done before.
 
     Raises:
       DataError: see `already_written`; too much was left out, nothing is left, the disk is full, or another process
@@ -165,7 +177,7 @@ def write_units(
             job.work.mkdir(parents=True, exist_ok=True)
             write_json(job.work / REQUEST, job.request)
             with _locked(job, process_index):
-                tally = _write_all(job, produce, process_index, process_count, poll_seconds, started)
+                tally = _write_all(job, produce, process_index, process_count, poll_seconds, started, say)
                 if process_index == 0:
                     _complete(job, tally)
         if process_index == 0:
@@ -176,12 +188,18 @@ def write_units(
     return read_info(job.out)
 
 
-def _write_all(job: Job, produce: Produce, index: int, count: int, poll: float, started: float) -> Tally:
+def _write_all(
+    job: Job, produce: Produce, index: int, count: int, poll: float, started: float, say: Callable[[str], None]
+) -> Tally:
     serialize = serializer(set_features(job.store, job.text, job.latents))
     for left in (*job.work.glob(".*.tmp"),) if count == 1 else ():
         left.unlink(missing_ok=True)
     (job.work / f"stopped-{index}").unlink(missing_ok=True)
     stale = stale_units(job)
+    if done := units_done(job, stale):
+        say(f"going on: {done:,} of {len(job.units):,} units are done")
+    if stale:
+        say(f"read again: {len(stale):,} units whose source has changed, or that left out too much before")
     _drop(job, {i for i in stale if i % count == index})
     tally = Tally(job.work, len(job.units), job.num_items, {i for i in stale if i % count != index})
     tally.refresh()
@@ -212,8 +230,8 @@ def _write_all(job: Job, produce: Produce, index: int, count: int, poll: float, 
 def stale_units(job: Job) -> set[int]:
     """The units that are done and have to be read again.
 
-    Those are the units whose part of the source, or a file that they left out, is another one now, and, where a run
-    ended because too much was left out, the units of that time that left anything out: unless more is borne now.
+    Those are the units whose part of the source, or a file that they read or left out, is another one now, and, where a
+    run ended because too much was left out, the units of that time that left anything out: unless more is borne now.
     """
     refused = job.work / REFUSED
     since = 0
@@ -229,7 +247,8 @@ def _is_stale(job: Job, unit: Unit, refused: int) -> bool:
         return True
     if done.skipped and done_path(job.work, unit.index).stat().st_mtime_ns <= refused:
         return True
-    return any(skip.watched and stamp(skip.watched[0]) != skip.watched[1] for skip in done.skipped)
+    watched = {(skip.watched[0], skip.watched[1]) for skip in done.skipped if skip.watched}
+    return any(has_changed(*file) for file in itertools.chain(watched, files_of(files_path(job.work, unit.index))))
 
 
 def _state(job: Job, unit: Unit) -> str:
@@ -245,6 +264,7 @@ def _drop(job: Job, indices: set[int]) -> None:
             path.rename(written)
     for index in indices:
         done_path(job.work, index).unlink(missing_ok=True)
+        files_path(job.work, index).unlink(missing_ok=True)
         for split in SPLITS:
             records_path(job.work, index, split).unlink(missing_ok=True)
 
@@ -261,8 +281,13 @@ def _named(job: Job, outcomes: Sequence[tuple[int, Done]]) -> Iterator[tuple[Pat
 def _nothing_left(job: Job, tally: Tally) -> str:
     refused = f"{skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}" if tally.skipped else ""
     _refused(job)
-    told = "; ".join(filter(None, [refused, f"not used: {unused_text(tally.unused)}" if tally.unused else ""]))
+    unused = _unused(job, tally)
+    told = "; ".join(filter(None, [refused, f"not used: {unused_text(unused)}" if unused else ""]))
     return f"no record is left: {told or 'the source has no images'}{remedies(tally.skipped)}"
+
+
+def _unused(job: Job, tally: Tally) -> dict[str, int]:
+    return dict(sorted((Counter(job.unused) + Counter(tally.unused)).items()))
 
 
 def _complete(job: Job, tally: Tally) -> None:
@@ -296,7 +321,7 @@ def _complete(job: Job, tally: Tally) -> None:
         "request": job.request,
         "skipped": dict(sorted(tally.skipped.items())),
         "enlarged": int(tally.sums.get("enlarged", 0)),
-        "unused": tally.unused,
+        "unused": _unused(job, tally),
         "text": job.text,
         "latents": job.latents,
         "encoders": job.encoders,
@@ -320,9 +345,35 @@ def _list_skipped(job: Job) -> Path:
     """Writes what was left out, of the units that are done."""
     path = job.partial / SKIPPED
     skips = (skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
-    told = ({"key": skip.key, "reason": skip.reason, "detail": skip.detail} for skip in skips)
-    write_text(path, "".join(json.dumps(skip, ensure_ascii=False) + "\n" for skip in told))
+    write_text(path, "".join(f"{as_json(_listed(skip))}\n" for skip in skips))
     return path
+
+
+def _listed(skip: Skip) -> dict[str, str]:
+    """A line of `skipped.jsonl`: the stamp of a file shows later that the file was corrected."""
+    watched = dict(zip(("file", "stamp"), skip.watched, strict=True)) if skip.watched else {}
+    return {"key": skip.key, "reason": skip.reason, "detail": skip.detail, **watched}
+
+
+def _check_left_out(out: Path) -> None:
+    """Raises DataError where files that a complete set left out were corrected, or came, since."""
+    try:
+        with (out / SKIPPED).open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        left = dict.fromkeys((row["file"], row["stamp"]) for row in rows if "file" in row)
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{out / SKIPPED} is damaged ({error}): delete {out}, and prepare it again") from error
+    # A file that could not be read has no stamp: it is another one when it can be read.
+    changed = [name for name, was in left if has_changed(name, was) and (was or os.access(name, os.R_OK))]
+    if changed:
+        shown = ", ".join([*changed[:3], *(["..."] if len(changed) > 3 else [])])
+        shown = shown.encode("utf-8", "backslashreplace").decode()
+        raise DataError(
+            f"{out} left out files that have changed since ({len(changed):,}: {shown}): give another --out, or delete "
+            f"{out}, to prepare it with them"
+        )
 
 
 def _check_skipped(job: Job, tally: Tally) -> None:
@@ -430,7 +481,6 @@ def captions_hash(captions: Sequence[str] | None) -> str:
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
-def units_done(job: Job) -> int:
+def units_done(job: Job, stale: Set[int] = frozenset()) -> int:
     """How many units are done, those not counted that have to be read again."""
-    stale = stale_units(job)
     return sum(unit.index not in stale and done_path(job.work, unit.index).is_file() for unit in job.units)

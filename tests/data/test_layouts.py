@@ -1,7 +1,9 @@
 """The layouts that captioned images come in, each as a small real folder."""
 
+import io
 import json
 import os
+import tarfile
 
 import pytest
 
@@ -93,6 +95,14 @@ def test_images_with_captions_beside_them(tmp_path):
     (tmp_path / "b.caption").write_text("of KOHYA")
     os.utime(tmp_path / "b.caption", (1, 1))
     assert open_source(str(tmp_path), SourceOptions()).fingerprint != first
+
+
+def test_parquet_files_of_no_split_beside_those_of_train(tmp_path):
+    for name in ("train-0", "more", "test-0", "test-1"):
+        _parquet(tmp_path / f"{name}.parquet", _rows(0, 2))
+    kept, _, said = _read(tmp_path)
+    assert len(kept) == 2 and "None" not in said
+    assert "files of no split are not read: 1 file" in said and "the split test is not read: 2 files" in said
 
 
 def test_a_caption_field_without_json_is_refused(tmp_path):
@@ -287,6 +297,7 @@ def test_splits_of_a_folder(tmp_path, form):
     for split in ("train", "validation", "test"):
         rows = [{"file_name": "1.png", "text": f"of {split}"}]
         _write(tmp_path, {f"{split}/1.png": PNG, f"{split}/metadata.jsonl": _lines(*rows), "README.md": "x"})
+        _write(tmp_path, {"train/notes.md": "x", "test/2.png": PNG, ".git/HEAD": "x"})
         if form != "jsonl":
             (tmp_path / split / "metadata.jsonl").unlink()
         if form == "csv":
@@ -295,7 +306,75 @@ def test_splits_of_a_folder(tmp_path, form):
             _parquet(tmp_path / split / "metadata.parquet", rows)
     kept, skipped, said = _read(tmp_path)
     assert kept == {"1.png": "of train"} and not skipped
-    assert f"reads {tmp_path}/train; not the splits test, validation" in said
+    assert f"reads {tmp_path}/train; not the splits test (3 files), validation (2 files)" in said
+    assert "not read: 2 other files (notes.md, ../README.md), 1 folder not followed (../.git/, hidden)" in said
+    assert open_source(str(tmp_path), SourceOptions()).unused == {
+        "files of the split test": 3,
+        "files of the split validation": 2,
+        ".md files": 2,
+        "folders that were not followed": 1,
+    }
+
+
+def test_folders_that_are_not_followed_are_told_as_such(tmp_path, monkeypatch):
+    folder = _write(tmp_path / "a", {"1.png": PNG, "1.txt": "x", ".cache/2.png": PNG, "locked/3.png": PNG, ".x": "x"})
+    (folder / "linked").symlink_to(_write(tmp_path / "b", {"4.png": PNG, "4.txt": "x"}))
+    scandir = os.scandir
+
+    def locked(path):  # root may read everything
+        if os.path.basename(path) == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    name = "locked"
+    monkeypatch.setattr(os, "scandir", locked)
+    kept, _, said = _read(folder)
+    assert kept == {"1.png": "x"}
+    told = ".cache/, hidden; linked/, a link; locked/, Permission denied"
+    assert f"not read: 1 other file (.x), 3 folders not followed ({told})" in said
+    assert open_source(str(folder), SourceOptions()).unused == {
+        "folders that were not followed": 3,
+        "files without an ending": 1,
+    }
+    name = "a"
+    with pytest.raises(PermissionError):  # which the command tells in one line
+        _read(folder)
+
+
+@pytest.mark.parametrize("layout", ["metadata.jsonl", "tars", "parquet", "sidecars", "classes"])
+def test_files_that_are_not_used_reach_the_set(tmp_path, layout):
+    folder = _write(tmp_path / "a", {"README.md": "x", "masks/1.npz": "x", "masks/2.npz": "x", ".git/HEAD": "x"})
+    options = {"template": "{label}"} if layout == "classes" else {}
+    names = [f"cat/{i}" for i in range(4)]
+    images = {f"{name}.png": image for name, image in zip(names, IMAGES, strict=True)}
+    if layout == "metadata.jsonl":
+        rows = [{"file_name": f"{name}.png", "text": name} for name in names]
+        _write(folder, images | {"metadata.jsonl": _lines(*rows)})
+    elif layout == "tars":
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for name, content in sorted((images | {f"{name}.txt": b"x" for name in names}).items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    elif layout == "parquet":
+        rows = _rows(0, 4)
+        for split in ("train", "test"):
+            _parquet(folder / f"data/{split}-00000.parquet", rows)
+        _parquet(folder / "data/more.parquet", rows)
+    else:
+        _write(folder, images | ({f"{name}.txt": "x" for name in names} if layout == "sidecars" else {}))
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    assert prepare.main(["prepare", f"--source={folder}", f"--out={tmp_path / 'set'}", "--resolution=32", *flags]) == 0
+    further = {"files of the split test": 1, "files of no split": 1} if layout == "parquet" else {}
+    assert (
+        PreparedSet(tmp_path / "set").info.unused
+        == {
+            ".md files": 1,
+            ".npz files": 2,
+            "folders that were not followed": 1,
+        }
+        | further
+    )
 
 
 def test_a_class_called_train_is_no_split(tmp_path):
@@ -373,7 +452,7 @@ def test_a_folder_of_no_layout_is_told_what_is_understood(tmp_path, files, told)
     text = str(error.value)
     assert "\n" not in text
     if "save_to_disk" not in told:
-        assert all(layout.what in text for layout in LAYOUTS) and "links to folders (linked/) are not followed" in text
+        assert all(layout.what in text for layout in LAYOUTS) and "folders (linked/, a link) are not followed" in text
 
 
 def test_prepare_says_which_layout_it_reads(tmp_path, capsys):

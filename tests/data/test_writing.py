@@ -330,11 +330,40 @@ def test_a_unit_is_read_again_when_a_file_that_it_left_out_changes(whole, tmp_pa
     interrupted = lambda unit: _break() if unit.index == 5 else produce(unit)
     with pytest.raises(RuntimeError):
         write_units(job, interrupted)
-    assert writing.stale_units(job) == {2} and writing.units_done(job) == 4
+    assert writing.stale_units(job) == {2} and writing.units_done(job, {2}) == 4
     for path in (bad, absent, locked):
         path.write_bytes(b"good")
     assert writing.stale_units(job) == {0, 1, 2}
     assert _outcomes(job, produce) == ([0, 1, 2, 5], _bytes(whole))
+
+
+def test_files_of_records_and_of_names_that_are_not_utf8_are_watched(whole, tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("read", "bad\udcff")}
+    for path in paths.values():
+        with open(path, "wb") as file:
+            file.write(b"x")
+
+    def produce(unit):
+        for record in _produce(unit):
+            yield record._replace(watched=(paths["read"], units.stamp(paths["read"]))) if unit.index == 1 else record
+        if unit.index == 2:
+            yield Skip("2/x", "corrupt", "", (paths["bad\udcff"], units.stamp(paths["bad\udcff"])))
+
+    job = _job(tmp_path / "set")
+    with pytest.raises(RuntimeError):
+        write_units(job, lambda unit: _break() if unit.index == 5 else produce(unit))
+    assert writing.stale_units(job) == set()
+    for name, unit in (("read", 1), ("bad\udcff", 2)):
+        with open(paths[name], "wb") as file:
+            file.write(b"longer")
+        assert unit in writing.stale_units(job)
+    said = []
+    write_units(job, produce, say=said.append)
+    assert said[0] == "going on: 3 of 6 units are done" and said[1].startswith("read again: 2 units")
+    with open(paths["bad\udcff"], "wb") as file:
+        file.write(b"of another length")
+    with pytest.raises(DataError, match=r"left out files that have changed since \(1: .*bad\\udcff\)"):
+        write_units(job, _produce)
 
 
 def test_a_process_waits_for_the_units_that_another_one_reads_again(whole, tmp_path, monkeypatch):

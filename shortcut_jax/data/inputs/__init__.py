@@ -68,4 +68,4 @@ def check_options(options: SourceOptions, name: str) -> None:
 def _tree_of(files: list[Path]) -> Tree:
     """Files that are named one by one, links among them: who names a link means the file."""
     folder = files[0].parent if len({file.parent for file in files}) == 1 else Path("/")
-    return Tree(folder, [str(file.absolute().relative_to(folder.absolute())) for file in files], frozenset(), [])
+    return Tree(folder, [str(file.absolute().relative_to(folder.absolute())) for file in files], frozenset(), [], {})

@@ -27,9 +27,11 @@ class CatalogueSource:
       num_items: records of the split.
       fingerprint: of the set's name, version and shards.
       notes: none.
+      unused: none.
     """
 
     notes: tuple[str, ...] = ()
+    unused: Mapping[str, int] = {}
 
     def __init__(self, name: str, options: SourceOptions):
         """Opens a set.

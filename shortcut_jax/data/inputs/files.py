@@ -45,6 +45,7 @@ class SidecarSource:
       num_items: of both.
       fingerprint: of all names, and of size and time of the captions.
       notes: what was found.
+      unused: see `Source`.
     """
 
     def __init__(self, tree: Tree, options: SourceOptions):
@@ -67,7 +68,8 @@ class SidecarSource:
         self.fingerprint = hash_of(["sidecars", *lines])
         found = Counter(os.path.splitext(p.caption)[1].lower() for p in self._pairs if p.image and p.caption)
         told = ", ".join(f"{found[ending]:,} of {ending}" for ending in CAPTIONS if found[ending])
-        self.notes = (f"captions: {told}", *_repeats(tree), *tree.rest(used | bookkeeping))
+        rest = tree.rest(used | bookkeeping)
+        self.notes, self.unused = (f"captions: {told}", *_repeats(tree), *rest.notes), rest.counts
 
     def _stated(self, pair: Pair) -> str:
         return f"{pair.image} {pair.caption} {stamp(self._folder / pair.caption) if pair.caption else ''}"
@@ -111,6 +113,7 @@ class ClassSource:
       num_items: of them.
       fingerprint: of all names.
       notes: what was found.
+      unused: see `Source`.
     """
 
     def __init__(self, tree: Tree, options: SourceOptions):
@@ -129,7 +132,8 @@ class ClassSource:
         self.fingerprint = hash_of(["classes", *self._images])
         classes = sorted({_label(name) for name in self._images} - {""})
         listed = ", ".join(classes[:LISTED]) + (", ..." if len(classes) > LISTED else "")
-        self.notes = (f"classes: {len(classes):,} ({listed})", *tree.rest(self._images))
+        rest = tree.rest(self._images)
+        self.notes, self.unused = (f"classes: {len(classes):,} ({listed})", *rest.notes), rest.counts
 
     def items(self, unit: Unit) -> Iterator[Item | Skip]:
         """The images of a unit."""

@@ -19,7 +19,7 @@ from shortcut_jax.data.inputs.items import (
     printable,
 )
 from shortcut_jax.data.inputs.tables import Table
-from shortcut_jax.data.inputs.tree import Inside, Tree
+from shortcut_jax.data.inputs.tree import Inside, Tree, is_image
 from shortcut_jax.data.units import Skip, Unit
 
 
@@ -31,6 +31,7 @@ class FolderSource:
       num_items: both together.
       fingerprint: of the table, and of the names of those images.
       notes: what was found.
+      unused: see `Source`.
     """
 
     def __init__(self, tree: Tree, table: Table, options: SourceOptions):
@@ -58,7 +59,9 @@ class FolderSource:
         self._unit = options.unit
         state = lambda first, end: hash_of([*map(str, self._states[first:end]), *self._unnamed_in(first, end)])
         self.units = consecutive(self.num_items, options.unit, "rows", state)
-        self.notes = tree.rest({*images, table.path.name})
+        self.notes, self.unused = tree.rest(
+            {table.path.name, *(name for name in tree.files if is_image(name) or _hash(name) in named)}
+        )
 
     def _scan(self, digest: Any) -> set[bytes]:
         """Finds the rows; returns hashes of the names in all of them."""

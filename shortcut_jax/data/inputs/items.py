@@ -1,7 +1,7 @@
 """What a source of captioned pictures is, and what is wrong with a caption."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +40,7 @@ class Source(Protocol):
       num_items: pictures and what is left out, where that is known beforehand.
       fingerprint: changes when the source does.
       notes: what was found in it, a line each.
+      unused: files and folders beside its items that nothing is made of: kind -> how many of it.
     """
 
     @property
@@ -53,6 +54,9 @@ class Source(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def unused(self) -> Mapping[str, int]: ...  # noqa: D102
 
     def items(self, unit: Unit) -> Iterator[Item | Skip | Unused]: ...  # noqa: D102
 

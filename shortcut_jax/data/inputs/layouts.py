@@ -11,7 +11,7 @@ from shortcut_jax.data.inputs.items import Source, SourceOptions
 from shortcut_jax.data.inputs.parquet import SPLITS, ParquetSource, data_files
 from shortcut_jax.data.inputs.tables import Csv, JsonLines, ParquetTable, Table
 from shortcut_jax.data.inputs.tar_files import is_tar_name
-from shortcut_jax.data.inputs.tree import Tree
+from shortcut_jax.data.inputs.tree import Tree, is_image
 from shortcut_jax.data.inputs.webdataset import TarSource
 
 
@@ -128,19 +128,12 @@ def _training_part(tree: Tree) -> tuple[Tree, tuple[str, ...]]:
     tops = tree.tops()
     at_top = [name for name in tree.files if "/" not in name]
     own = any(name.startswith(("metadata.", DATASET_INFO)) or name.endswith(".parquet") for name in at_top)
-    if (
-        own
-        or _tars(tree)
-        or "train" not in tops
-        or not tops <= {*SPLITS}
-        or Tree(tree.folder, at_top, tree.links, []).images()
-    ):
+    if own or _tars(tree) or "train" not in tops or not tops <= {*SPLITS} or any(map(is_image, at_top)):
         return tree, ()
-    others = sorted(tops - {"train"})
-    told = f"reads {tree.folder / 'train'}" + (
-        f"; not the split{'s' * (len(others) > 1)} {', '.join(others)}" if others else ""
-    )
-    return tree.below("train"), (told,)
+    part = tree.below("train")
+    others = [f"{split} ({n:,} file{'s' * (n > 1)})" for split, n in part.splits.items()]
+    told = f"; not the split{'s' * (len(others) > 1)} {', '.join(others)}" if others else ""
+    return part, (f"reads {part.folder}{told}",)
 
 
 def _check_foreign(tree: Tree) -> None:
@@ -160,8 +153,8 @@ def _check_foreign(tree: Tree) -> None:
 
 def _what_lies_in(tree: Tree) -> str:
     images, num = len(tree.images()), len(tree.files)
-    links = [name for name in tree.unread if name.endswith("/")]
-    followed = f"; links to folders ({', '.join(links[:3])}) are not followed" if links else ""
+    listed = [f"{name}, {why}" for name, why in sorted(tree.folders.items())]
+    followed = f"; folders ({'; '.join(listed[:3])}) are not followed" if listed else ""
     if images:
         return f"has {images:,} image{'s' * (images > 1)}, but no captions that are understood{followed}"
     return f"has no captioned images ({num:,} file{'s' * (num != 1)}){followed}"

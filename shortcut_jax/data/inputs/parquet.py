@@ -41,6 +41,7 @@ class ParquetSource:
       num_items: rows of all files.
       fingerprint: of the files' names, sizes, numbers of rows and columns.
       notes: what was found.
+      unused: see `Source`.
     """
 
     def __init__(self, tree: Tree, options: SourceOptions):
@@ -71,8 +72,8 @@ class ParquetSource:
         self._field = options.caption_field
         self._columns = self._needed(tree.folder / names[0], schemas[0].names)
         told = f"{len(names):,} file{'s' * (len(names) > 1)}, {self.num_items:,} rows; images: {self._image}"
-        left = tuple(f"the split {split} is not read: {n:,} file{'s' * (n > 1)}" for split, n in others.items())
-        self.notes = (told, *left, *tree.rest({n for n in tree.files if n.endswith(".parquet")}))
+        rest = tree.rest({*data_files(tree), *img2dataset_files(tree)}, others)
+        self.notes, self.unused = (told, *(_split_text(s, n) for s, n in others.items()), *rest.notes), rest.counts
 
     def _divide(self, path: Path, name: str, metadata: Any, unit: int) -> None:
         groups, rows, first = list[int](), 0, 0
@@ -81,7 +82,8 @@ class ParquetSource:
             rows += metadata.row_group(group).num_rows
             if rows >= unit or group == metadata.num_row_groups - 1:
                 title = f"{printable(posixpath.splitext(name)[0])} rows {first} to {first + rows - 1}"
-                self.units.append(Unit(len(self.units), title, rows, f"{stamp(path)} {groups}"))
+                read = stamp(path)
+                self.units.append(Unit(len(self.units), title, rows, f"{read} {groups}", (str(path), read)))
                 self._parts.append(Part(path, tuple(groups), first))
                 groups, rows, first = [], 0, first + rows
         self.num_items += metadata.num_rows
@@ -140,6 +142,8 @@ class ParquetSource:
 def split_files(tree: Tree) -> tuple[list[str], dict[str, int]]:
     """The files that are read, those of `train` where their names have splits; and how many of other splits are not.
 
+    Files whose names have no split are those of the split "".
+
     Raises:
       DataError: those of several data sets.
     """
@@ -149,7 +153,7 @@ def split_files(tree: Tree) -> tuple[list[str], dict[str, int]]:
         chosen = [name for name in names if splits[name] in TRAIN]
     else:
         chosen = [name for name in names if splits[name] is None] or names
-    left = [str(splits[name]) for name in names if name not in {*chosen}]
+    left = [splits[name] or "" for name in names if name not in {*chosen}]
     kinds = sorted({posixpath.dirname(re.sub(rf"(^|/)({'|'.join(SPLITS)})/", r"\1", name)) for name in chosen})
     if len(kinds) > 1:
         raise DataError(
@@ -157,6 +161,11 @@ def split_files(tree: Tree) -> tuple[list[str], dict[str, int]]:
             f"{', '.join(kind or '.' for kind in kinds)}"
         )
     return chosen, {split: left.count(split) for split in sorted({*left})}
+
+
+def _split_text(split: str, number: int) -> str:
+    files = f"{number:,} file{'s' * (number > 1)}"
+    return f"the split {split} is not read: {files}" if split else f"files of no split are not read: {files}"
 
 
 def data_files(tree: Tree) -> list[str]:

@@ -4,12 +4,14 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.images import ENDINGS
+from shortcut_jax.data.inputs.unused import Unread, unread
 
 IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 """Endings of images, in small letters; what cannot be decoded of them is counted when it is read."""
@@ -22,13 +24,17 @@ class Tree(NamedTuple):
       folder: where it lies.
       files: sorted; a link to a file is one.
       links: which of them are links.
-      unread: what is not looked at: hidden names, links to folders (with a slash behind them), pipes and devices.
+      unread: files that are not looked at: hidden ones, pipes and devices.
+      folders: those that are not looked into -> why: hidden ones, links to folders, and those that cannot be read.
+      splits: those that are not read -> their files; they are none of `files`.
     """
 
     folder: Path
     files: list[str]
     links: frozenset[str]
     unread: list[str]
+    folders: Mapping[str, str]
+    splits: Mapping[str, int] = {}
 
     def images(self) -> list[str]:
         """The files that are images by their endings."""
@@ -39,10 +45,21 @@ class Tree(NamedTuple):
         return {name.partition("/")[0] for name in self.files if "/" in name}
 
     def below(self, part: str) -> "Tree":
-        """The files of one of its folders."""
+        """The files of one of its folders, a split, whose others are splits too; what lies beside them is unread."""
         start = f"{part}/"
-        cut = lambda names: [name.removeprefix(start) for name in names if name.startswith(start)]
-        return Tree(self.folder / part, cut(self.files), frozenset(cut(self.links)), cut(self.unread))
+        inside = lambda names: [name.removeprefix(start) for name in names if name.startswith(start)]
+        relative = lambda name: name.removeprefix(start) if name.startswith(start) else f"../{name}"
+        splits = Counter(name.partition("/")[0] for name in self.files if "/" in name and not name.startswith(start))
+        beside = [name for name in self.files if "/" not in name]
+        beside += [name for name in self.unread if not name.startswith(start)]
+        return Tree(
+            self.folder / part,
+            inside(self.files),
+            frozenset(inside(self.links)),
+            [*inside(self.unread), *map(relative, beside)],
+            {relative(name): why for name, why in self.folders.items()},
+            dict(sorted(splits.items())),
+        )
 
     def check_links(self, used: Collection[str]) -> None:
         """Raises DataError where a file that is used is a link out of the folder."""
@@ -54,10 +71,10 @@ class Tree(NamedTuple):
                     f"copy the file there"
                 )
 
-    def rest(self, used: Collection[str]) -> tuple[str, ...]:
-        """What is not read, as one line; none where all is."""
+    def rest(self, used: Collection[str], splits: Mapping[str, int] | None = None) -> Unread:
+        """What is not read; `splits` are further ones -> their files, which are in `used`."""
         left = sorted({*self.files}.difference(used)) + sorted(self.unread)
-        return (f"not read: {_listed(left)}",) if left else ()
+        return unread(left, self.folders, {**self.splits, **(splits or {})})
 
 
 def is_image(name: str) -> bool:
@@ -67,29 +84,35 @@ def is_image(name: str) -> bool:
 
 def walk(folder: Path) -> Tree:
     """Finds the files of a folder; links to folders are not followed."""
-    files, links, unread, waiting = list[str](), list[str](), list[str](), [""]
+    files, links, others, waiting = list[str](), list[str](), list[str](), [""]
+    folders: dict[str, str] = {}
     while waiting:
         directory = waiting.pop()
         try:
             entries = list(os.scandir(folder / directory))
-        except OSError:
-            unread.append(f"{directory}/")
+        except OSError as error:
+            if not directory:
+                raise
+            folders[f"{directory}/"] = error.strerror or str(error)
             continue
         for entry in entries:
             name = posixpath.join(directory, entry.name)
             if entry.name.startswith("."):
-                unread.append(name)
+                if entry.is_dir():
+                    folders[f"{name}/"] = "hidden"
+                else:
+                    others.append(name)
             elif entry.is_dir(follow_symlinks=False):
                 waiting.append(name)
             elif entry.is_dir():
-                unread.append(f"{name}/")
+                folders[f"{name}/"] = "a link"
             elif _is_special(entry):
-                unread.append(name)
+                others.append(name)
             else:
                 files.append(name)
                 if entry.is_symlink():
                     links.append(name)
-    return Tree(folder, sorted(files), frozenset(links), unread)
+    return Tree(folder, sorted(files), frozenset(links), others, folders)
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
@@ -100,11 +123,6 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
         return not stat.S_ISREG(entry.stat().st_mode)
     except OSError:
         return False
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names):,} other file{'s' * (len(names) > 1)} ({shown})"
 
 
 class Inside:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from shortcut_jax.data.images import ENDINGS as IMAGES
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, caption_in, captioned, printable
 from shortcut_jax.data.inputs.tar_files import find_tars, members, unit_name
-from shortcut_jax.data.inputs.unused import few_kinds, is_system_file, kind_of_name
+from shortcut_jax.data.inputs.unused import NONE_UNREAD, Unread, few_kinds, is_system_file, kind_of_name
 from shortcut_jax.data.units import Skip, Unit, Unused, stamp
 
 CAPTIONS = ("txt", "json")
@@ -30,27 +30,29 @@ class TarSource:
       num_items: None.
       fingerprint: see above.
       notes: what lies beside the files.
+      unused: see `Source`.
     """
 
     num_items: int | None = None
 
-    def __init__(self, pattern: str, options: SourceOptions, notes: tuple[str, ...] = ()):
+    def __init__(self, pattern: str, options: SourceOptions, rest: Unread = NONE_UNREAD):
         """Finds the files.
 
         Args:
           pattern: a folder, a file, a glob, or a range in braces: `cc12m-{00000..01242}.tar`.
           options: how captions are found.
-          notes: see above.
+          rest: what lies beside the files.
 
         Raises:
           DataError: see `find_tars`.
         """
-        self._field, self.notes = options.caption_field, notes
+        self._field = options.caption_field
+        self.notes, self.unused = rest
         self._paths = find_tars(pattern)
         base = os.path.commonpath([p.parent for p in self._paths])
         names = [os.path.relpath(unit_name(str(path)), base) for path in self._paths]
         self.units = [
-            Unit(i, printable(name), None, stamp(path))
+            Unit(i, printable(name), None, stamp(path), (str(path), stamp(path)))
             for i, (name, path) in enumerate(zip(names, self._paths, strict=True))
         ]
         stated = "".join(f"{name} {p.stat().st_size}\n" for name, p in zip(names, self._paths, strict=True))
