@@ -213,11 +213,10 @@ def test_an_edit_between_equal_prompts_is_the_picture_and_otherwise_changes_it(t
         f"--source_prompt={SEVEN}",
         "--steps=4",
         "--skip=1",
-        f"--out={out}",
     ]
-    _run(*argv, f"--prompt={SEVEN}")
+    _run(*argv, f"--prompt={SEVEN}", f"--out={out}")
     np.testing.assert_array_equal(_pixels(out), pixels)
-    _run(*argv, f"--prompt={TWO}")
+    _run(*argv, f"--prompt={TWO}", f"--out={out}")
     assert not np.array_equal(_pixels(out), pixels)
     (made,) = read_records(out)
     told = dict(prompt=TWO, source_prompt=SEVEN, steps=4, skip=1, plain=0, average=1, seed=0, index=0)
@@ -253,7 +252,7 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "--num is 3, but there are 2 --seeds" in fails("--prompt=x", "--seeds=1,2", "--num=3")
     assert "the seed 4294967296 is out of range" in fails("--prompt=x", "--seeds=4294967296")
     assert "the seed -1 is out of range" in fails("--prompt=x", "--seed=-1")
-    assert "--num is a number of 133 bits" in fails("--prompt=x", f"--num={10**40}")
+    assert "--num is out of range: it must be less than 2^31" in fails("--prompt=x", f"--num={10**40}")
     assert "is not UTF-8" in fails("--prompt=caf\udce9")
     assert "--shift is 0, but must be positive" in fails("--prompt=x", "--shift=0")
     assert "--batch is 0" in fails("--prompt=x", "--batch=0")

@@ -32,5 +32,5 @@ def told(values: Mapping[str, Any], name: str, kind: str, default: Any = None, w
         return default
     value = values[name]
     if not _KINDS[kind](value):
-        raise ConversionError(f"{where} says {name} {value!r}, which is not {kind}")
+        raise ConversionError(f"{where} says {name} {repr(value)[:80]}, which is not {kind}")
     return tuple(value) if kind == LIST else value

@@ -244,5 +244,5 @@ def test_a_field_that_a_set_declares_optional_may_be_absent():
     source = [{"image": 1, "note": None}]
     piece = [Piece(Path("shard"), 0, 1)]
     assert Records(source, piece, frozenset({"note"}))[0] == source[0]
-    with pytest.raises(DataError, match="record 0 of shard is damaged .*it has no note"):
+    with pytest.raises(DataError, match=r"record 0 of shard is damaged .*it has no note"):
         Records(source, piece)[0]

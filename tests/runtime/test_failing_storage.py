@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from orbax.checkpoint import checkpoint_manager
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
@@ -70,6 +71,7 @@ def test_a_save_that_fails_in_the_background_keeps_the_last_one_and_the_next_one
 
 
 def test_a_failing_save_is_one_line_an_attempt_and_the_log_has_the_rest(tmp_path, background_fails, capfd):
+    logging.set_verbosity(logging.ERROR)  # as every command does; tests before this one may have set another
     with process_log() as log_in:
         log_in(tmp_path)
         checkpoints = Checkpoints(tmp_path / "c", keep=1, attempts=3)
