@@ -243,7 +243,12 @@ def stale_units(job: Job) -> set[int]:
 
 def _is_stale(job: Job, unit: Unit, refused: int) -> bool:
     done = read_done(job.work, unit.index)
-    if (done.name, done.state) != (unit.name, _state(job, unit)):
+    if done.name != unit.name:
+        return True
+    if not done.state:  # of a version that knew the state of the whole source only
+        if _stored_request(job.work / REQUEST).get(FINGERPRINT) != job.request.get(FINGERPRINT):
+            return True
+    elif done.state != _state(job, unit):
         return True
     if done.skipped and done_path(job.work, unit.index).stat().st_mtime_ns <= refused:
         return True

@@ -119,14 +119,14 @@ def test_metadata_csv(tmp_path):
     files = {f"{name}.png": PNG for name in ("a/1", "2", "4", "5", "unlisted")}
     kept, skipped, said = _read(_write(tmp_path, {"metadata.csv": table, **files, "README.md": "x"}), unit=2)
     assert kept == {"a/1.png": 'a "big", red\nball', "2.png": "plain"}
-    assert "metadata.csv (the same columns)" in said and "not read: 1 other file (README.md)" in said
+    assert (
+        "metadata.csv (the same columns)" in said and "not read: 3 other files (4.png, README.md, unlisted.png)" in said
+    )
     assert skipped == {
         "metadata.csv:6": "bad CSV",  # more fields than the header has: a caption with a comma, not in quotes
-        "4.png": "missing caption",
         "5.png": "missing field",
         "2.png": "duplicate key",
         "metadata.csv:9": "missing field",
-        "unlisted.png": "missing caption",
     }
     kept, skipped, _ = _read(tmp_path, where=("kind=y",))
     assert kept == {"2.png": "plain"} and "a/1.png" not in skipped  # which another row names
@@ -135,9 +135,9 @@ def test_metadata_csv(tmp_path):
 def test_a_quote_that_is_never_closed_costs_no_row_in_silence(tmp_path):
     files = {f"{name}.png": PNG for name in range(4)}
     _write(tmp_path, {"metadata.csv": 'file_name,text\n0.png,zero\n1.png,"one\n2.png,two\n3.png,three\n', **files})
-    kept, skipped, _ = _read(tmp_path)
-    assert kept == {"0.png": "zero"}
-    assert skipped == {"metadata.csv:3": "bad CSV", **dict.fromkeys(("1.png", "2.png", "3.png"), "missing caption")}
+    kept, skipped, said = _read(tmp_path)
+    assert kept == {"0.png": "zero"} and skipped == {"metadata.csv:3": "bad CSV"}
+    assert "not read: 3 other files (1.png, 2.png, 3.png)" in said
 
 
 def test_metadata_jsonl_with_text_or_a_named_field(tmp_path):
@@ -419,11 +419,11 @@ def test_links_out_of_a_folder_without_a_cache_are_refused(tmp_path):
             _read(folder, **options)
 
 
-def test_a_folder_of_several_layouts_is_refused_with_the_choices(tmp_path):
+def test_of_a_folder_of_several_layouts_the_table_is_read_or_the_choices_are_told(tmp_path):
     row = {"file_name": "cat/1.png", "text": "of the table"}
     _write(tmp_path, {"cat/1.png": PNG, "cat/1.txt": "of the file", "metadata.jsonl": _lines(row)})
-    with pytest.raises(DataError, match=r"2 ways .* choose with --layout=metadata\.jsonl or --layout=sidecars"):
-        _read(tmp_path)
+    kept, _, said = _read(tmp_path)
+    assert kept == {"cat/1.png": "of the table"} and "not read: sidecars (--layout=sidecars does)" in said
     assert _read(tmp_path, layout="metadata.jsonl")[0] == {"cat/1.png": "of the table"}
     kept, _, said = _read(tmp_path, layout="sidecars")
     assert kept == {"cat/1.png": "of the file"} and "not read: metadata.jsonl" in said
@@ -432,6 +432,9 @@ def test_a_folder_of_several_layouts_is_refused_with_the_choices(tmp_path):
         _read(tmp_path, layout="metadata.csv")
     with pytest.raises(DataError, match="--layout=tars does not go with a TFDS set"):
         open_source("tfds:digits", SourceOptions(layout="tars"))
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(DataError, match=r"2 ways .* choose with --layout=sidecars or --layout=classes"):
+        _read(tmp_path, template="a {label}")
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,16 @@ def test_units_whose_source_changed_are_read_again(tmp_path):
         write_units(made("set", "abXdY"), _produce)
 
 
+def test_units_of_a_version_that_knew_no_states_are_kept_where_the_source_is_the_same(tmp_path):
+    request = lambda fingerprint: {"source": "here", "fingerprint": fingerprint}
+    made = lambda fingerprint: _job(tmp_path / "set", request=request(fingerprint), units=_units("abcdef"))
+    with pytest.raises(RuntimeError):
+        write_units(made("f"), lambda unit: _break() if unit.index == 5 else _produce(unit))
+    for path in made("f").work.glob("[0-9]*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"state": ""}))
+    assert writing.stale_units(made("f")) == set() and writing.stale_units(made("other")) == set(range(5))
+
+
 @pytest.mark.parametrize("function", ["write_set", "shard_name"])
 def test_a_source_that_changed_while_the_set_was_completed(tmp_path, monkeypatch, function):
     made = lambda name, states: _job(tmp_path / name, units=_units(states))

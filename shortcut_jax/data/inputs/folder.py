@@ -19,7 +19,7 @@ from shortcut_jax.data.inputs.items import (
     printable,
 )
 from shortcut_jax.data.inputs.tables import Table
-from shortcut_jax.data.inputs.tree import Inside, Tree, is_image
+from shortcut_jax.data.inputs.tree import Inside, Tree
 from shortcut_jax.data.units import Skip, Unit
 
 
@@ -27,7 +27,7 @@ class FolderSource:
     """See the module; the fingerprint is that of the table, for looking at every image would take too long.
 
     Attributes:
-      units: consecutive rows, and behind them the images that no row names.
+      units: consecutive rows.
       num_items: both together.
       fingerprint: of the table, and of the names of those images.
       notes: what was found.
@@ -51,17 +51,13 @@ class FolderSource:
         if not self._places:
             chosen = f" for which {', '.join(options.where)}" if options.where else ""
             raise DataError(f"{table.path} has no row{chosen}")
-        images = tree.images()
-        self._unnamed = [name for name in images if _hash(name) not in named]
-        digest.update("\n".join(map(printable, self._unnamed)).encode())
         self.fingerprint = digest.hexdigest()
-        self.num_items = len(self._places) + len(self._unnamed)
+        self.num_items = len(self._places)
         self._unit = options.unit
-        state = lambda first, end: hash_of([*map(str, self._states[first:end]), *self._unnamed_in(first, end)])
+        state = lambda first, end: hash_of(map(str, self._states[first:end]))
         self.units = consecutive(self.num_items, options.unit, "rows", state)
-        self.notes, self.unused = tree.rest(
-            {table.path.name, *(name for name in tree.files if is_image(name) or _hash(name) in named)}
-        )
+        # An image that no row names is one of them: a table may choose among the images of its folder.
+        self.notes, self.unused = tree.rest({table.path.name, *(name for name in tree.files if _hash(name) in named)})
 
     def _scan(self, digest: Any) -> set[bytes]:
         """Finds the rows; returns hashes of the names in all of them."""
@@ -91,11 +87,6 @@ class FolderSource:
         seen |= named
         return seen
 
-    def _unnamed_in(self, first: int, end: int) -> list[str]:
-        """The images among some items that no row names: they come behind all rows."""
-        num = len(self._places)
-        return self._unnamed[max(first - num, 0) : max(end - num, 0)]
-
     def _chosen(self, row: dict[str, Any]) -> bool:
         return all(name in row and _text(row[name]) == value for name, value in self._where)
 
@@ -106,8 +97,6 @@ class FolderSource:
         rows = self._table.read(self._places[start:stop])
         for index, row in zip(range(start, stop), rows, strict=False):
             yield self._item(index, row)
-        for name in self._unnamed_in(start, stop):
-            yield Skip(printable(name), "missing caption", f"no row of {self._table.path.name} names it")
 
     def _item(self, index: int, row: dict[str, Any] | Skip) -> Item | Skip:
         place = f"{self._table.path.name}:{self._lines[index]}"

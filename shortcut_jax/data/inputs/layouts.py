@@ -92,6 +92,9 @@ LAYOUTS = (
     ),
 )
 
+_FIRST = ("metadata.jsonl", "tars")
+"""Layouts that are read, and the others named, where a folder has several; in the order of `LAYOUTS`."""
+
 NAMES = tuple(layout.name for layout in LAYOUTS)
 UNDERSTOOD = "; ".join(layout.what for layout in LAYOUTS)
 
@@ -112,6 +115,10 @@ def recognise(tree: Tree, options: SourceOptions) -> tuple[Tree, Layout, tuple[s
             raise DataError(f"--source={tree.folder} is not laid out as {wanted.what}{held}")
         left = [layout.name for layout in found if layout is not wanted]
         return part, wanted, (*notes, *((f"not read: {', '.join(left)}",) if left else ()))
+    first = next((layout for layout in found if layout.name in _FIRST), None)
+    if first and len(found) > 1:
+        left = [layout.name for layout in found if layout is not first]
+        return part, first, (*notes, f"not read: {', '.join(left)} (--layout={left[0]} does)")
     if len(found) > 1:
         choices = " or ".join(f"--layout={layout.name}" for layout in found)
         raise DataError(
