@@ -124,6 +124,7 @@ class TextToImage:
 
         Raises:
           ConvertedError: files are damaged, or parameters are missing.
+          ConversionError: values that are not finite.
         """
         flux = place_on(self.mesh, self.models["flux"])
         return {"flux": flux, "vae": self.halves.weights("decoder"), **self.text.params}
