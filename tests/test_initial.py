@@ -73,22 +73,20 @@ def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):
     assert loaded.keys() == flat_paths(assembly.state_shapes.params).keys()
 
 
-@pytest.mark.parametrize("train_what", ["all", "lora"])
-def test_weights_that_are_not_finite_are_named_before_the_first_step(sources, tmp_path, train_what):
+@pytest.mark.parametrize("trained_part", ["all", "lora"])
+def test_weights_that_are_not_finite_are_named_before_the_first_step(sources, tmp_path, trained_part):
     folder, params = sources
     broken = params | {"img_in/kernel": np.full_like(params["img_in/kernel"], np.inf)}
     (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": preset("tiny").axes}))
     file = tmp_path / "bad.safetensors"
     exported.write_tensors(file, to_torch(broken, flux_bfl.RULES), {})
-    shared = (
-        {"objective": "flow"} if train_what == "all" else {k: v for k, v in POST_TRAINING.items() if k != "init_from"}
-    )
-    assembly = tiny_assembly(init_from=str(file), **shared)
-    with pytest.raises(ConversionError, match=f"^flux of {file}: img_in.weight has .* values that are NaN or infinite"):
+    shared = {"objective": "flow"} if trained_part == "all" else POST_TRAINING
+    assembly = tiny_assembly(**{**shared, "init_from": str(file)})
+    with pytest.raises(ConversionError, match=f"^flux of {file}: img_in.weight has .* that are NaN or infinite"):
         start(assembly, open_initial(assembly))
     write_params(tmp_path / "orbax" / "flux", broken.items())
     shutil.copy(folder / "orbax" / "models.json", tmp_path / "orbax")
-    assembly = tiny_assembly(init_from=str(tmp_path / "orbax"), **shared)
+    assembly = tiny_assembly(**{**shared, "init_from": str(tmp_path / "orbax")})
     with pytest.raises(ConversionError, match=f"^flux of {tmp_path}/orbax: img_in/kernel has values that are NaN or"):
         start(assembly, open_initial(assembly))
 

@@ -9,6 +9,7 @@ from shortcut_jax.weights import finite
 from shortcut_jax.weights.finite import Finite, check_finite, check_placed, count_not_finite
 from shortcut_jax.weights.params import Cast
 from shortcut_jax.weights.rules import ConversionError
+from tests.helpers import Watched
 
 DTYPES = [np.float32, np.float16, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
 
@@ -57,3 +58,8 @@ def test_sharded_arrays_are_checked_where_they_are_and_named(dtype, bad):
         check_placed(good | {"b": {"bias": put(broken)}}, "x.safetensors")
     with pytest.raises(ConversionError, match=r"^x: b0, b1, b2 and 2 more have values"):
         check_placed({f"b{i}": put(broken) for i in range(5)}, "x")
+
+
+def test_to_ask_for_a_name_reads_no_values():
+    watched = Watched(["a"], lambda name: {"a": np.full(3, np.nan, np.float32)}[name])
+    assert "a" in Finite(watched) and "b" not in Finite(watched) and watched.most == 0
