@@ -45,8 +45,9 @@ def _pixels(path):
 
 def test_a_view_that_is_not_finite_is_refused_by_name_before_sampling(trained, tmp_path, capfd):
     run = shutil.copytree(trained, tmp_path / "run")
-    slow = dict(OrbaxParams(run / "checkpoints" / "4", "slow"))
-    slow["img_in/bias"] = slow["img_in/bias"] * np.nan
+    stored = OrbaxParams(run / "checkpoints" / "4", "slow")
+    slow = {path: np.zeros(stored.spec(path).shape, np.float32) for path in stored}
+    slow["img_in/bias"] += np.nan
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(run / "checkpoints" / "4" / "slow", nest(slow), force=True)
     line = _fails(capfd, f"--workdir={run}", f"--prompt={TWO}", f"--out={tmp_path}/two.png")
