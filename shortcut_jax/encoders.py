@@ -56,6 +56,7 @@ def place_on(mesh: Mesh, model: Model, part: str | None = None) -> Any:
 
     Raises:
       ConvertedError: files are damaged, or parameters are missing.
+      ConversionError: values that are not finite.
     """
     shapes, specs = buildable_params(model), model.specs
     shapes = shapes if part is None else {part: shapes[part]}
@@ -65,7 +66,7 @@ def place_on(mesh: Mesh, model: Model, part: str | None = None) -> Any:
             found = f"{specs[name].shape}, not {leaf.shape}" if name in specs else "missing"
             raise ConvertedError(f"{model.origin}: {name} is {found}: convert it again")
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, specs[name].dtype, sharding=shardings[name])
-    return place(model.params, nest(wanted))
+    return place(model.params, nest(wanted), model.where)
 
 
 def split_rows(mesh: Mesh, x_B: Any) -> Array:

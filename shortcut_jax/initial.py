@@ -21,7 +21,7 @@ from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_mod
 from shortcut_jax.steps.state import TrainState
 from shortcut_jax.steps.views import Frozen
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack
-from shortcut_jax.weights.rules import nest
+from shortcut_jax.weights.rules import ConversionError, nest
 
 GEOMETRY = (
     *("double_blocks", "single_blocks", "width", "heads", "axes", "channels", "text_width", "pooled_width"),
@@ -134,7 +134,11 @@ def _differences(stored: FluxConfig, wanted: FluxConfig, ignored: tuple[str, ...
 def _open_adapters(assembly: Assembly, name: str, path: Path) -> Modules:
     """Adapters that fit the layers and the rank of the run."""
     s = assembly.settings
-    modules, notes = open_lora(_existing(name, str(path)), assembly.model, s.init_view)
+    found = _existing(name, str(path))
+    try:
+        modules, notes = open_lora(found, assembly.model, s.init_view)
+    except ConversionError as error:
+        raise ConversionError(f"{name}={path}: {error}") from error
     tell(notes)
     ranks = {f.rank for f in modules.values()}
     if ranks != {s.lora.rank}:
@@ -178,7 +182,8 @@ def start(assembly: Assembly, initial: Initial) -> tuple[TrainState, BaseRecord 
     if initial.model is None:
         return assembly.init_state(), None
     weights = _load(assembly, initial.model, assembly.network_shapes)
-    adapters, teacher = (_load_adapters(assembly, m) for m in (initial.adapters, initial.teacher))
+    adapters = _load_adapters(assembly, initial.adapters, "init_from")
+    teacher = _load_adapters(assembly, initial.teacher, "teacher_lora")
     if initial.adapters:
         say(f"adapters start from {assembly.settings.init_from}")
     state = assembly.init_state(weights, adapters, teacher)
@@ -194,7 +199,7 @@ def freeze(assembly: Assembly, initial: Initial, stored: dict[str, Any] | None) 
     if initial.model is None:
         return assembly.freeze(), None
     weights = _load(assembly, initial.model, assembly.state_shapes.frozen.base)
-    frozen = assembly.freeze(weights, _load_adapters(assembly, initial.teacher))
+    frozen = assembly.freeze(weights, _load_adapters(assembly, initial.teacher, "teacher_lora"))
     record = _record(assembly, initial, frozen)
     check_base(record, stored)
     if record and stored:
@@ -257,7 +262,7 @@ def _load(assembly: Assembly, model: Model, shapes: Any) -> Any:
     tell(model.notes)
     wanted = flat_paths(shapes)
     fresh = {path for path in wanted if path not in model.params and path.startswith(FRESH_INPUTS)}
-    placed = place(model.params, nest({k: v for k, v in wanted.items() if k not in fresh}))
+    placed = place(model.params, nest({k: v for k, v in wanted.items() if k not in fresh}), model.where)
     if not fresh:
         return placed
     names = sorted({path.split("/")[0] for path in fresh})
@@ -267,14 +272,14 @@ def _load(assembly: Assembly, model: Model, shapes: Any) -> Any:
     return placed | jax.tree.map(lambda x, w: x.astype(w.dtype), drawn, nest({k: wanted[k] for k in fresh}))
 
 
-def _load_adapters(assembly: Assembly, modules: Modules | None) -> Any:
+def _load_adapters(assembly: Assembly, modules: Modules | None, name: str) -> Any:
     """Adapters on the mesh, in float32, their own scales traded for the run's."""
     if modules is None:
         return None
     shapes = param_shapes("flux", assembly.model)
     arrays = rescaled(stack(modules, shapes), scales(record_of(modules), shapes), assembly.settings.lora.scale)
     wanted = flat_paths(assembly.state_shapes.params)
-    return place(arrays, nest(wanted))
+    return place(arrays, nest(wanted), f"{name}={getattr(assembly.settings, name)}")
 
 
 def rescaled(arrays: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from shortcut_jax.runtime.distributed import say
 from shortcut_jax.settings import ConfigError, complete
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.views import TEACHER, VIEWS, Adapted, teacher_of
+from shortcut_jax.weights.finite import check_placed
 
 ITEM_OF = {"online": "params", "fast": "fast", "slow": "slow"}
 """View -> the item of a checkpoint that holds it."""
@@ -66,6 +67,7 @@ class Pipeline:
           CheckpointError: the workdir has no readable checkpoint, or none with this view.
           ConfigError: the base is not there, or not the one that the run was trained on; or base or scale are given
             for a run without adapters.
+          ConversionError: weights that are not finite.
           ValueError: an unknown view.
         """
         if view not in VIEWS:
@@ -114,9 +116,10 @@ class Pipeline:
                     f"the checkpoints in {self._folder} lack the view {view!r}: choose {held or 'another workdir'}"
                 )
             read = lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
-            return checkpoints.newest_readable(read) if step is None else read(step)
+            trained, step = checkpoints.newest_readable(read) if step is None else read(step)
         finally:
             checkpoints.close()
+        return check_placed(trained, f"{view} weights of step {step} in {self._folder.parent}"), step
 
     def _whole(self, trained: Any) -> Any:
         if self.settings.train == "all":

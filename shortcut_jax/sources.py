@@ -26,6 +26,7 @@ from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
 from shortcut_jax.weights import schedulers
+from shortcut_jax.weights.finite import check_placed
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import Merged, Modules, added, check_values, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
@@ -50,6 +51,7 @@ class Model(NamedTuple):
       params: by path, read when they are used.
       origin: what it is, in words.
       notes: what the reader should be told.
+      path: the file or folder it was opened from.
     """
 
     kind: str
@@ -57,6 +59,12 @@ class Model(NamedTuple):
     params: Mapping[str, np.ndarray]
     origin: str
     notes: tuple[str, ...] = ()
+    path: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """What to call it in a message about its values."""
+        return self.origin if self.path is None else f"{self.kind} of {self.path}"
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -121,6 +129,10 @@ def open_models(path: Path, view: str = "slow", base: Path | None = None) -> lis
     Raises:
       SafetensorsError, ConversionError, ConvertedError: it is none of these, damaged, or does not fit its table.
     """
+    return [model._replace(path=path) for model in _open_models(path, view, base)]
+
+
+def _open_models(path: Path, view: str, base: Path | None) -> list[Model]:
     if (path / RECORD).is_file():
         stored, _ = read_record(path)
         return [
@@ -371,24 +383,30 @@ def _workdir_lora(path: Path, view: str) -> tuple[Modules, tuple[str, ...]]:
     return unstack(dict(run.params), record, shapes), run.notes
 
 
-def place(params: Mapping[str, np.ndarray], shapes: Any) -> Any:
-    """Parameters on devices as nested dicts, without the whole model in host memory.
+def place(params: Mapping[str, np.ndarray], shapes: Any, origin: str = "the weights") -> Any:
+    """Parameters on devices as nested dicts, all of them finite, without the whole model in host memory.
 
     Args:
       params: by path, of a `Model`.
       shapes: what is wanted, as nested `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes.
+      origin: what messages call them: the model, and its file or folder.
 
     Raises:
       ConvertedError: the files are damaged.
+      ConversionError: values that are not finite.
     """
     wanted = flat_paths(shapes)
     if not isinstance(params, OrbaxParams):
-        return nest({name: _shard(params[name], w) for name, w in wanted.items()})
+        return check_placed(nest({name: _shard(params, name, w, origin) for name, w in wanted.items()}), origin)
     # Orbax reads the stored dtype; each device then casts its shards.
     stored = {k: jax.ShapeDtypeStruct(w.shape, params.spec(k).dtype, sharding=w.sharding) for k, w in wanted.items()}
     placed = flat_paths(params.place(nest(stored)))
-    return nest({k: placed.pop(k).astype(w.dtype) for k, w in wanted.items()})
+    return check_placed(nest({k: placed.pop(k).astype(w.dtype) for k, w in wanted.items()}), origin)
 
 
-def _shard(value: np.ndarray, wanted: Any) -> jax.Array:
+def _shard(params: Mapping[str, np.ndarray], name: str, wanted: Any, origin: str) -> jax.Array:
+    try:
+        value = params[name]
+    except ConversionError as error:  # of values that are read, widened or merged: it has their name, but no file
+        raise ConversionError(f"{origin}: {error}") from error
     return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: value[index].astype(wanted.dtype))

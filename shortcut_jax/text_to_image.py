@@ -124,6 +124,7 @@ class TextToImage:
 
         Raises:
           ConvertedError: files are damaged, or parameters are missing.
+          ConversionError: values that are not finite.
         """
         flux = place_on(self.mesh, self.models["flux"])
         return {"flux": flux, "vae": self.halves.weights("decoder"), **self.text.params}
@@ -227,8 +228,8 @@ class TextToImage:
         images = np.asarray(self.decode(latents_BhwC))
         if not np.isfinite(images).all():
             raise ConvertedError(
-                f"the images have values that are not finite (computed in {self.compute_dtype}): some weights are NaN "
-                f"or infinite, or too large; convert them again from a sound file"
+                f"the images have values that are not finite (computed in {self.compute_dtype}), though the weights "
+                f"are: some of them are too large; convert them again from a sound file"
             )
         return to_pixels(images)
 

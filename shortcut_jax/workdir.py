@@ -18,6 +18,7 @@ from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
 from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.state import TrainState, from_items, to_counters, to_items
 from shortcut_jax.steps.views import Frozen
+from shortcut_jax.weights.finite import check_placed
 
 
 def record_of(assembly: Assembly) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def restore_or_init(
     Raises:
       ConfigError: the base has changed.
       CheckpointError: none can be read.
+      ConversionError: values that are not finite.
     """
     if not checkpoints.steps():
         state, base = start(assembly, initial)
@@ -133,6 +135,8 @@ def restore_or_init(
         return checkpoints.restore(step, to_items(assembly.state_shapes)), meta
 
     items, meta = checkpoints.newest_readable(read)
+    folder = checkpoints.folder / str(meta["step"])
+    check_placed(items, f"{folder} (remove it to resume at the checkpoint before)")
     frozen, base = freeze(assembly, initial, meta.get("base"))
     whole = replicated(assembly.mesh)
     state = from_items(items, meta["counters"], frozen, lambda scalar: jax.device_put(scalar, whole))

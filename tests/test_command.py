@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import json
+import re
 import types
 import typing
 
 import pytest
 from absl import flags
 
-from shortcut_jax import bench, command, evaluate, prepare, train
+from shortcut_jax import __version__, app, bench, command, compare, convert, evaluate, prepare, sample, train
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.command import UsageError
 from shortcut_jax.config_file import load_config, load_teacher_config
@@ -359,11 +360,34 @@ def test_every_field_is_documented():
     assert set(field_types(Settings)) == set(FIELDS)
 
 
-def test_the_version_is_printed(capsys):
+COMMANDS = [train, sample, evaluate, app, prepare, convert, compare, bench]
+every_command = pytest.mark.parametrize("module", COMMANDS, ids=lambda m: m.__name__.rpartition(".")[2])
+
+
+@every_command
+def test_the_version_of_every_command_is_printed(module, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["train", "--version"])
+        module.main(["x", "--version"])
+    out, err = capsys.readouterr()
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith("shortcut_jax 0.")
+    assert out.startswith(f"shortcut_jax {__version__}, jax ") and out.count("\n") == 1 and not err
+
+
+@every_command
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_the_help_of_every_command_has_its_flags(module, flag, capsys, monkeypatch):
+    defined, parse = [], command.parse
+    monkeypatch.setattr(
+        command, "parse", lambda values, *a, **more: (defined.extend(values), parse(values, *a, **more))
+    )
+    with pytest.raises(SystemExit) as stop:
+        module.main(["x", flag])
+    out, err = capsys.readouterr()
+    name = module.__name__.rpartition(".")[2]
+    assert stop.value.code == 0 and not err and out.startswith(f"usage: python -m shortcut_jax.{name} ")
+    assert len(defined) > 4
+    defined.remove("h")  # short for help
+    assert [n for n in defined if not re.search(rf"^ +(-\w,)?--(\[no\])?{n}\b", out, re.MULTILINE)] == []
 
 
 def test_whole_numbers_of_a_flag_are_decimal():

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -12,13 +13,14 @@ from shortcut_jax.initial import open_initial, start
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.converted import write_params
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import abstract_params, place
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.rules import to_torch
-from tests.helpers import Watched, tiny_assembly
+from shortcut_jax.weights.rules import ConversionError, to_torch
+from tests.helpers import POST_TRAINING, Watched, tiny_assembly
 from tests.weights.lora_cases import random_modules
 
 
@@ -69,6 +71,37 @@ def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):
     assert {k for k in loaded if k not in params} == {k for k in loaded if k.startswith("step_in/")}
     assert not np.any(loaded["step_in/out_layer/kernel"]) and np.any(loaded["step_in/in_layer/kernel"])
     assert loaded.keys() == flat_paths(assembly.state_shapes.params).keys()
+
+
+@pytest.mark.parametrize("trained_part", ["all", "lora"])
+def test_weights_that_are_not_finite_are_named_before_the_first_step(sources, tmp_path, trained_part):
+    folder, params = sources
+    broken = params | {"img_in/kernel": np.full_like(params["img_in/kernel"], np.inf)}
+    (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": preset("tiny").axes}))
+    file = tmp_path / "bad.safetensors"
+    exported.write_tensors(file, to_torch(broken, flux_bfl.RULES), {})
+    shared = {"objective": "flow"} if trained_part == "all" else POST_TRAINING
+    assembly = tiny_assembly(**{**shared, "init_from": str(file)})
+    with pytest.raises(ConversionError, match=f"^flux of {file}: img_in.weight has .* that are NaN or infinite"):
+        start(assembly, open_initial(assembly))
+    write_params(tmp_path / "orbax" / "flux", broken.items())
+    shutil.copy(folder / "orbax" / "models.json", tmp_path / "orbax")
+    assembly = tiny_assembly(**{**shared, "init_from": str(tmp_path / "orbax")})
+    with pytest.raises(ConversionError, match=f"^flux of {tmp_path}/orbax: img_in/kernel has values that are NaN or"):
+        start(assembly, open_initial(assembly))
+
+
+@pytest.mark.parametrize("name", ["init_from", "teacher_lora"])
+def test_adapters_that_are_not_finite_are_named_with_their_file(sources, tmp_path, name):
+    folder, params = sources
+    tensors, notes = to_peft(random_modules({k: v.shape for k, v in params.items()}))
+    bad = next(iter(tensors))
+    file = tmp_path / "lora.safetensors"
+    exported.write_tensors(file, tensors | {bad: tensors[bad] * np.nan}, notes)
+    given = {"init_from": None, "base": str(folder / "orbax"), name: str(file)}
+    assembly = tiny_assembly(**{**POST_TRAINING, **given})
+    with pytest.raises(ConversionError, match=f"^{name}={file}: {bad} has .* values that are NaN or infinite"):
+        open_initial(assembly)
 
 
 @pytest.mark.slow

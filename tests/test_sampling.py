@@ -5,15 +5,21 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shortcut_jax import Pipeline, command, sample
+from shortcut_jax.initial import Initial
 from shortcut_jax.interactive import interact
 from shortcut_jax.pictures_out import Output, layout_of, parameters, read_records
-from shortcut_jax.runtime.checkpoint import CheckpointError
+from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints
+from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.sample_models import RunModel, Wanted, grid_times
+from shortcut_jax.weights.rules import ConversionError, nest
+from shortcut_jax.workdir import restore_or_init
+from tests.helpers import tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -35,6 +41,23 @@ def _fails(capfd, *argv):
 def _pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture)
+
+
+def test_a_view_that_is_not_finite_is_refused_by_name_before_sampling(trained, tmp_path, capfd):
+    run = shutil.copytree(trained, tmp_path / "run")
+    stored = OrbaxParams(run / "checkpoints" / "4", "slow")
+    slow = {path: np.zeros(stored.spec(path).shape, np.float32) for path in stored}
+    slow["img_in/bias"] += np.nan
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(run / "checkpoints" / "4" / "slow", nest(slow), force=True)
+    line = _fails(capfd, f"--workdir={run}", f"--prompt={TWO}", f"--out={tmp_path}/two.png")
+    assert f"slow weights of step 4 in {run}: img_in/bias has values that are NaN or infinite in float32" in line
+    assert not (tmp_path / "two.png").exists()
+    Pipeline(run, "fast")  # whose weights are sound
+    assembly = tiny_assembly(student_steps=(1, 2, 4))
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    with pytest.raises(ConversionError, match=r"checkpoints/4 \(remove it .*: slow/img_in/bias has values"):
+        restore_or_init(assembly, checkpoints, Initial())
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,10 @@ from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.pictures_out import read_records
 from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.converted import ConvertedError, write_params
+from shortcut_jax.sources import PIPELINE_KINDS, open_models
 from shortcut_jax.weights.lora_files import to_peft
+from shortcut_jax.weights.rules import ConversionError
 from tests.flux_pipeline import convert_pipeline, make_pipeline
 from tests.helpers import relative
 from tests.weights.lora_cases import random_modules
@@ -294,6 +296,20 @@ def test_weights_that_are_not_finite_are_told_instead_of_black_images(dev):
     assert dev.ours.pictures(latents).shape == (1, HEIGHT, WIDTH, 3)
     with pytest.raises(ConvertedError, match="the images have values that are not finite"):
         dev.ours.pictures(latents * np.nan)
+
+
+@pytest.mark.parametrize("kind", PIPELINE_KINDS)
+def test_weights_that_are_not_finite_are_named_as_they_are_read(kind, converted_folder, tmp_path):
+    (model,) = [m for m in open_models(converted_folder) if m.kind == kind]
+    params = {path: np.zeros(s.shape, s.dtype) for path, s in model.specs.items()}
+    name = next(path for path in params if kind != "vae" or path.startswith("decoder"))
+    params[name] = np.full_like(params[name], np.nan)
+    folder = shutil.copytree(converted_folder, tmp_path / "bad")
+    shutil.rmtree(folder / kind)
+    write_params(folder / kind, params.items())
+    broken = TextToImage(folder, devices=jax.devices()[:1])
+    with pytest.raises(ConversionError, match=f"^{kind} of {folder}: {name} has values that are NaN or infinite"):
+        _ = broken.params  # what comes before any sampling
 
 
 def _changed(folder, target, change):

@@ -1,7 +1,7 @@
 """From tallies to figures: distances to the real pictures, to the teacher, and what goes with them.
 
-Beside a figure `x` stands its standard error `x_std` where one is known: what another seed would change it by. That of
-KID is the deviation between its subsets.
+Beside a figure `x` stands its standard error `x_std` where one is known: what another seed would change it by. Of KID
+`kid_std` is the deviation between its subsets, as the field reports it, and `kid_error` the standard error.
 """
 
 import math
@@ -49,11 +49,12 @@ def figures(cell: Cell, tally: Tally, reference: Reference, features: Features) 
     result["distance"] = frechet_distance(gaussian_of(tally.moments), reference.gaussian)
     result["distance_std"] = _error(tally, reference.gaussian)
     result["few_images"] = cell.images <= features.size
-    result |= dict.fromkeys(("kid", "kid_std", "precision", "precision_std", "recall"))
+    result |= dict.fromkeys(("kid", "kid_std", "kid_error", "precision", "precision_std", "recall"))
     fake = tally.reservoir.features_SF
     if reference.features is not None and min(len(fake), len(reference.features)) > NEIGHBOURS:
         size = min(SUBSET, len(fake), len(reference.features))
         result["kid"], result["kid_std"] = kernel_distance(reference.features, fake, subset_size=size)
+        result["kid_error"] = _kid_error(result["kid_std"], size, len(fake))
         result["precision"], result["recall"], *_ = precision_recall(reference.features, fake, NEIGHBOURS)
         result["precision_std"] = _share_error(result["precision"], len(fake))
     ratio = lambda part, whole: tally.sums[part] / tally.sums[whole] if tally.sums[whole] else None
@@ -78,6 +79,16 @@ def _error(tally: Tally, other: Gaussian) -> float | None:
     sample = tally.reservoir.features_SF
     error = frechet_error(sample, other)
     return None if error is None else error * math.sqrt(len(sample) / tally.moments.count)
+
+
+def _kid_error(deviation: float, subset: int, count: int) -> float | None:
+    """The standard error of KID from so many samples; None where each subset is all of them, so that none differ.
+
+    Subsets overlap, so the error is not the deviation over the root of their number, which is any that one likes.
+    Without replacement, means of `subset` of `count` samples have the variance s^2 (1 / subset - 1 / count), and that
+    of all has s^2 / count.
+    """
+    return None if subset == count else deviation * math.sqrt(subset / (count - subset))
 
 
 def _both(a: float | None, b: float | None) -> float | None:

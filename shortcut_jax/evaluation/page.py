@@ -53,7 +53,7 @@ class Metric(NamedTuple):
     """A figure of a cell.
 
     Attributes:
-      key: in a row; its standard error is `key_std`.
+      key: in a row; see `error_key`.
       title: of its table.
       digits: after the point; None for as many as the numbers of a column need.
       best: min or max, whichever is better; empty for neither.
@@ -71,13 +71,18 @@ def metrics_of(distance: str) -> tuple[Metric, ...]:
         Metric("distance", f"{distance} (lower is better)", None, "min"),
         Metric("accuracy", "Caption accuracy", 3, "max"),
         Metric("clip_score", "CLIP score", 2, "max"),
-        Metric("kid", "KID (unbiased; ± deviation between subsets)", None, "min"),
+        Metric("kid", "KID (unbiased)", None, "min"),
         Metric("precision", "Precision", 3, "max"),
         Metric("recall", "Recall", 3, "max"),
         Metric("abs_gap", f"Gap to the teacher: |difference of {distance}|", None, "min"),
         Metric("to_teacher", f"{distance} to the teacher's own images", None, "min"),
         Metric("images_per_second", "Images a second, in batches"),
     )
+
+
+def error_key(metric: Metric) -> str:
+    """The entry of a row with the standard error of a figure; `kid_std` is a deviation, as the field reports it."""
+    return "kid_error" if metric.key == "kid" else f"{metric.key}_std"
 
 
 Pivot = dict[str, dict[int, Any]]
@@ -136,7 +141,7 @@ def column(values: Sequence[float | None], digits: int | None = None, unit: str 
 def best_rows(values: Sequence[float | None], errors: Sequence[float | None], best: str) -> set[int]:
     """The rows that may be the best: those within two standard errors of the difference to it.
 
-    None where an error is not known (or 0, as that of KID with subsets of all samples), where only one row has a value,
+    None where an error is not known or is 0, where only one row has a value,
     or where all of them may be it.
     """
     rows = [(v, e, i) for i, (v, e) in enumerate(zip(values, errors, strict=True)) if v is not None]
@@ -155,7 +160,7 @@ def metric_table(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
     The best is marked among the rows of most images: those of fewer do not compare with them.
     """
     values, steps = pivot(rows, metric.key), sorted({row["steps"] for row in rows})
-    errors = pivot(rows, f"{metric.key}_std")
+    errors = pivot(rows, error_key(metric))
     few = {(row["label"], row["steps"]) for row in rows if row["few_images"]}
     images = {row["label"]: row["images"] for row in rows}
     labels = [label for label in values if any(v is not None for v in values[label].values())]

@@ -8,6 +8,7 @@ from shortcut_jax.core.json_text import to_json
 from shortcut_jax.evaluation.judge import public_names
 from shortcut_jax.evaluation.page import (
     column,
+    error_key,
     known,
     metric_table,
     metrics_of,
@@ -83,10 +84,12 @@ def to_html(result: Result) -> str:
         "<p>A Frechet distance from fewer pictures is biased upwards; KID is not. KID, precision and recall come from "
         "a fixed sample of at most 10,000 features.</p>"
     )
-    if any(row.get(f"{m.key}_std") is not None for row in result.rows for m in metrics):
+    if any(row.get(error_key(m)) is not None for row in result.rows for m in metrics):
         notes.append(
-            "<p>± is a standard error: what other noise would change a figure by. Marked are the cells that may be the "
-            "best of their column, those within two standard errors of it; none where that is all of them.</p>"
+            "<p>± is a standard error: what other noise would change a figure by (that of KID is scaled "
+            "from the deviation between its subsets, kid_std in evaluation.json, to all samples). Marked are the cells "
+            "that may be the best of their column, those within two standard errors of it; none where that is all of "
+            "them.</p>"
         )
     plots = "".join(quality_plot(result.rows, m) for m in metrics if m.key not in ("images_per_second", "kid"))
     quality = f"<div class=pair>{''.join(tables)}</div>"

@@ -1,14 +1,20 @@
 """Weights have to be finite: one NaN in any of them makes every image one."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.weights.params import Params, Spec, spec_of
 from shortcut_jax.weights.rules import ConversionError
 
 _CHUNK = 2**22
 """Values that are looked at together: what a check needs beside a tensor stays small."""
+_NAMED = 3
+"""Tensors that a message names; of others it says how many."""
 
 
 def count_not_finite(values: np.ndarray) -> int:
@@ -37,6 +43,29 @@ def check_finite(name: str, values: np.ndarray, origin: str = "") -> np.ndarray:
             "comes from a training that diverged; take another one"
         )
     return values
+
+
+@jax.jit
+def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.all(jnp.isfinite(x)) for path, x in leaves.items()}
+
+
+def check_placed(tree: Any, origin: str) -> Any:
+    """A tree of arrays on devices itself; each device looks at its own shards, and all processes find the same.
+
+    Raises:
+      ConversionError: some values are NaN or infinite; the message names `origin` and the tensors.
+    """
+    leaves = {path: x for path, x in flat_paths(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    bad = [path for path, well in jax.device_get(_all_finite(leaves)).items() if not well]
+    if bad:
+        dtypes = ", ".join(sorted({str(leaves[path].dtype) for path in bad}))
+        more = f" and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
+        raise ConversionError(
+            f"{origin}: {', '.join(bad[:_NAMED])}{more} {'has' if len(bad) == 1 else 'have'} values that are NaN or "
+            f"infinite in {dtypes}: the file is damaged, or comes from a training that diverged; take another one"
+        )
+    return tree
 
 
 class Finite(Params):

@@ -31,7 +31,15 @@ class Params(Mapping[str, np.ndarray]):
 
     @abstractmethod
     def spec(self, name: str) -> Spec:
-        """Dtype and shape of an array, without reading it."""
+        """Dtype and shape of an array, without reading it; KeyError where there is none."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such an array, without reading it, which the default of mappings would."""
+        try:
+            self.spec(name)  # type: ignore[arg-type]  # whatever is no name has no spec
+        except KeyError:
+            return False
+        return True
 
 
 def spec_of(arrays: Mapping[str, np.ndarray], name: str) -> Spec:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.stats import fit_gaussian
+from shortcut_jax.evaluation import judge
 from shortcut_jax.evaluation.features import pixels
 from shortcut_jax.evaluation.judge import Cell, against_teacher, figures, public_names
 from shortcut_jax.evaluation.reference import Reference
@@ -44,6 +45,7 @@ def test_standard_errors_stand_beside_the_figures():
     assert few["clip_score_std"] == pytest.approx(np.std([10.0, 20.0, 30.0], ddof=1) / 3**0.5)
     assert 0.1 < few["accuracy_std"] < 0.3 and many["accuracy_std"] is many["clip_score_std"] is None
     assert 0 < few["precision_std"] < 0.03 and few["kid_std"] > 0
+    assert few["kid_error"] is None  # each subset is all samples
     assert figures(*_cell("slow", 1, _normal(4, 1.0)), REFERENCE, FEATURES)["distance_std"] is None
     own, other = _cell("slow", 1, _normal(500, 1.0)), _cell("teacher", 1, _normal(500, 2.0, seed=1))
     teacher = figures(*other, REFERENCE, FEATURES)
@@ -53,9 +55,18 @@ def test_standard_errors_stand_beside_the_figures():
     assert public_names(row, "FID")["fid_to_teacher_std"] == row["to_teacher_std"]
 
 
+@pytest.mark.parametrize("subset", [50, 200])
+def test_the_standard_error_of_kid_is_what_another_seed_changes_it_by(subset, monkeypatch):
+    monkeypatch.setattr(judge, "SUBSET", subset)
+    rows = [figures(*_cell("slow", 1, _normal(300, 1.0, seed=i)), REFERENCE, FEATURES) for i in range(2, 22)]
+    spread = np.std([row["kid"] for row in rows], ddof=1)
+    assert spread == pytest.approx(np.mean([row["kid_error"] for row in rows]), rel=0.4)
+    assert all(row["kid_error"] != row["kid_std"] > 0 for row in rows)
+
+
 def test_a_reference_without_features_has_no_kid():
     row = figures(*_cell("slow", 4, _normal(500, 0.0)), REFERENCE._replace(features=None), FEATURES)
-    assert row["kid"] is row["precision"] is row["recall"] is None and row["distance"] < 1e-8
+    assert row["kid"] is row["kid_error"] is row["precision"] is row["recall"] is None and row["distance"] < 1e-8
 
 
 def test_the_gap_is_of_distances_and_the_distance_to_the_teacher_is_of_pictures():

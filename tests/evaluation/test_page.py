@@ -33,7 +33,7 @@ class _Balanced(HTMLParser):
 
 
 def _row(label, steps, distance, **more):
-    names = ("kid", "kid_std", "precision", "recall", "accuracy", "clip_score")
+    names = ("kid", "kid_std", "kid_error", "precision", "recall", "accuracy", "clip_score")
     empty = dict.fromkeys(names)
     row = {"label": label, "steps": steps, "images": 40, "distance": distance, "few_images": False, **empty, **more}
     return {**row, "images_per_second": 12.5}
@@ -112,11 +112,11 @@ def test_only_what_may_be_the_best_is_marked():
         assert best_rows(values, errors, best) == set(), values
 
 
-def test_cells_show_their_error_and_columns_have_the_same_digits():
+def test_cells_show_their_standard_error_and_columns_have_the_same_digits():
     rows = [
-        _row("slow", 1, 30.0, kid=0.01234, kid_std=0.0005),
-        _row("online", 1, 30.0, kid=0.2, kid_std=0.011),
-        {**_row("fast", 1, 30.0, kid=0.00001, kid_std=0.0002), "images": 20},
+        _row("slow", 1, 30.0, kid=0.01234, kid_std=0.005, kid_error=0.0005),
+        _row("online", 1, 30.0, kid=0.2, kid_std=0.11, kid_error=0.011),
+        {**_row("fast", 1, 30.0, kid=0.00001, kid_std=0.002, kid_error=0.0002), "images": 20},
     ]
     text = metric_table(rows, Metric("kid", "KID", None, "min"))
     assert _marked(text) == ["0.01234"]  # the third one has fewer images

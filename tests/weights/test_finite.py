@@ -1,11 +1,15 @@
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 from shortcut_jax.weights import finite
-from shortcut_jax.weights.finite import Finite, check_finite, count_not_finite
+from shortcut_jax.weights.finite import Finite, check_finite, check_placed, count_not_finite
 from shortcut_jax.weights.params import Cast
 from shortcut_jax.weights.rules import ConversionError
+from tests.helpers import Watched
 
 DTYPES = [np.float32, np.float16, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
 
@@ -36,3 +40,26 @@ def test_the_tensor_is_named_and_a_cast_that_overflows_is_told_apart():
         lazy["large"]
     with pytest.raises(ConversionError, match=r"^broken has 1 of 2 values that are NaN or infinite"):
         lazy["broken"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_sharded_arrays_are_checked_where_they_are_and_named(dtype, bad):
+    sharding = NamedSharding(make_mesh(MeshShape(1, 8, 1)), PartitionSpec("fsdp"))
+    put = lambda values: jax.device_put(values.astype(dtype), sharding)
+    edge = np.full((16, 3), float(ml_dtypes.finfo(dtype).max))
+    broken = np.zeros((16, 3))
+    broken[13, 1] = bad  # on one device of eight
+    good = {"a": {"kernel": put(edge)}, "ids": jax.device_put(np.arange(16), sharding)}
+    assert check_placed(good, "x.safetensors") is good and check_placed({}, "x") == {}
+    with pytest.raises(
+        ConversionError, match=rf"^x\.safetensors: b/bias has values that are NaN or infinite in {np.dtype(dtype)}:"
+    ):
+        check_placed(good | {"b": {"bias": put(broken)}}, "x.safetensors")
+    with pytest.raises(ConversionError, match=r"^x: b0, b1, b2 and 2 more have values"):
+        check_placed({f"b{i}": put(broken) for i in range(5)}, "x")
+
+
+def test_to_ask_for_a_name_reads_no_values():
+    watched = Watched(["a"], lambda name: {"a": np.full(3, np.nan, np.float32)}[name])
+    assert "a" in Finite(watched) and "b" not in Finite(watched) and watched.most == 0
