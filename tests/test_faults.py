@@ -13,6 +13,8 @@ from shortcut_jax import command, loop, train
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.goodput import account
+from shortcut_jax.runtime.json_lines import read_lines
 from shortcut_jax.runtime.metrics import read_metrics
 from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.steps.state import to_items
@@ -119,6 +121,24 @@ def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch
     assert [rows[step]["skipped_total"] for step in (3, 4, 5, 6)] == [0, 1, 1, 2]
     meta = json.loads((tmp_path / "run" / "checkpoints" / "5" / "meta" / "metadata").read_text())
     assert meta["counters"]["spikes"]["spikes"] == 1 and meta["counters"]["spikes"]["seen"] == 4
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_one_workdir_the_second_is_refused_in_one_line(tmp_path, arguments):
+    workdir = tmp_path / "run"
+    line = [sys.executable, "-m", "shortcut_jax.train", *arguments(workdir, **NO_REPORT, steps=1_000_000)[1:]]
+    with (tmp_path / "first.txt").open("w") as errors:
+        first = subprocess.Popen(line, stderr=errors)
+    try:
+        wait_for((workdir / "metrics.jsonl").exists)
+        second = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        first.send_signal(TERM)
+        assert first.wait(60) == 75, (tmp_path / "first.txt").read_text()
+    finally:
+        first.kill()
+    (said,) = second.stderr.splitlines()
+    assert second.returncode == 1 and f"error: {workdir} is in use by process {first.pid} on " in said
+    assert account(read_lines(workdir / "goodput.jsonl")).sessions == 1
 
 
 @pytest.mark.slow
