@@ -127,11 +127,13 @@ def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch
 def test_of_two_runs_in_one_workdir_the_second_is_refused_in_one_line(tmp_path, arguments):
     workdir = tmp_path / "run"
     line = [sys.executable, "-m", "shortcut_jax.train", *arguments(workdir, **NO_REPORT, steps=1_000_000)[1:]]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    told = dict(env={**os.environ, "XLA_FLAGS": flags}, text=True)
     with (tmp_path / "first.txt").open("w") as errors:
-        first = subprocess.Popen(line, stderr=errors)
+        first = subprocess.Popen(line, stderr=errors, **told)
     try:
-        wait_for((workdir / "metrics.jsonl").exists)
-        second = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        wait_for(lambda: (workdir / "metrics.jsonl").exists() or first.poll() is not None)
+        second = subprocess.run(line, capture_output=True, timeout=120, **told)
         first.send_signal(TERM)
         assert first.wait(60) == 75, (tmp_path / "first.txt").read_text()
     finally:
