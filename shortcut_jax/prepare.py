@@ -89,6 +89,7 @@ def define_flags() -> Any:
     flags.DEFINE_string("eval_prompts", None, "File of captions to draw, one a line.", flag_values=values)
     several("where", None, "field=value that a row of a table must have.", flag_values=values)
     flags.DEFINE_string("caption_field", None, "Field of the caption.", flag_values=values)
+    flags.DEFINE_alias("caption", "caption_field", flag_values=values)
     flags.DEFINE_string("template", None, 'Caption from other fields: "a photo of a {label}".', flag_values=values)
     flags.DEFINE_string("tfds_dir", "~/tensorflow_datasets", "Folder of TFDS sets.", flag_values=values)
     flags.DEFINE_integer("unit", None, "Pictures a shard, where the source has none (4096).", flag_values=values)

@@ -286,3 +286,10 @@ def test_unfit_options_are_told(source, tmp_path, changes, told):
     with pytest.raises(UsageError, match=told):
         prepare.main(_arguments(source, tmp_path / "set", **changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_caption_column_has_a_short_name():
+    parse = lambda *argv: command.parse(prepare.define_flags(), ["prepare", *argv], "usage")
+    assert parse("--caption=text").caption_field == parse("--caption_field=text").caption_field == "text"
+    with pytest.raises(command.UsageError, match="--caption_field is given 2 times"):
+        parse("--caption=a", "--caption_field=b")
