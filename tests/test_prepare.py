@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from shortcut_jax import prepare
+from shortcut_jax import command, prepare
 from shortcut_jax.command import UsageError
 from shortcut_jax.data.format import DataError, PreparedSet
 from shortcut_jax.data.inputs.folder import FolderSource
