@@ -3,7 +3,6 @@
 import collections
 import gc
 import os
-from pathlib import Path
 
 # Programs here run for milliseconds and compile for seconds: the cheapest code generation is the fastest suite.
 FLAGS = (
@@ -32,19 +31,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache():
-    """The suite, and the commands it starts, compile the same small programs many times, and so does the next suite.
-
-    JAX names programs by what they compute, the versions of its packages and the flags above; old ones go beyond 1 GB.
-    """
-    folder = os.environ.get("SHORTCUT_JAX_TEST_CACHE") or str(Path("~/.cache/shortcut_jax/tests").expanduser())
-    for name, value in (
-        ("jax_compilation_cache_dir", folder),
-        ("jax_persistent_cache_min_compile_time_secs", 0.5),
-        ("jax_compilation_cache_max_size", 2**30),
-    ):
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
+def compilation_cache(tmp_path_factory):
+    """The suite, and the commands it starts, compile the same small programs many times."""
+    base = tmp_path_factory.getbasetemp()
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache")  # one for all workers
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture
