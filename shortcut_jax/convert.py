@@ -110,10 +110,10 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("tokenizer_2", None, "Folder of T5's tokenizer.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace what is at --to.", flag_values=values)
     options = command.parse(values, argv, USAGE, required=["from", "to"])
-    target = Path(options.to).expanduser().resolve()
-    sources = [Path(p).expanduser().resolve() for p in getattr(options, "from")]
+    target = Path(options.to).resolve()
+    sources = [Path(p).resolve() for p in getattr(options, "from")]
     others = [*(options.lora or []), *(getattr(options, name) for name in ("base", *exported.TOKENIZERS))]
-    _check_target(target, sources, [Path(p).expanduser().resolve() for p in others if p], options.overwrite)
+    _check_target(target, sources, [Path(p).resolve() for p in others if p], options.overwrite)
     command.check_finite("lora_scale", options.lora_scale or [])
     options.loras = command.adapters(options)
     check_place(target, "--to", folder=False)
@@ -162,7 +162,7 @@ def _gather(sources: Sequence[Path], options: Any) -> Job:
     models: dict[str, Model] = {}
     sampling: Sampling | None = None
     for source in sources:
-        found = open_models(source, options.view or "slow", Path(options.base).expanduser() if options.base else None)
+        found = open_models(source, options.view or "slow", Path(options.base) if options.base else None)
         for model in found:
             if model.kind in models:
                 raise UsageError(f"two of the sources hold a {model.kind} model: {models[model.kind].origin}; {source}")
@@ -194,7 +194,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
         raise UsageError(f"{adapters[0]} is a LoRA: convert it alone, or merge it into a base with --lora")
     (source,) = sources
     if options.base:
-        bases = [m.config for m in open_models(Path(options.base).expanduser().absolute()) if m.kind == "flux"]
+        bases = [m.config for m in open_models(Path(options.base)) if m.kind == "flux"]
         if not bases:
             raise UsageError(f"--base={options.base} holds no Flux transformer")
         base = bases[0]
@@ -255,7 +255,7 @@ def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
         # A whole CLIP is released with its tokenizer in the same folder.
         beside += [s for s in sources if name == CLIP and (s / "merges.txt").is_file()]
         if given or beside:
-            found[name] = Path(given).expanduser() if given else beside[0]
+            found[name] = Path(given) if given else beside[0]
     return found
 
 

@@ -124,7 +124,7 @@ def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
         buckets, encode, fields = make_store(options, pool)
         least = min(encode.bytes_per_record(size) for size in buckets)
         job = Job(
-            out=Path(options.out).expanduser().absolute(),
+            out=Path(options.out),
             request=request_of(options, source, buckets, prompts) | fields.pop("request", {}),
             store=options.store,
             buckets=buckets,
@@ -156,7 +156,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
         distributed.say(line)
     distributed.say(f"{teacher.pipeline.guidance(options.guidance)}; {options.steps} steps")
     job = Job(
-        out=Path(options.out).expanduser().absolute(),
+        out=Path(options.out),
         store="latents",
         buckets=buckets,
         units=teacher.units,
@@ -298,7 +298,7 @@ def request_of(
     options: types.SimpleNamespace, source: Source, buckets: Sequence[Size], prompts: Sequence[str] | None
 ) -> dict[str, Any]:
     """What determines the content of a set."""
-    path = Path(options.source).expanduser()
+    path = Path(options.source)
     return {
         "source": str(path.resolve()) if path.exists() else options.source,
         "fingerprint": source.fingerprint,

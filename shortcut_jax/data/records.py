@@ -93,21 +93,26 @@ def check_available(settings: DataSettings) -> None:
       DataError: a set is neither embedded nor present, or has no such split.
     """
     for name in (settings.name, *settings.mix):
+        check_present(settings, name)
         folder = data_folder(settings, name)
         if is_prepared(folder):
             PreparedSet(folder).check_split(settings.split)
-            continue
-        if settings.store == "pixels" and (name in EMBEDDED or folder.exists()):
-            if folder.exists():
-                _open_builder(settings, name)
-            continue
-        unfinished = folder.with_name(f".{folder.name}.partial").exists()
-        raise DataError(
-            f"the data set {name!r} is not prepared: {folder} "
-            + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not there. ")
-            + f"Make it with python -m shortcut_jax.prepare --store={settings.store} --source=... --out={folder}; "
-            f"configs/digits.py runs without any prepared data, and --dry_run needs none"
-        )
+        elif folder.exists():
+            _open_builder(settings, name)
+
+
+def check_present(settings: DataSettings, name: str) -> None:
+    """Raises DataError where a set is neither embedded nor present; nothing of it is opened."""
+    folder = data_folder(settings, name)
+    if is_prepared(folder) or (settings.store == "pixels" and (name in EMBEDDED or folder.exists())):
+        return
+    unfinished = folder.with_name(f".{folder.name}.partial").exists()
+    raise DataError(
+        f"the data set {name!r} is not prepared: {folder} "
+        + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not there. ")
+        + f"Make it with python -m shortcut_jax.prepare --store={settings.store} --source=... --out={folder}; "
+        f"configs/digits.py runs without any prepared data, and --dry_run needs none"
+    )
 
 
 def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dict[str, Any]]:
@@ -118,8 +123,8 @@ def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dic
     Raises:
       DataError: the set is absent.
     """
-    check_available(settings)
     name = name or settings.name
+    check_present(settings, name)
     builder = _open_builder(settings, name)
     source = open_records(builder, settings.split)
     if not len(source):

@@ -9,7 +9,7 @@ import numpy as np
 from shortcut_jax.data.format import DataError, PreparedSet, SetInfo, Size
 from shortcut_jax.data.records import (
     DataSettings,
-    check_available,
+    check_present,
     data_folder,
     in_memory,
     is_prepared,
@@ -47,7 +47,7 @@ def open_set(settings: DataSettings, name: str) -> OpenSet:
       DataError: it is absent or unreadable, or has no such split.
     """
     folder = data_folder(settings, name)
-    check_available(settings)
+    check_present(settings, name)
     if not is_prepared(folder):
         return _open_plain(settings, name)
     prepared = PreparedSet(folder)
