@@ -164,16 +164,16 @@ def distilled(made_once, post_arguments):
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory):
+def pipeline_folder(made_once):
     """A small FluxPipeline with random weights, FLUX.1 dev in kind, as diffusers saves it."""
     from tests.flux_pipeline import make_pipeline
 
-    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "dev")
+    return made_once("pipelines", lambda folder: make_pipeline(folder / "dev")) / "dev"
 
 
 @pytest.fixture(scope="session")
-def converted_folder(pipeline_folder, tmp_path_factory):
+def converted_folder(pipeline_folder, made_once):
     """The same pipeline, converted."""
     from tests.flux_pipeline import convert_pipeline
 
-    return convert_pipeline(pipeline_folder, tmp_path_factory.mktemp("converted") / "dev")
+    return made_once("converted", lambda folder: convert_pipeline(pipeline_folder, folder / "dev")) / "dev"

@@ -32,7 +32,7 @@ def no_end(monkeypatch):
 
 
 NO_REPORT = {"eval.views": "()", "eval.images": "()"}
-TWO = {**NO_REPORT, "mesh.data": 2, "mesh.fsdp": 2, "steps": 1_000_000, "peer_timeout": 4}
+TWO = {**NO_REPORT, "objective": "flow", "mesh.data": 2, "mesh.fsdp": 2, "steps": 1_000_000, "peer_timeout": 4}
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
 
 

@@ -332,7 +332,7 @@ def test_two_local_processes_save_at_sigterm_and_go_on(tmp_path, arguments):
     env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=2"), "PYTHON": sys.executable}
 
     def start(*extra):
-        mesh = dict(mesh__data=2, mesh__fsdp=2, eval__views="()", eval__images="()")
+        mesh = dict(objective="flow", mesh__data=2, mesh__fsdp=2, eval__views="()", eval__images="()")
         line = [str(LAUNCH / "local.sh"), "2", *arguments(workdir, *extra, **mesh, steps=1_000_000)[1:]]
         return subprocess.Popen(line, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 

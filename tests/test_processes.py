@@ -25,10 +25,10 @@ BLOCKS = {
 
 STEPS = 3
 MESHES = {
-    # Two processes of four devices; `hybrid` has fsdp inside a process, `fsdp` and `tensor` reach across.
-    2: {"data": (8, 1, 1), "fsdp": (1, 8, 1), "hybrid": (2, 4, 1), "tensor": (1, 1, 8)},
-    # Four processes of two devices; `tensor` reaches across two of them.
-    4: {"data": (8, 1, 1), "fsdp": (1, 8, 1), "hybrid": (4, 2, 1), "tensor": (2, 1, 4)},
+    # Two processes of four devices: `data` reaches across them (fsdp stays inside), then `fsdp`, then `tensor`.
+    2: {"data": (2, 4, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8)},
+    # Four processes of two devices: `data` across all, and `tensor` across pairs of them.
+    4: {"data": (4, 2, 1), "tensor": (2, 1, 4)},
 }
 CASES = [(num, name) for num, meshes in MESHES.items() for name in meshes]
 

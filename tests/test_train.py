@@ -386,7 +386,7 @@ def test_two_processes_equal_one_which_goes_on_from_them(tmp_path, arguments, mo
 def test_ctrl_c_in_one_process_takes_the_other_along(tmp_path, arguments):
     """SIGTERM to both, as a cluster sends it, is tried with launch/local.sh, and to one of them with other faults."""
     workdir = tmp_path / "run"
-    pair = _start_two(arguments(workdir, **FOUR_DEVICES, steps=1_000_000))
+    pair = _start_two(arguments(workdir, **FOUR_DEVICES, objective="flow", steps=1_000_000))
     until = time.monotonic() + 200
     while not (workdir / "metrics.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.2)

@@ -259,6 +259,7 @@ def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str) ->
         in_axes=(nn.broadcast, nn.broadcast),
         length=length,
         unroll=cfg.scan_unroll,
+        check_constancy_invariants=False,  # it would trace the block twice
     )
     return stack(cfg, name=name)
 

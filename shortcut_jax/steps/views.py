@@ -102,13 +102,14 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
 
     The returned v(x, t, d) hands d only to a model with a step-size input; other models ignore it.
     """
-    model, img_ids_N3 = Flux(cfg), image_ids(height, width)
+    img_ids_N3 = image_ids(height, width)
+    apply = jax.jit(Flux(cfg).apply)  # traced once for all passes of a step that have the same shapes
 
     def velocity_of(weights: Weights, condition: Condition) -> StepVelocity:
         txt_ids_M3 = text_ids(condition.txt_BMT.shape[1])
 
         def velocity(x_BNC: Array, t_B: Array, d_B: Array | None = None) -> Array:
-            out_BNC = model.apply(
+            out_BNC = apply(
                 collections(weights),
                 x_BNC,
                 t_B,
