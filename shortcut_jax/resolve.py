@@ -8,7 +8,7 @@ import typing
 from shortcut_jax.check_faults import check_faults
 from shortcut_jax.check_profile import check_profile
 from shortcut_jax.check_values import check_values
-from shortcut_jax.core.schedules import StudentSteps
+from shortcut_jax.core.schedules import StudentSteps, weights_for_share
 from shortcut_jax.data.records import latent_size, stride_of
 from shortcut_jax.differences import flatten
 from shortcut_jax.models.attention import BACKENDS, choose_backend
@@ -217,6 +217,17 @@ def _check_student(s: Settings) -> None:
         f"student_weights has {len(weights)} entries for {len(counts)} step counts: give one each, or none",
     )
     _require(all(w >= 0 for w in weights) and (not weights or sum(weights) > 0), f"student_weights is {weights}")
+    if s.one_step_share is not None:
+        _require(not weights, "student_weights and one_step_share both say how often one step is drawn: give one")
+        try:
+            weights_for_share(counts, s.one_step_share)
+        except ValueError as error:
+            raise ConfigError(f"one_step_share: {error}") from None
+    times = s.timestep_range
+    _require(
+        len(times) == 2 and 0 <= times[0] < times[1] <= 1,
+        f"timestep_range is {times}, but must be two times, 0 <= low < high <= 1",
+    )
     _require(s.jumps >= 2 and s.jumps % 2 == 0, f"jumps is {s.jumps}, but must be an even number of at least 2")
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
     _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
@@ -335,7 +346,8 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
 def objective_settings(s: Settings) -> ObjectiveSettings:
     """The objective's part of the settings."""
     low, high = s.guidance or EMBEDDED_GUIDANCE
-    student = StudentSteps(s.student_steps, s.student_weights, s.jumps)
+    weights = s.student_weights if s.one_step_share is None else weights_for_share(s.student_steps, s.one_step_share)
+    student = StudentSteps(s.student_steps, weights, s.jumps)
     return ObjectiveSettings(
         s.objective,
         s.rows,
@@ -343,6 +355,7 @@ def objective_settings(s: Settings) -> ObjectiveSettings:
         s.shift,
         s.timestep,
         (low, high),
+        (s.timestep_range[0], s.timestep_range[1]),
         s.guide,
         s.teacher_share,
         s.teacher_grid,

@@ -182,9 +182,11 @@ class Settings:
       rows: rows of each kind in each group of consecutive rows (scfm, shortcut).
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
+      one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
       jumps: grid steps of a student step, an even number.
       shift: timestep shift of self rows.
       timestep: how flow rows draw t: uniform or logit_normal.
+      timestep_range: the least and the greatest t that flow rows draw.
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
       guide: where it enters: told, both, teacher or targets (see `steps.views.GUIDES`).
@@ -218,9 +220,11 @@ class Settings:
     rows: RowGroup = field(default_factory=RowGroup)
     student_steps: tuple[int, ...] = StudentSteps.counts
     student_weights: tuple[float, ...] = ()
+    one_step_share: float | None = None
     jumps: int = 2
     shift: ShiftRange = field(default_factory=ShiftRange)
     timestep: str = "uniform"
+    timestep_range: tuple[float, ...] = (0.0, 1.0)
     guidance: tuple[float, ...] = ()
     guide: str = "told"
     max_skipped: int = 0

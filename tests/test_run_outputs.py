@@ -51,6 +51,19 @@ def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_pat
     assert (said in err) if said else ("untaught" not in err)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"one_step_share": 0.75}, "of the self rows that begin at pure noise, 75% learn one step\n"),
+        ({"student_steps": (1, 2, 3, 4)}, "48% learn one step; below 50% one step learns a mean over the others"),
+        ({"timestep_range": (0.0, 0.9), "objective": "flow"}, "timestep_range ends at 0.9: nothing trains the times"),
+    ],
+)
+def test_what_trains_the_times_where_sampling_begins_is_told(changes, said, tmp_path, capfd):
+    train.announce(tiny_assembly(**changes), tmp_path, 0)
+    assert said in capfd.readouterr().err
+
+
 def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
     from shortcut_jax.runtime.checkpoint import Checkpoints
 

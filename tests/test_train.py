@@ -288,6 +288,13 @@ BAD = {
     "step counts": ({"student_steps": "(0,2)"}, r"student_steps is \(0, 2\)"),
     "eval counts": ({"eval.steps": "(1,0)"}, r"eval.steps is \(1, 0\)"),
     "weights": ({"student_weights": "(1.0,2.0)"}, r"student_weights has 2 entries for 3"),
+    "weights and a share": (
+        {"student_weights": "(1,1,1)", "one_step_share": 0.5},
+        r"student_weights and one_step_share both say how often",
+    ),
+    "share": ({"one_step_share": 1.5}, r"one_step_share: the share of one step is 1.5"),
+    "times": ({"timestep_range": "(0.9,0.5)"}, r"timestep_range is \(0.9, 0.5\), but must be two times"),
+    "one time": ({"timestep_range": "(0.9,)"}, r"timestep_range is \(0.9,\), but must be two times"),
     "jumps": ({"jumps": 3}, r"jumps is 3, but must be an even number"),
     "batch": ({"batch_size": 30}, r"global batch of 30 rows.*multiple of 4.*nearest above is 32"),
     "accumulation": ({"accumulate": 3}, r"multiple of 12 = 1 shards \(data x fsdp\) x 3 micro-batches x groups of 4"),

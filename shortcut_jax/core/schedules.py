@@ -50,9 +50,35 @@ class StudentSteps:
         return tuple(w / sum(weights) for w in weights)
 
     @property
+    def one_step_share(self) -> float:
+        """The share of m = 1 among the rows whose student step begins at pure noise: P(1) / sum_m P(m) / m.
+
+        Every count begins there, with a target of its own. A network without a step-size input has one answer for all
+        of them, so one step becomes the better the larger this share is.
+        """
+        starts = {m: p / m for m, p in zip(self.counts, self.probabilities, strict=True)}
+        return starts.get(1, 0.0) / sum(starts.values())
+
+    @property
     def untaught(self) -> tuple[int, ...]:
         """The counts m whose finer count J m is absent, so that nothing trains the steps their targets are made of."""
         return tuple(m for m in self.counts if self.jumps * m not in self.counts)
+
+
+def weights_for_share(counts: tuple[int, ...], share: float) -> tuple[float, ...]:
+    """The weights, equal for all counts but 1, with which `StudentSteps.one_step_share` is `share`.
+
+    Raises:
+      ValueError: 1 is not one of several counts, or the share is not in (0, 1).
+    """
+    if 1 not in counts or len(counts) < 2:
+        raise ValueError(f"step counts {counts} have no share of 1 to choose: 1 must be one of several")
+    if not 0 < share < 1:
+        raise ValueError(f"the share of one step is {share:g}, but must be between 0 and 1")
+    others = [1 / m for m in counts if m != 1]
+    mean = sum(others) / len(others)  # the chance that a row of another count begins at pure noise
+    p_one = share * mean / (1 - share + share * mean)
+    return tuple(p_one if m == 1 else (1 - p_one) / len(others) for m in counts)
 
 
 def teacher_steps(grid: int, jumps: int) -> StudentSteps:
@@ -184,19 +210,24 @@ def sampling_grid(
     return jnp.where(k < num_steps, times, 0.0)
 
 
-def draw_timesteps(key: Array, num_rows: int, kind: str) -> Array:
-    """Timesteps of flow rows in (0, 1), shape [B].
+def draw_timesteps(key: Array, num_rows: int, kind: str, low: float = 0.0, high: float = 1.0) -> Array:
+    """Timesteps of flow rows in (low, high), shape [B].
 
     Args:
       kind: `uniform`, or `logit_normal` (the sigmoid of a standard normal, as in Stable Diffusion 3).
+      low: the least time; the distribution is cut there, not squeezed.
+      high: the greatest time.
 
     Raises:
       ValueError: another kind.
     """
     if kind == "uniform":
-        return jax.random.uniform(key, (num_rows,), minval=1e-6, maxval=1.0)
+        return jax.random.uniform(key, (num_rows,), minval=max(low, 1e-6), maxval=high)
     if kind == "logit_normal":
-        return jax.nn.sigmoid(jax.random.normal(key, (num_rows,)))
+        if (low, high) == (0.0, 1.0):
+            return jax.nn.sigmoid(jax.random.normal(key, (num_rows,)))
+        lower, upper = (jax.scipy.special.logit(jnp.float32(t)) for t in (low, high))
+        return jax.nn.sigmoid(jax.random.truncated_normal(key, lower, upper, (num_rows,)))
     raise ValueError(f"timestep is {kind!r}, but must be 'uniform' or 'logit_normal'")
 
 

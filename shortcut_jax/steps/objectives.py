@@ -36,6 +36,7 @@ class ObjectiveSettings:
       student: the student step counts of self rows.
       shift: the timestep shift of teacher and self rows.
       timestep: how flow rows draw t, `uniform` or `logit_normal`.
+      timestep_range: the least and the greatest t of flow rows.
       guidance: range of the guidance scale of a row.
       guide: where it enters, one of `views.GUIDES`.
       teacher_share: probability that a self row learns from the teacher instead.
@@ -48,6 +49,7 @@ class ObjectiveSettings:
     shift: ShiftRange
     timestep: str
     guidance: tuple[float, float]
+    timestep_range: tuple[float, float] = (0.0, 1.0)
     guide: str = "told"
     teacher_share: float = 0.0
     teacher_grid: int = 32
@@ -125,7 +127,7 @@ def draw(key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: Objecti
         guidance_B = jnp.where(is_flow_B, 1.0, guidance_B)
     return Draws(
         noise_BNC=jax.random.normal(keys.noise, (num_rows, *shape_NC)),
-        t_B=draw_timesteps(keys.timestep, num_rows, settings.timestep),
+        t_B=draw_timesteps(keys.timestep, num_rows, settings.timestep, *settings.timestep_range),
         intervals=intervals,
         guidance_B=guidance_B,
         teacher_B=teacher_B,

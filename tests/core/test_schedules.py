@@ -17,6 +17,7 @@ from shortcut_jax.core.schedules import (
     sampling_grid,
     shift_time,
     teacher_steps,
+    weights_for_share,
 )
 
 ROWS = 20_000
@@ -71,6 +72,22 @@ def test_logit_normal_timesteps_have_standard_normal_logits():
     assert t.shape == (ROWS,) and t.min() > 0.0 and t.max() < 1.0
     logits = np.log(t / (1 - t))
     assert abs(logits.mean()) < 0.03 and abs(logits.var() - 1.0) < 0.04
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_a_range_cuts_the_distribution_of_timesteps(kind):
+    """Within the range, the times are distributed as all times that fall into it."""
+    t = np.asarray(draw_timesteps(jax.random.key(2), ROWS, kind, 0.1, 0.7))
+    assert 0.1 <= t.min() < 0.12 and 0.68 < t.max() <= 0.7
+    every = np.asarray(draw_timesteps(jax.random.key(3), 4 * ROWS, kind))
+    kept = every[(every > 0.1) & (every < 0.7)]
+    np.testing.assert_allclose(np.quantile(t, (0.25, 0.5, 0.75)), np.quantile(kept, (0.25, 0.5, 0.75)), atol=0.015)
+
+
+def test_the_whole_range_draws_what_no_range_does():
+    for kind in ("uniform", "logit_normal"):
+        whole, none = (draw_timesteps(jax.random.key(4), 8, kind, *ends) for ends in ((0.0, 1.0), ()))
+        np.testing.assert_array_equal(whole, none)
 
 
 def test_unknown_timestep_kind_raises():
@@ -151,6 +168,29 @@ def test_counts_without_weights_are_equally_frequent():
     _, count = draw_intervals(jax.random.key(5), ROWS, StudentSteps((2, 5)), ShiftRange(), 64)
     assert set(np.asarray(count)) == {2, 5}
     assert abs((np.asarray(count) == 2).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [((1.0, 1.25, 1.7, 1.6, 1.9, 1.8, 2.3, 2.3), 0.29), ((), 0.40), ((7.0,) + (1.0,) * 7, 0.82)],
+)
+def test_the_share_of_one_step_is_that_of_the_rows_at_pure_noise(weights, share):
+    steps = StudentSteps(weights=weights)
+    assert steps.one_step_share == pytest.approx(share, abs=0.005)
+    intervals = draw_intervals(jax.random.key(7), 16 * ROWS, steps, ShiftRange(), 64)
+    count_B = np.asarray(intervals.count_B)[np.asarray(intervals.times_BJ)[:, 0] > 0.999]
+    assert (count_B == 1).mean() == pytest.approx(share, abs=0.02)
+
+
+def test_weights_for_a_share_are_equal_but_for_one_step():
+    counts = (2, 1, 8)
+    weights = weights_for_share(counts, 0.75)
+    assert StudentSteps(counts, weights).one_step_share == pytest.approx(0.75)
+    assert weights[0] == weights[2] and sum(weights) == pytest.approx(1.0)
+    assert StudentSteps((2, 4)).one_step_share == 0.0
+    for wrong, share in (((1,), 0.5), ((2, 4), 0.5), (counts, 0.0), (counts, 1.0)):
+        with pytest.raises(ValueError, match="must be"):
+            weights_for_share(wrong, share)
 
 
 def test_shifts_differ_between_rows():
