@@ -248,7 +248,7 @@ class SingleBlock(nn.Module):
         return cfg.constrain(x_BLD + gate[:, None] * out_BLD, ("batch", None, None)), None
 
 
-def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str) -> nn.Module:
+def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str, initializing: bool) -> nn.Module:
     """A stack of blocks as one scan. The remat wrapper and the scan leave every parameter path as it is."""
     if cfg.remat != "none":
         block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
@@ -259,7 +259,8 @@ def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str) ->
         in_axes=(nn.broadcast, nn.broadcast),
         length=length,
         unroll=cfg.scan_unroll,
-        check_constancy_invariants=False,  # it would trace the block twice
+        # The check traces the block twice; it is kept where weights are drawn, for it changes which.
+        check_constancy_invariants=initializing,
     )
     return stack(cfg, name=name)
 
@@ -309,11 +310,12 @@ class Flux(nn.Module):
         img_BND = cfg.constrain(embed("img_in", cfg.channels)(x_BNC), stream)
         txt_BMD = cfg.constrain(embed("txt_in", cfg.text_width)(txt_BMT), stream)
         if cfg.double_blocks:
-            stack = _scanned(DoubleBlock, cfg, cfg.double_blocks, "double_blocks")
+            stack = _scanned(DoubleBlock, cfg, cfg.double_blocks, "double_blocks", self.is_initializing())
             (img_BND, txt_BMD), _ = stack((img_BND, txt_BMD), vec_BD, rope)
         x_BLD = jnp.concatenate([txt_BMD, img_BND], axis=1)
         if cfg.single_blocks:
-            x_BLD, _ = _scanned(SingleBlock, cfg, cfg.single_blocks, "single_blocks")(x_BLD, vec_BD, rope)
+            stack = _scanned(SingleBlock, cfg, cfg.single_blocks, "single_blocks", self.is_initializing())
+            x_BLD, _ = stack(x_BLD, vec_BD, rope)
         shift, scale = Modulation(cfg, 2, name="final_modulation")(vec_BD)
         final = _linear(cfg, "final_linear", (cfg.channels,), ("shard", None), kernel_init=_ZEROS)
         out_BNC = final(modulate(x_BLD[:, txt_BMT.shape[1] :], shift, scale))
