@@ -200,6 +200,19 @@ def test_every_weight_starts_from_its_own_distribution(initial):
     assert ones and all((np.asarray(params[path]) == 1.0).all() for path in ones)
 
 
+@pytest.mark.parametrize(
+    ("path", "first"),
+    [
+        ("double_blocks/img_attn/qkv/kernel", (-0.07124008, 0.07078992, -0.14481202)),
+        ("single_blocks/mlp_in/kernel", (0.06882015, 0.10331255, -0.13755931)),
+    ],
+)
+def test_a_seed_draws_the_weights_that_it_has_always_drawn(path, first):
+    """So that a run with an old seed is the old run."""
+    params = flat_paths(init_params(preset("tiny"), jax.random.key(0)))
+    np.testing.assert_allclose(params[path].ravel()[:3], first, rtol=1e-5)
+
+
 def test_blocks_of_a_stack_start_differently(initial):
     for path in ("double_blocks/img_mlp_in/kernel", "single_blocks/attn/qkv/kernel"):
         stack = flat_paths(initial)[path]
