@@ -39,6 +39,8 @@ WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
     (r"data\.weights", lambda s: "" if s.data.mix else "data.mix=()"),
     (r"data\.text_states", lambda s: "data.text_encoder=words" if s.data.text_encoder == "words" else ""),
     (r"optimizer\.decay_paths", lambda s: "" if s.optimizer.weight_decay else "optimizer.weight_decay=0"),
+    (r"ema\.(fast|warmup_ratio)", lambda s: "" if s.ema.dual else "ema.dual=False"),
+    (r"ema\.warmup_ratio", lambda s: "" if s.ema.warmup else "ema.warmup=False"),
     (r"ema\.restart_ratio", lambda s: "" if s.ema.restart_auto else "ema.restart_auto=False"),
     (r"spikes\.(after|decay)", lambda s: "" if s.spikes.factor else "spikes.factor=0"),
     (r"watchdog\.(slow|grace)_seconds", lambda s: "" if s.watchdog.seconds else "watchdog.seconds=0"),

@@ -23,6 +23,10 @@ class EmaSettings:
       fast: decay of the fast average.
       slow: decay of the slow average.
       warmup: limits the decay after n updates to (1 + n) / (10 + n), so that early weights are forgotten sooner.
+      warmup_ratio: how many times sooner the fast average forgets than the slow one during the warm-up: its decay is
+        limited to (1 + n) / (1 + 9 ratio + n). With 1 the two are one average until the limit reaches `fast`, which is
+        update 890 for 0.99.
+      dual: whether there are two averages; else the fast one has the slow decay and both are the same.
       restart_every: restart every that many optimizer steps; 0 means never.
       restart_auto: restart when `is_stale` says so, instead.
       restart_ratio: how many times the noise of the weights the slow average's lag has to be for that.
@@ -31,6 +35,8 @@ class EmaSettings:
     fast: float = 0.99
     slow: float = 0.999
     warmup: bool = False
+    warmup_ratio: float = 1.0
+    dual: bool = True
     restart_every: int = 0
     restart_auto: bool = False
     restart_ratio: float = 1.0
@@ -68,10 +74,19 @@ def init_memory() -> Memory:
     return Memory(jnp.zeros(2), jnp.ones(2), jnp.zeros((), jnp.int32))
 
 
-def decay_at(decay: float, num_updates: Array, warmup: bool) -> Array:
-    """The decay after `num_updates` earlier updates, under the warm-up rule of `EmaSettings.warmup`."""
+def decay_at(decay: float, num_updates: Array, warmup: bool, ratio: float = 1.0) -> Array:
+    """The decay after `num_updates` earlier updates, under the rules of `EmaSettings.warmup` and `.warmup_ratio`."""
     num = num_updates.astype(jnp.float32)
-    return jnp.minimum(decay, (1.0 + num) / (10.0 + num)) if warmup else jnp.asarray(decay, jnp.float32)
+    limit = (1.0 + num) / (1.0 + 9.0 * ratio + num)
+    return jnp.minimum(decay, limit) if warmup else jnp.asarray(decay, jnp.float32)
+
+
+def _decays(num_updates: Array, settings: EmaSettings) -> tuple[Array, Array]:
+    """Of the fast and of the slow average."""
+    slow = decay_at(settings.slow, num_updates, settings.warmup)
+    if not settings.dual:
+        return slow, slow
+    return decay_at(settings.fast, num_updates, settings.warmup, settings.warmup_ratio), slow
 
 
 def average(ema: Any, params: Any, decay: Array | float) -> Any:
@@ -134,7 +149,7 @@ def update_ema(
       Averages, memory, and the staleness by which was decided (0 unless `restart_auto`).
     """
     chex.assert_rank(num_updates, 0)
-    decays = [decay_at(decay, num_updates, settings.warmup) for decay in (settings.fast, settings.slow)]
+    decays = _decays(num_updates, settings)
     ema = DualEma(*(average(old, params, decay) for old, decay in zip(ema, decays, strict=True)))
     decay_2 = jnp.stack(decays)
     lag, noise = decay_2 * (memory.lag + 1.0), jnp.square(decay_2) * memory.noise + jnp.square(1.0 - decay_2)

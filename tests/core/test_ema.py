@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -57,6 +60,27 @@ def test_the_first_update_under_warm_up_takes_nine_tenths_of_the_weights():
     (ema,) = _run(EmaSettings(warmup=True), _zeros(), _params(), 1)
     _assert_scaled(ema.fast, _params(), 0.9)
     _assert_scaled(ema.slow, _params(), 0.9)
+
+
+def test_a_ratio_keeps_the_fast_averages_memory_shorter_during_the_warm_up():
+    """Weights that move by 1 an update: a decay limited to (1 + n) / (k + n) trails them by n / k in the long run."""
+    settings, num = EmaSettings(fast=0.999, slow=0.9999, warmup=True, warmup_ratio=3.0), 600
+    ema, memory = init_ema({"w": jnp.zeros(())}), init_memory()
+    update = jax.jit(functools.partial(update_ema, settings=settings))
+    for n in range(num):
+        ema, memory, _ = update(ema, memory, {"w": jnp.float32(n)}, jnp.int32(n))
+    fast, slow = (num - 1 - float(tree["w"]) for tree in ema)
+    assert fast == pytest.approx(num / 28, rel=0.03) and slow == pytest.approx(num / 10, rel=0.03)
+    assert float(decay_at(0.99, jnp.int32(90), True, 3.0)) == pytest.approx(91 / 118)
+    assert float(decay_at(0.99, jnp.int32(90), True, 1.0)) == float(decay_at(0.99, jnp.int32(90), True))
+
+
+def test_without_a_dual_average_both_are_the_slow_one():
+    settings = EmaSettings(fast=0.5, slow=0.9, warmup=True, warmup_ratio=3.0)
+    dual, single = (_run(s, _zeros(), _params(), 40)[-1] for s in (settings, dataclasses.replace(settings, dual=False)))
+    chex.assert_trees_all_equal(single.fast, single.slow)
+    chex.assert_trees_all_equal(single.slow, dual.slow)
+    assert not _is_equal(dual.fast, dual.slow)
 
 
 def test_a_restart_sets_both_to_the_weights_at_multiples_of_its_period_only():
