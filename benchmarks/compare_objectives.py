@@ -6,6 +6,7 @@ made again, and one that was cut off goes on where it was. `--table` makes the t
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -94,7 +95,8 @@ def run(path: Path, name: str, method: str, steps: int, seed: int, runs: Path) -
         "command": "python " + " ".join(train),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds),
-        "facts": found["facts"],
+        "cores": os.cpu_count(),
+        "facts": {name: fact for name, fact in found["facts"].items() if name != "run"},  # which is a local path
         "cells": [{key: cell[key] for key in ("steps", "images", *FIGURES)} for cell in found["cells"]],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
