@@ -33,6 +33,7 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.steps.objectives import OBJECTIVES
 from shortcut_jax.steps.optim import make_optimizer
 from shortcut_jax.steps.state import TrainState, init_state
 from shortcut_jax.steps.train_step import make_train_step
@@ -109,7 +110,7 @@ class Assembly:
         """Model FLOPs of one step of pictures of `size`."""
         s = self.settings
         student, first, slow = self.evaluations
-        jumping = 0 if s.objective == "flow" else self.batch_size // s.rows.size * s.rows.self_rows
+        jumping = self.batch_size // s.rows.size * s.rows.self_rows if OBJECTIVES[s.objective].distils else 0
         jumped = jumping * (first + slow) * s.jumps // 2
         tokens = self._image_tokens(size), s.data.text_tokens
         return step_flops(self.model, *tokens, self.batch_size * student, jumped, frozen=s.train == "lora")

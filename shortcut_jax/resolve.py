@@ -42,6 +42,7 @@ _POSITIVE = (
     *("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio"),
     "heartbeat_every",
 )
+_TAKE_TEACHER = " or ".join(name for name, row in OBJECTIVES.items() if row.takes_teacher)
 _DECAYS = ("ema.fast", "ema.slow", "spikes.decay", "optimizer.b1", "optimizer.b2")
 _PROBABILITIES = ("data.caption_dropout", "data.flip", "shift.dynamic", "teacher_share")
 _PATHS = ("optimizer.decay_paths", "lora.paths")
@@ -158,8 +159,8 @@ def _check_post_training(s: Settings) -> None:
         f"set init_from (or base) to a checkpoint, such as a converted FLUX.1 or the workdir of a run",
     )
     _require(
-        s.train == "all" or s.objective != "shortcut",
-        "objective=shortcut has a step-size embedding that no base has, and trains all weights: set train=all",
+        s.train == "all" or not OBJECTIVES[s.objective].needs_step_size,
+        f"objective={s.objective} has a step-size embedding that no base has, and trains all weights: set train=all",
     )
     _require(
         s.has_base or s.base is None, f"base={s.base}, but nothing is frozen: set train=lora, or init_from instead"
@@ -171,9 +172,9 @@ def _check_post_training(s: Settings) -> None:
     if not s.teacher_share:
         return
     _require(
-        s.objective == "scfm" and s.rows.self_rows > 0,
+        OBJECTIVES[s.objective].takes_teacher and s.rows.self_rows > 0,
         f"teacher_share is {s.teacher_share}, but objective={s.objective} with rows.self_rows={s.rows.self_rows} has "
-        f"no rows to learn from a teacher: set objective=scfm and rows.self_rows to at least 1",
+        f"no rows to learn from a teacher: set objective={_TAKE_TEACHER} and rows.self_rows to at least 1",
     )
     grid, jumps, finest = s.teacher_grid, s.jumps, max(s.student_steps)
     _require(
@@ -201,7 +202,10 @@ def _check_guidance(s: Settings, model: FluxConfig) -> None:
         )
         return
     _require(bool(s.guidance), f"guide={s.guide} needs a range of scales: set guidance=(low, high)")
-    _require(s.objective == "scfm", f"guide={s.guide} needs objective=scfm, not {s.objective}")
+    _require(
+        OBJECTIVES[s.objective].takes_teacher,
+        f"guide={s.guide} needs objective={_TAKE_TEACHER}, not {s.objective}",
+    )
     _require(
         model.guidance == (s.guide != "both"),
         f"guide={s.guide} {'needs a' if s.guide != 'both' else 'goes with a model without'} guidance embedding: set "
@@ -235,7 +239,10 @@ def _check_student(s: Settings) -> None:
     )
     _require(s.jumps >= 2 and s.jumps % 2 == 0, f"jumps is {s.jumps}, but must be an even number of at least 2")
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
-    _require(s.objective == "flow" or s.rows.size > 0, "rows.self_rows + rows.flow_rows is 0, but a group needs rows")
+    _require(
+        not OBJECTIVES[s.objective].distils or s.rows.size > 0,
+        "rows.self_rows + rows.flow_rows is 0, but a group needs rows",
+    )
 
 
 def _check_evaluation(s: Settings) -> None:
@@ -268,7 +275,7 @@ def model_config(s: Settings, platform: str, check_backend: bool = True) -> Flux
     cfg = dataclasses.replace(
         cfg,
         **overrides,
-        step_size=s.objective == "shortcut",
+        step_size=OBJECTIVES[s.objective].needs_step_size,
         compute_dtype=m.compute_dtype,
         param_dtype=m.param_dtype,
         grad_reduce_dtype=s.grad_reduce_dtype,

@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 from shortcut_jax.differences import flatten
 from shortcut_jax.settings import Settings, to_dict
+from shortcut_jax.steps.objectives import OBJECTIVES
 
 
-def _flow(s: Settings) -> str:
-    return "objective=flow" if s.objective == "flow" else ""
+def _no_distillation(s: Settings) -> str:
+    return "" if OBJECTIVES[s.objective].distils else f"objective={s.objective}"
 
 
 def _no_self_rows(s: Settings) -> str:
-    return _flow(s) or ("" if s.rows.self_rows else "rows.self_rows=0")
+    return _no_distillation(s) or ("" if s.rows.self_rows else "rows.self_rows=0")
 
 
 def _no_student_rows(s: Settings) -> str:
@@ -20,7 +21,7 @@ def _no_student_rows(s: Settings) -> str:
 
 
 def _no_flow_rows(s: Settings) -> str:
-    return "" if _flow(s) or s.rows.flow_rows else "rows.flow_rows=0"
+    return "" if _no_distillation(s) or s.rows.flow_rows else "rows.flow_rows=0"
 
 
 def _no_validation(s: Settings) -> str:
@@ -32,7 +33,7 @@ WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
     (r"model\.param_dtype", lambda s: "train=lora" if s.train == "lora" else ""),
     (r"init_view", lambda s: "" if s.init_from or s.base else "init_from=None"),
     (r"teacher_grid", lambda s: "" if s.teacher_share else "teacher_share=0"),
-    (r"rows\..*", _flow),
+    (r"rows\..*", _no_distillation),
     (r"student_(steps|weights)|one_step_share", _no_student_rows),
     (r"jumps|shift\..*", _no_self_rows),
     (r"timestep(_range)?", _no_flow_rows),

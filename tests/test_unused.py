@@ -100,7 +100,7 @@ def _examples(**changes):
     settings = objective_settings(from_config(tiny_config(**changes)))
     draws = draw(jax.random.key(0), 12, (4, 3), settings)
     rows = Rows(jax.random.normal(jax.random.key(1), (12, 4, 3)), None, draws)
-    return draws, None if settings.teacher_share else OBJECTIVES[settings.name](rows, None, settings)
+    return draws, None if settings.teacher_share else OBJECTIVES[settings.name].examples(rows, None, settings)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The objectives: what each row of a batch is asked to predict. One function each, in one table.
+"""The objectives: what each row of a batch is asked to predict. One record each, in one table.
 
 An objective turns clean latents and random draws into `Examples`: an input, its time, and a target through which no
 gradient flows. The train step does the rest, the same for all of them.
@@ -149,7 +149,12 @@ def _interval_start(rows: Rows) -> tuple[Array, Array, Array]:
     return interpolate(rows.x0_BNC, rows.draws.noise_BNC, t_B), t_B, t_B - times_BJ[:, -1]
 
 
-def _scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    """Self-distillation without a step-size input (arXiv 2510.17858).
+
+    From x at t the fast average (or the teacher) makes the first jump of a student step and the slow average the
+    others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t).
+    """
     del settings
     x_BNC, t_B, length_B = _interval_start(rows)
     first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
@@ -158,34 +163,53 @@ def _scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) 
     return Examples(x_BNC, t_B, length_B, target_BNC)
 
 
-def _shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    """Shortcut models (arXiv 2410.12557): the slow average, told the step size of each jump, makes all of them."""
     times_BJ, count_B = rows.draws.intervals
     x_BNC, t_B, length_B = _interval_start(rows)
     slow = networks.slow(rows.condition)
     return Examples(x_BNC, t_B, length_B, shortcut_target(x_BNC, times_BJ, count_B, slow, settings.student))
 
 
-Objective = Callable[[Rows, Networks, ObjectiveSettings], Examples]
+RowExamples = Callable[[Rows, Networks, ObjectiveSettings], Examples]
 
 
-def _by_kind(*objectives: Objective) -> Objective:
-    """The objective that asks each kind of row, in the order of `rows.KINDS`, for its own examples."""
+@dataclass(frozen=True)
+class Objective:
+    """A row of the table of objectives.
 
-    def examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-        parts = zip(objectives, split_kinds(rows, settings.rows), settings.rows.counts, strict=True)
-        asked = [objective(part, networks, settings) if count else None for objective, part, count in parts]
+    Attributes:
+      of_self_rows: what self rows are asked; None where a batch has flow rows alone.
+      needs_step_size: whether the network is told its step size.
+      takes_teacher: whether self rows may learn from a teacher, and their targets be guided.
+    """
+
+    of_self_rows: RowExamples | None = None
+    needs_step_size: bool = False
+    takes_teacher: bool = False
+
+    @property
+    def distils(self) -> bool:
+        """Whether there are rows that learn from averages of the network itself."""
+        return self.of_self_rows is not None
+
+    def examples(self, rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+        """What each row is asked, by its kind."""
+        if self.of_self_rows is None:
+            return flow_examples(rows, networks, settings)
+        of_kinds = self.of_self_rows, flow_examples  # in the order of `rows.KINDS`
+        parts = zip(of_kinds, split_kinds(rows, settings.rows), settings.rows.counts, strict=True)
+        asked = [ask(part, networks, settings) if count else None for ask, part, count in parts]
         return merge_kinds(asked, settings.rows)
-
-    return examples
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "flow": flow_examples,
-    "scfm": _by_kind(_scfm_examples, flow_examples),
-    "shortcut": _by_kind(_shortcut_examples, flow_examples),
+    "flow": Objective(),
+    "scfm": Objective(scfm_examples, takes_teacher=True),
+    "shortcut": Objective(shortcut_examples, needs_step_size=True),
 }
 
 
 def row_group(settings: ObjectiveSettings) -> RowGroup:
-    """The groups a batch is made of: plain flow matching has one kind of row."""
-    return RowGroup(0, 1) if settings.name == "flow" else settings.rows
+    """The groups a batch is made of: without self-distillation there is one kind of row."""
+    return settings.rows if OBJECTIVES[settings.name].distils else RowGroup(0, 1)

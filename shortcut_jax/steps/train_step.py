@@ -139,7 +139,7 @@ def loss_and_gradients(
     """Targets first, outside the differentiated function; then the student's loss on the online weights."""
     objective = settings.objective
     networks = Networks(velocity_of, state.frozen, state.ema.fast, state.ema.slow, objective.guide)
-    examples = OBJECTIVES[objective.name](rows, networks, objective)
+    examples = OBJECTIVES[objective.name].examples(rows, networks, objective)
     chex.assert_equal_shape([examples.x_BNC, examples.target_BNC])
     chex.assert_shape([examples.t_B, examples.step_B], examples.x_BNC.shape[:1])
     target_BNC = jax.lax.stop_gradient(examples.target_BNC)

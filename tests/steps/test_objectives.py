@@ -51,7 +51,7 @@ class Recorded:
 
     def __call__(self, settings, rows):
         self.calls.clear()
-        return OBJECTIVES[settings.name](rows, self, settings)
+        return OBJECTIVES[settings.name].examples(rows, self, settings)
 
 
 def _places(*places, size=4):
@@ -106,7 +106,7 @@ def test_swapping_fast_and_slow_changes_the_target():
             field = lambda k: lambda x, t, d: k * x + 1.0
             self.first, self.slow = (lambda condition, teacher_B: field(fast)), (lambda condition: field(slow))
 
-    one, other = (OBJECTIVES["scfm"](rows, Fields(*k), settings) for k in ((1, 3), (3, 1)))
+    one, other = (OBJECTIVES["scfm"].examples(rows, Fields(*k), settings) for k in ((1, 3), (3, 1)))
     change = np.abs(np.asarray(one.target_BNC - other.target_BNC)).max(axis=(1, 2))
     assert (change[_places(0)] > 1e-3).all() and (change[_places(1, 2, 3)] == 0.0).all()
 
