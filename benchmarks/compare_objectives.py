@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcut_jax import command
+from shortcut_jax.core.json_text import to_json
 from shortcut_jax.report import count_label, markdown
 from shortcut_jax.runtime.distributed import say
 
@@ -27,8 +28,12 @@ SETS = {"digits": "configs/digits.py"}
 """Sets -> the config that every method starts from."""
 
 TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)"}
-FORMER = {"student_weights": "(1.0,1.25,1.7,1.6,1.9,1.8,2.3,2.3)", "one_step_share": "None", "jumps": 2}
-FORMER |= {"timestep_range": "(0.0,1.0)"}
+FORMER = {
+    "student_weights": "(1.0,1.25,1.7,1.6,1.9,1.8,2.3,2.3)",
+    "one_step_share": "None",
+    "jumps": 2,
+    "timestep_range": "(0.0,1.0)",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", "timestep_range": "(0.0,1.0)"},
     "scfm": {"objective": "scfm", **TUNED},
@@ -65,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
             if path.exists():
                 say(f"{path.name} is there")
             else:
-                run(path, options.set, method, options.steps, seed, Path(options.runs))
+                run(options.set, method, options.steps, seed, Path(options.runs))
     print(table(read(options.set, options.steps)))
     return 0
 
@@ -75,8 +80,9 @@ def result_path(name: str, method: str, steps: int, seed: int) -> Path:
     return RESULTS / name / f"{steps}-{method}-seed{seed}.json"
 
 
-def run(path: Path, name: str, method: str, steps: int, seed: int, runs: Path) -> None:
+def run(name: str, method: str, steps: int, seed: int, runs: Path) -> None:
     """Trains, evaluates, and writes the file. Raises CalledProcessError where one of them fails."""
+    path = result_path(name, method, steps, seed)
     workdir = runs / name / path.stem
     changes = {**METHODS[method], "steps": steps, "seed": seed, "eval.views": "()", "eval.images": "()"}
     train = ["-m", "shortcut_jax.train", f"--config={SETS[name]}", f"--workdir={workdir}"]
@@ -100,7 +106,7 @@ def run(path: Path, name: str, method: str, steps: int, seed: int, runs: Path) -
         "cells": [{key: cell[key] for key in ("steps", "images", *FIGURES)} for cell in found["cells"]],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(to_json(record, indent=1) + "\n")
 
 
 def read(name: str, steps: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from shortcut_jax.data.schedule import BatchSchedule
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.resolve import objective_settings
 from shortcut_jax.runtime.distributed import say, tell
-from shortcut_jax.steps.objectives import OBJECTIVES
+from shortcut_jax.steps.objectives import OBJECTIVES, row_group
 from shortcut_jax.unused import unused
 
 
@@ -38,18 +38,17 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
             f"guide={s.guide}: a self row is evaluated {student} times with a gradient, and {first} + {slow} times "
             f"without for each pair of jumps"
         )
-    objective = OBJECTIVES[s.objective]
-    self_rows = objective.distils and s.rows.self_rows
-    if self_rows and not objective.needs_step_size and s.teacher_share < 1 and 1 in s.student_steps:
-        share = objective_settings(s).student.one_step_share
+    asked = objective_settings(s)
+    self_rows = row_group(asked).self_rows
+    if self_rows and not cfg.step_size and s.teacher_share < 1 and 1 in s.student_steps:
+        share = asked.student.one_step_share
         hint = "; below 50% one step learns a mean over the others: raise one_step_share" if share < 0.5 else ""
         say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
     high = s.timestep_range[1]
     if high < 1 and not self_rows:
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")
-    untaught = objective_settings(s).untaught
-    if objective.distils and untaught and not start:
-        counts = ", ".join(map(str, untaught))
+    if OBJECTIVES[s.objective].distils and asked.untaught and not start:
+        counts = ", ".join(map(str, asked.untaught))
         say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
 
 

@@ -20,7 +20,14 @@ from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import Flux, FluxConfig
 from shortcut_jax.models.linear import no_constraint
 from shortcut_jax.models.lora import init_adapters
-from shortcut_jax.resolve import check_tensor, global_batch, mesh_shape, model_config, step_settings
+from shortcut_jax.resolve import (
+    check_tensor,
+    global_batch,
+    mesh_shape,
+    model_config,
+    objective_settings,
+    step_settings,
+)
 from shortcut_jax.runtime.compiler import compiler_options
 from shortcut_jax.runtime.distributed import platform_of
 from shortcut_jax.runtime.metrics import peak_flops
@@ -33,7 +40,7 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.settings import ConfigError, Settings
-from shortcut_jax.steps.objectives import OBJECTIVES
+from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.optim import make_optimizer
 from shortcut_jax.steps.state import TrainState, init_state
 from shortcut_jax.steps.train_step import make_train_step
@@ -110,8 +117,8 @@ class Assembly:
         """Model FLOPs of one step of pictures of `size`."""
         s = self.settings
         student, first, slow = self.evaluations
-        jumping = self.batch_size // s.rows.size * s.rows.self_rows if OBJECTIVES[s.objective].distils else 0
-        jumped = jumping * (first + slow) * s.jumps // 2
+        group = row_group(objective_settings(s))
+        jumped = self.batch_size // group.size * group.self_rows * (first + slow) * s.jumps // 2
         tokens = self._image_tokens(size), s.data.text_tokens
         return step_flops(self.model, *tokens, self.batch_size * student, jumped, frozen=s.train == "lora")
 

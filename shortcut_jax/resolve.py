@@ -108,6 +108,7 @@ def _check(s: Settings) -> None:
             re.compile(values[name])
         except re.error as error:
             raise ConfigError(f"{name} is {values[name]!r}, which is not a regular expression: {error}") from None
+    _require(s.ema.warmup_ratio >= 1, f"ema.warmup_ratio is {s.ema.warmup_ratio:g}, but must be at least 1")
     _require(
         not (s.ema.restart_every and s.ema.restart_auto),
         f"ema.restart_every is {s.ema.restart_every} and ema.restart_auto is true: choose one of them",
@@ -116,7 +117,6 @@ def _check(s: Settings) -> None:
         not s.ema.restart_auto or s.ema.dual,
         "ema.restart_auto compares a fast with a slow average: it needs ema.dual=true",
     )
-    _require(s.ema.warmup_ratio >= 1, f"ema.warmup_ratio is {s.ema.warmup_ratio:g}, but must be at least 1")
     _require(
         not s.ema.restart_auto or s.ema.fast < s.ema.slow,
         f"ema.restart_auto compares a fast with a slow average, but their decays are {s.ema.fast} and {s.ema.slow}",

@@ -143,10 +143,7 @@ def lora_files(distilled, tmp_path_factory):
         ({"base": "TRAINED"}, "are two networks, but training starts from its base"),
         ({"lora__paths": "nothing"}, "lora.paths='nothing' matches no layer"),
         ({"ema__restart_auto": True, "ema__fast": 0.999}, "compares a fast with a slow average"),
-        (
-            {"ema__restart_auto": True, "ema__dual": False},
-            "a slow average: it needs ema.dual=true",
-        ),
+        ({"ema__restart_auto": True, "ema__dual": False}, "a slow average: it needs ema.dual=true"),
         ({"ema__warmup_ratio": 0.5}, "ema.warmup_ratio is 0.5, but must be at least 1"),
         ({"init_from": "LORA", "base": "TRAINED", "lora__rank": 4}, r"has rank 3, but lora\.rank is 4"),
         ({"init_from": "LORA", "base": "TRAINED", "lora__paths": ".*qkv"}, r"adapts other layers than lora\.paths"),

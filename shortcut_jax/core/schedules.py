@@ -224,7 +224,7 @@ def draw_timesteps(key: Array, num_rows: int, kind: str, low: float = 0.0, high:
     if kind == "uniform":
         return jax.random.uniform(key, (num_rows,), minval=max(low, 1e-6), maxval=high)
     if kind == "logit_normal":
-        if (low, high) == (0.0, 1.0):
+        if (low, high) == (0.0, 1.0):  # the same times as ever: a truncated normal draws others
             return jax.nn.sigmoid(jax.random.normal(key, (num_rows,)))
         lower, upper = (jax.scipy.special.logit(jnp.float32(t)) for t in (low, high))
         return jax.nn.sigmoid(jax.random.truncated_normal(key, lower, upper, (num_rows,)))
