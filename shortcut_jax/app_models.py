@@ -19,9 +19,10 @@ from shortcut_jax.pictures_out import Record
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.distributed import tell
+from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import tree_shardings
 from shortcut_jax.settings import Settings
-from shortcut_jax.sources import open_loras, param_shapes, place
+from shortcut_jax.sources import open_loras, param_shapes
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.views import Adapted
 from shortcut_jax.text_to_image import TextToImage

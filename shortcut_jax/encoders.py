@@ -21,6 +21,7 @@ from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder, Moments, latents_from
 from shortcut_jax.pipeline_folder import PipelineParts, open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import (
     MeshShape,
     batch_sharding,
@@ -30,7 +31,7 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.runtime.tokenizers import Tokens
-from shortcut_jax.sources import Model, buildable_params, open_models, place
+from shortcut_jax.sources import Model, buildable_params, open_models
 from shortcut_jax.weights.rules import nest
 
 _PIXELS_AT_ONCE = 2**20

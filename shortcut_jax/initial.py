@@ -16,8 +16,9 @@ from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.distributed import say, tell
+from shortcut_jax.runtime.placing import place
 from shortcut_jax.settings import ConfigError
-from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, place, sampling_of
+from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, sampling_of
 from shortcut_jax.steps.state import TrainState
 from shortcut_jax.steps.views import Frozen
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack

@@ -22,9 +22,10 @@ from shortcut_jax.command import UsageError
 from shortcut_jax.data.buckets import parse_buckets
 from shortcut_jax.data.format import INFO, TEXT_DTYPES, Size
 from shortcut_jax.data.inputs import NAMES, Source, SourceOptions, open_source
+from shortcut_jax.data.job import Job, Produce
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
-from shortcut_jax.data.writing import Job, Produce, already_written, captions_hash, units_done, write_units
+from shortcut_jax.data.writing import already_written, captions_hash, units_done, write_units
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.claim import Claim, Member, Times
 from shortcut_jax.runtime.shared_folder import check_place

@@ -26,14 +26,13 @@ from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
 from shortcut_jax.settings import Settings, complete
 from shortcut_jax.weights import schedulers
-from shortcut_jax.weights.finite import check_placed
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import Merged, Modules, added, check_values, expand, unstack
 from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, alpha_origin, header_notes, read
 from shortcut_jax.weights.lora_names import is_lora
 from shortcut_jax.weights.params import Spec, shapes_of, specs_of
-from shortcut_jax.weights.rules import ConversionError, Converted, nest
+from shortcut_jax.weights.rules import ConversionError, Converted
 
 PIPELINE_KINDS = ("flux", "vae", "clip", "t5")
 """What pictures are made with."""
@@ -381,32 +380,3 @@ def _workdir_lora(path: Path, view: str) -> tuple[Modules, tuple[str, ...]]:
         n: (lora.rank, lora.scale * lora.rank) for n, u, _ in expand(shapes) if f"{u.targets[-1]}/b" in run.params
     }
     return unstack(dict(run.params), record, shapes), run.notes
-
-
-def place(params: Mapping[str, np.ndarray], shapes: Any, origin: str = "the weights") -> Any:
-    """Parameters on devices as nested dicts, all of them finite, without the whole model in host memory.
-
-    Args:
-      params: by path, of a `Model`.
-      shapes: what is wanted, as nested `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes.
-      origin: what messages call them: the model, and its file or folder.
-
-    Raises:
-      ConvertedError: the files are damaged.
-      ConversionError: values that are not finite.
-    """
-    wanted = flat_paths(shapes)
-    if not isinstance(params, OrbaxParams):
-        return check_placed(nest({name: _shard(params, name, w, origin) for name, w in wanted.items()}), origin)
-    # Orbax reads the stored dtype; each device then casts its shards.
-    stored = {k: jax.ShapeDtypeStruct(w.shape, params.spec(k).dtype, sharding=w.sharding) for k, w in wanted.items()}
-    placed = flat_paths(params.place(nest(stored)))
-    return check_placed(nest({k: placed.pop(k).astype(w.dtype) for k, w in wanted.items()}), origin)
-
-
-def _shard(params: Mapping[str, np.ndarray], name: str, wanted: Any, origin: str) -> jax.Array:
-    try:
-        value = params[name]
-    except ConversionError as error:  # of values that are read, widened or merged: it has their name, but no file
-        raise ConversionError(f"{origin}: {error}") from error
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: value[index].astype(wanted.dtype))

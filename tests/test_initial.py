@@ -14,9 +14,10 @@ from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.converted import write_params
+from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 from shortcut_jax.settings import ConfigError
-from shortcut_jax.sources import abstract_params, place
+from shortcut_jax.sources import abstract_params
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
 from shortcut_jax.weights.rules import ConversionError, to_torch

@@ -22,7 +22,8 @@ from shortcut_jax.encoders import load_decoder, load_text_encoder
 from shortcut_jax.latent_encoder import LatentEncoder, as_half
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling
-from shortcut_jax.sources import open_models, place
+from shortcut_jax.runtime.placing import place
+from shortcut_jax.sources import open_models
 from shortcut_jax.weights.rules import nest
 from tests.data.pictures import encoded, picture, write_folder
 from tests.helpers import relative

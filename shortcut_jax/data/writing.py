@@ -10,12 +10,10 @@ import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +21,22 @@ import numpy as np
 
 from shortcut_jax.data.format import (
     INFO,
-    SKIPPED,
     SPLITS,
     DataError,
-    LatentInfo,
     SetInfo,
     Shard,
-    Size,
-    TextInfo,
     dataset_name,
     read_info,
     set_features,
     shard_name,
     write_set,
 )
+from shortcut_jax.data.job import Job, Produce
+from shortcut_jax.data.left_out import REFUSED, check_left_out, check_skipped, list_skipped, mark_refused
 from shortcut_jax.data.progress import Tally, progress_bar, remedies, skipped_text, unused_text
 from shortcut_jax.data.units import (
     Done,
-    Record,
-    Skip,
     Unit,
-    Unused,
-    as_json,
     counts,
     done_path,
     done_units,
@@ -55,71 +47,12 @@ from shortcut_jax.data.units import (
     records_path,
     serializer,
     write_json,
-    write_text,
     write_unit,
 )
 
-Produce = Callable[[Unit], Iterator[Record | Skip | Unused]]
-"""The records of a unit, what is left out, and what is not used."""
-
-WORK = "work"
 REQUEST = "request.json"
-REFUSED = "refused.json"
-"""Says that too much was left out, and how much would have been borne: units that are older are not the last word."""
 FINGERPRINT = "fingerprint"
 """Of the source, in a request: another one concerns the units that changed, and only a complete set as a whole."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A set that is to be written.
-
-    Attributes:
-      out: its folder.
-      request: what determines its content, as JSON: a set that is there already has to agree with it.
-      store: `pixels` or `latents`.
-      buckets: the sizes of its pictures.
-      units: what it is made of.
-      num_items: records and what is left out, where that is known.
-      bytes_per_record: about the least that a record takes.
-      text: of a set with text states.
-      latents: of a set of latents.
-      encoders: see `SetInfo`.
-      validation: share of the validation split.
-      max_skipped: the largest share that may be left out.
-      unused: what the source has beside what its units count -> how many of it.
-      eval_prompts: captions that pictures are drawn for; None: the first captions of the validation split.
-      prompts: eval prompts -> the arrays that `write_set` takes. Called once, by process 0.
-      complete: called once, by process 0, with the folder that becomes the set and the sums of all records; may put
-        further files there; returns fields of `SetInfo` that are known only now.
-    """
-
-    out: Path
-    request: dict[str, Any]
-    store: str
-    buckets: tuple[Size, ...]
-    units: Sequence[Unit]
-    num_items: int | None = None
-    bytes_per_record: int = 0
-    text: TextInfo | None = None
-    latents: LatentInfo | None = None
-    encoders: dict[str, dict[str, str]] = field(default_factory=dict)
-    validation: float = 0.01
-    max_skipped: float = 0.01
-    unused: Mapping[str, int] = field(default_factory=dict)
-    eval_prompts: tuple[str, ...] | None = None
-    prompts: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None
-    complete: Callable[[Path, Mapping[str, float]], dict[str, Any]] | None = None
-
-    @property
-    def partial(self) -> Path:
-        """The folder that becomes the set."""
-        return self.out.with_name(f".{self.out.name}.partial")
-
-    @property
-    def work(self) -> Path:
-        """Units, and what else is only needed until the set is complete."""
-        return self.partial / WORK
 
 
 def already_written(job: Job) -> bool:
@@ -133,7 +66,7 @@ def already_written(job: Job) -> bool:
     if (out / INFO).is_file():
         info = read_info(out)
         _check_same(out, info.request, job.request)
-        _check_left_out(out)
+        check_left_out(out)
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"--out={out} is there and is no prepared set: give another --out")
@@ -203,7 +136,7 @@ def _write_all(
     _drop(job, {i for i in stale if i % count == index})
     tally = Tally(job.work, len(job.units), job.num_items, {i for i in stale if i % count != index})
     tally.refresh()
-    _check_skipped(job, tally)
+    check_skipped(job, tally)
     with progress_bar(tally, index == 0) as bar:
         for unit in job.units[index::count]:
             if unit.index in tally.done:
@@ -213,7 +146,7 @@ def _write_all(
                 bar.show(state)
             tally.refresh()
             bar.show(None)
-            _check_skipped(job, tally)
+            check_skipped(job, tally)
         while len(tally.done) < len(job.units):
             _check_others(job, index, started)
             time.sleep(poll)
@@ -221,7 +154,7 @@ def _write_all(
                 return tally
             tally.refresh()
             bar.show(None)
-    _check_skipped(job, tally)
+    check_skipped(job, tally)
     if not tally.records:
         raise DataError(_nothing_left(job, tally))
     return tally
@@ -284,8 +217,8 @@ def _named(job: Job, outcomes: Sequence[tuple[int, Done]]) -> Iterator[tuple[Pat
 
 
 def _nothing_left(job: Job, tally: Tally) -> str:
-    refused = f"{skipped_text(tally.skipped)} were left out, listed in {_list_skipped(job)}" if tally.skipped else ""
-    _refused(job)
+    refused = f"{skipped_text(tally.skipped)} were left out, listed in {list_skipped(job)}" if tally.skipped else ""
+    mark_refused(job)
     unused = _unused(job, tally)
     told = "; ".join(filter(None, [refused, f"not used: {unused_text(unused)}" if unused else ""]))
     return f"no record is left: {told or 'the source has no images'}{remedies(tally.skipped)}"
@@ -310,7 +243,7 @@ def _complete(job: Job, tally: Tally) -> None:
                 written.rename(names[written])
             shard = Shard(names[written], np.array(done.buckets[split], np.uint16), done.num_bytes[split])
             shards.setdefault(split, []).append(shard)
-    _list_skipped(job)
+    list_skipped(job)
     chosen = job.eval_prompts
     if chosen is None:
         split = "validation" if "validation" in shards else "train"
@@ -344,67 +277,6 @@ def _rename(job: Job) -> None:
         job.work.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
     job.partial.rename(job.out)
-
-
-def _list_skipped(job: Job) -> Path:
-    """Writes what was left out, of the units that are done."""
-    path = job.partial / SKIPPED
-    skips = (skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
-    write_text(path, "".join(f"{as_json(_listed(skip))}\n" for skip in skips))
-    return path
-
-
-def _listed(skip: Skip) -> dict[str, str]:
-    """A line of `skipped.jsonl`: the stamp of a file shows later that the file was corrected."""
-    watched = dict(zip(("file", "stamp"), skip.watched, strict=True)) if skip.watched else {}
-    return {"key": skip.key, "reason": skip.reason, "detail": skip.detail, **watched}
-
-
-def _check_left_out(out: Path) -> None:
-    """Raises DataError where files that a complete set left out were corrected, or came, since."""
-    try:
-        with (out / SKIPPED).open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        left = dict.fromkeys((row["file"], row["stamp"]) for row in rows if "file" in row)
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{out / SKIPPED} is damaged ({error}): delete {out}, and prepare it again") from error
-    # A file that could not be read has no stamp: it is another one when it can be read.
-    changed = [name for name, was in left if has_changed(name, was) and (was or os.access(name, os.R_OK))]
-    if changed:
-        shown = ", ".join([*changed[:3], *(["..."] if len(changed) > 3 else [])])
-        shown = shown.encode("utf-8", "backslashreplace").decode()
-        raise DataError(
-            f"{out} left out files that have changed since ({len(changed):,}: {shown}): give another --out, or delete "
-            f"{out}, to prepare it with them"
-        )
-
-
-def _check_skipped(job: Job, tally: Tally) -> None:
-    """Stops where too much was left out, of at least 1,000 or of all there is: a few say nothing of the rest."""
-    skipped, seen = sum(tally.skipped.values()), tally.seen
-    finished = len(tally.done) == len(job.units)
-    if skipped > job.max_skipped * (seen if finished else max(seen, min(1000, job.num_items or 1000))):
-        path = _list_skipped(job)
-        _refused(job)
-        raise DataError(
-            f"{skipped:,} of {seen:,} ({skipped / seen:.1%}) were left out, more than "
-            f"--max_skipped={job.max_skipped:g}: {skipped_text(tally.skipped)}; they are listed in {path} "
-            f"({_first_skip(job)}){remedies(tally.skipped)}. What is done is kept: correct the source and run this "
-            f"again, or run it with a larger --max_skipped"
-        )
-
-
-def _first_skip(job: Job) -> str:
-    """The first of what was left out, as an example."""
-    skip = next(skip for index in sorted(done_units(job.work)) for skip in read_done(job.work, index).skipped)
-    told = f"{skip.key}: {skip.detail}" if skip.detail else skip.key
-    return f"the first: {' '.join(told.split())[:200]}"
-
-
-def _refused(job: Job) -> None:
-    write_json(job.work / REFUSED, job.max_skipped)
 
 
 def _check_space(job: Job) -> None:
