@@ -42,7 +42,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     self_rows = row_group(asked).self_rows
     if self_rows and not cfg.step_size and s.teacher_share < 1 and 1 in s.student_steps:
         share = asked.student.one_step_share
-        hint = "; below 50% one step learns a mean over the others: raise one_step_share" if share < 0.5 else ""
+        remedy = "raise one_step_share" if s.one_step_share else "set one_step_share in place of student_weights"
+        hint = f"; below 50% one step learns a mean over the others: {remedy}" if share < 0.5 else ""
         say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
     high = s.timestep_range[1]
     if high < 1 and not self_rows:

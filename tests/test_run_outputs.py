@@ -56,6 +56,8 @@ def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_pat
     [
         ({"one_step_share": 0.75}, "of the self rows that begin at pure noise, 75% learn one step\n"),
         ({"student_steps": (1, 2, 3, 4)}, "48% learn one step; below 50% one step learns a mean over the others"),
+        ({"student_steps": (1, 2, 3, 4)}, "others: set one_step_share in place of student_weights\n"),
+        ({"one_step_share": 0.25}, "25% learn one step; below 50% one step learns a mean over the others: raise"),
         ({"timestep_range": (0.0, 0.9), "objective": "flow"}, "timestep_range ends at 0.9: nothing trains the times"),
     ],
 )
