@@ -39,7 +39,7 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
             f"without for each pair of jumps"
         )
     asked = objective_settings(s)
-    self_rows = row_group(asked).self_rows
+    self_rows, row = row_group(asked).distilled, OBJECTIVES[s.objective]
     if self_rows and not cfg.step_size and s.teacher_share < 1 and 1 in s.student_steps:
         share = asked.student.one_step_share
         remedy = "raise one_step_share" if s.one_step_share else "set one_step_share in place of student_weights"
@@ -48,7 +48,7 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     high = s.timestep_range[1]
     if high < 1 and not self_rows:
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")
-    if OBJECTIVES[s.objective].distils and asked.untaught and not start:
+    if row.distils and not row.any_interval and asked.untaught and not start:
         counts = ", ".join(map(str, asked.untaught))
         say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
 

@@ -40,7 +40,7 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.settings import ConfigError, Settings
-from shortcut_jax.steps.objectives import row_group
+from shortcut_jax.steps.objectives import OBJECTIVES, row_group
 from shortcut_jax.steps.optim import make_optimizer
 from shortcut_jax.steps.state import TrainState, init_state
 from shortcut_jax.steps.train_step import make_train_step
@@ -118,7 +118,9 @@ class Assembly:
         s = self.settings
         student, first, slow = self.evaluations
         group = row_group(objective_settings(s))
-        jumped = self.batch_size // group.size * group.self_rows * (first + slow) * s.jumps // 2
+        passes = OBJECTIVES[s.objective].target_passes or (first + slow) * s.jumps // 2
+        rolled = group.rolled_rows * slow * s.rolled_steps
+        jumped = self.batch_size // group.size * (group.distilled * passes + rolled)
         tokens = self._image_tokens(size), s.data.text_tokens
         return step_flops(self.model, *tokens, self.batch_size * student, jumped, frozen=s.train == "lora")
 

@@ -28,12 +28,12 @@ EMBEDDED_GUIDANCE = (0.0, 7.5)
 DTYPES = ("float32", "bfloat16", "float16")
 
 _AT_LEAST_ONE = (
-    *("steps", "accumulate", "log_every", "keep", "save_attempts", "data.text_tokens"),
+    *("steps", "accumulate", "log_every", "keep", "save_attempts", "data.text_tokens", "rolled_steps"),
     *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank", "data.threads"),
 )
 _NOT_NEGATIVE = (
     *("seed", "max_skipped", "sample_every", "checkpoint_every"),
-    *("rows.self_rows", "rows.flow_rows", "data.limit", "data.workers"),
+    *("rows.self_rows", "rows.flow_rows", "rows.rolled_rows", "data.limit", "data.workers"),
     *("validation.every", "validation.every_samples", "validation.images", "validation.seed", "mesh.min_shard"),
     *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
     *("spikes.factor", "spikes.after", "watchdog.seconds", "watchdog.slow_seconds", "watchdog.grace_seconds"),
@@ -43,6 +43,7 @@ _POSITIVE = (
     "heartbeat_every",
 )
 _TAKE_TEACHER = " or ".join(name for name, row in OBJECTIVES.items() if row.takes_teacher)
+_TAKE_ROLLED = " or ".join(name for name, row in OBJECTIVES.items() if row.of_rolled_rows)
 _DECAYS = ("ema.fast", "ema.slow", "spikes.decay", "optimizer.b1", "optimizer.b2")
 _PROBABILITIES = ("data.caption_dropout", "data.flip", "shift.dynamic", "teacher_share")
 _PATHS = ("optimizer.decay_paths", "lora.paths")
@@ -172,7 +173,7 @@ def _check_post_training(s: Settings) -> None:
     if not s.teacher_share:
         return
     _require(
-        OBJECTIVES[s.objective].takes_teacher and s.rows.self_rows > 0,
+        OBJECTIVES[s.objective].takes_teacher and s.rows.distilled > 0,
         f"teacher_share is {s.teacher_share}, but objective={s.objective} with rows.self_rows={s.rows.self_rows} has "
         f"no rows to learn from a teacher: set objective={_TAKE_TEACHER} and rows.self_rows to at least 1",
     )
@@ -241,7 +242,19 @@ def _check_student(s: Settings) -> None:
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
     _require(
         not OBJECTIVES[s.objective].distils or s.rows.size > 0,
-        "rows.self_rows + rows.flow_rows is 0, but a group needs rows",
+        "rows.self_rows + rows.rolled_rows + rows.flow_rows is 0, but a group needs rows",
+    )
+    row = OBJECTIVES[s.objective]
+    _require(
+        not row.distils or row.of_rolled_rows is not None or not s.rows.rolled_rows,
+        f"rows.rolled_rows is {s.rows.rolled_rows}, but objective={s.objective} has no such rows: set it to 0, or "
+        f"objective={_TAKE_ROLLED}",
+    )
+    a = s.alpha
+    _require(
+        0 < a.last <= a.first <= 1 and 0 < a.until <= 1,
+        f"alpha falls from {a.first} to {a.last} until {a.until} of the run, but need 0 < last <= first <= 1 and "
+        f"0 < until <= 1",
     )
 
 
@@ -299,9 +312,16 @@ def model_config(s: Settings, platform: str, check_backend: bool = True) -> Flux
     )
     if check_backend:
         try:
-            backend = choose_backend(m.attention, platform, cfg.compute_dtype, cfg.head_size)
+            forward_mode = OBJECTIVES[s.objective].forward_mode
+            wanted = "xla" if forward_mode and m.attention == "auto" else m.attention
+            backend = choose_backend(wanted, platform, cfg.compute_dtype, cfg.head_size)
         except ValueError as error:
             raise ConfigError(f"model.{error}") from None
+        _require(
+            backend == "xla" or not forward_mode,
+            f"model.attention is {backend!r}, which has no forward-mode derivative, as objective={s.objective} needs: "
+            f"set model.attention=xla",
+        )
         cfg = dataclasses.replace(cfg, attention=backend)
     return cfg
 
@@ -371,6 +391,8 @@ def objective_settings(s: Settings) -> ObjectiveSettings:
         s.guide,
         s.teacher_share,
         s.teacher_grid,
+        s.rolled_steps,
+        s.alpha,
     )
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from shortcut_jax.core.ema import EmaSettings
 from shortcut_jax.core.rows import RowGroup
-from shortcut_jax.core.schedules import ShiftRange, StudentSteps
+from shortcut_jax.core.schedules import AlphaSchedule, ShiftRange, StudentSteps
 from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.fields import FieldError, describe, field_types, parse_text, split_hint, unknown
@@ -164,7 +164,7 @@ class Settings:
     """A whole run. The config file sets what differs from these defaults.
 
     Attributes:
-      objective: scfm, flow or shortcut.
+      objective: scfm, flow, shortcut, alpha or meanflow.
       steps: training steps.
       seed: seed of initial weights, data order and every random draw.
       train: all, or lora: adapters on a frozen base, which stays bfloat16.
@@ -179,13 +179,15 @@ class Settings:
       batch_size: global batch, rows a step; give this or `batch_per_device`.
       batch_per_device: rows a step for each device along the mesh axes data and fsdp.
       accumulate: micro-batches a step.
-      rows: rows of each kind in each group of consecutive rows (scfm, shortcut).
+      rows: rows of each kind in each group of consecutive rows (all objectives but flow).
+      rolled_steps: steps of the slow average from noise to where a rolled row begins.
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
       one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
       jumps: grid steps of a student step, an even number.
+      alpha: the curriculum of objective=alpha.
       shift: timestep shift of self rows.
-      timestep: how flow rows draw t: uniform or logit_normal.
+      timestep: how flow rows draw t, and alpha and meanflow the ends of an interval: uniform or logit_normal.
       timestep_range: the least and the greatest t that flow rows draw.
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
@@ -218,10 +220,12 @@ class Settings:
     batch_per_device: int | None = None
     accumulate: int = 1
     rows: RowGroup = field(default_factory=RowGroup)
+    rolled_steps: int = 4
     student_steps: tuple[int, ...] = StudentSteps.counts
     student_weights: tuple[float, ...] = ()
     one_step_share: float | None = None
     jumps: int = 2
+    alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
     shift: ShiftRange = field(default_factory=ShiftRange)
     timestep: str = "uniform"
     timestep_range: tuple[float, ...] = (0.0, 1.0)

@@ -13,15 +13,23 @@ def _no_distillation(s: Settings) -> str:
 
 
 def _no_self_rows(s: Settings) -> str:
-    return _no_distillation(s) or ("" if s.rows.self_rows else "rows.self_rows=0")
+    return _no_distillation(s) or ("" if s.rows.distilled else "rows.self_rows=0")
+
+
+def _no_student_steps(s: Settings) -> str:
+    return _no_self_rows(s) or (f"objective={s.objective}" if OBJECTIVES[s.objective].any_interval else "")
 
 
 def _no_student_rows(s: Settings) -> str:
-    return _no_self_rows(s) or ("teacher_share=1" if s.teacher_share == 1 else "")
+    return _no_student_steps(s) or ("teacher_share=1" if s.teacher_share == 1 else "")
 
 
 def _no_flow_rows(s: Settings) -> str:
     return "" if _no_distillation(s) or s.rows.flow_rows else "rows.flow_rows=0"
+
+
+def _no_drawn_times(s: Settings) -> str:
+    return _no_flow_rows(s) if _no_student_steps(s) == _no_self_rows(s) else ""
 
 
 def _no_validation(s: Settings) -> str:
@@ -35,8 +43,11 @@ WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
     (r"teacher_grid", lambda s: "" if s.teacher_share else "teacher_share=0"),
     (r"rows\..*", _no_distillation),
     (r"student_(steps|weights)|one_step_share", _no_student_rows),
-    (r"jumps|shift\..*", _no_self_rows),
-    (r"timestep(_range)?", _no_flow_rows),
+    (r"jumps|shift\..*", _no_student_steps),
+    (r"rolled_steps", lambda s: _no_distillation(s) or ("" if s.rows.rolled_rows else "rows.rolled_rows=0")),
+    (r"alpha\..*", lambda s: "" if OBJECTIVES[s.objective].takes_alpha else f"objective={s.objective}"),
+    (r"timestep_range", _no_flow_rows),
+    (r"timestep", _no_drawn_times),
     (r"data\.weights", lambda s: "" if s.data.mix else "data.mix=()"),
     (r"data\.text_states", lambda s: "data.text_encoder=words" if s.data.text_encoder == "words" else ""),
     (r"optimizer\.decay_paths", lambda s: "" if s.optimizer.weight_decay else "optimizer.weight_decay=0"),

@@ -7,7 +7,7 @@ import pytest
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.differences import compare, flatten
-from shortcut_jax.resolve import from_config, global_batch, mesh_shape, step_settings
+from shortcut_jax.resolve import from_config, global_batch, mesh_shape, model_config, step_settings
 from shortcut_jax.settings import ConfigError, Settings, ValidationSettings, complete, default_config, to_dict
 from tests.helpers import tiny_assembly, tiny_config
 
@@ -111,6 +111,11 @@ def test_marks_tell_identity_schedule_and_free_changes_apart():
         ({"data__caption_dropout": -0.5}, r"caption_dropout is -0\.5"),
         ({"ema__slow": 1.0}, r"ema\.slow is 1\.0"),
         ({"data__text_encoder": "stored"}, "'pixels' has no stored text states: set data.text_encoder=words"),
+        ({"alpha__last": 0.0}, r"alpha falls from 1\.0 to 0\.0 until 0\.5 of the run, but need 0 < last"),
+        ({"alpha__first": 0.05}, r"alpha falls from 0\.05 to 0\.1"),
+        ({"alpha__until": 0.0}, r"until 0\.0 of the run"),
+        ({"rows__rolled_rows": 1, "objective": "shortcut"}, r"rolled_rows is 1, .*set it to 0, or objective=scfm"),
+        ({"rolled_steps": 0}, r"rolled_steps is 0, but must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_named(changes, message):
@@ -174,9 +179,22 @@ def test_the_objective_decides_on_the_step_size_input():
     assert step.objective.student.counts == (1, 2, 4) and step.objective.student.jumps == 2
 
 
+def test_forward_mode_takes_attention_that_has_it():
+    settings = from_config(tiny_config(objective="meanflow", model__compute_dtype="bfloat16", model__attention="auto"))
+    assert model_config(settings, "gpu").attention == "xla"
+    named = dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention="cudnn"))
+    with pytest.raises(ConfigError, match=r"'cudnn', which has no forward-mode .*set model\.attention=xla"):
+        model_config(named, "gpu")
+
+
 def test_flops_of_a_step_count_the_jumps_of_self_rows():
     flow, scfm = tiny_assembly(objective="flow"), tiny_assembly()
     assert scfm.flops / flow.flops == pytest.approx(3.5 / 3)
+    told = tiny_assembly(objective="shortcut").flops / 3.5
+    assert tiny_assembly(objective="alpha").flops / told == pytest.approx(3.25)
+    assert tiny_assembly(objective="meanflow").flops / told == pytest.approx(3.5)
+    rolled = tiny_assembly(rows__rolled_rows=1, rows__flow_rows=2, rolled_steps=6)
+    assert rolled.flops / flow.flops == pytest.approx((3 + 0.25 * 2 + 0.25 * (2 + 6)) / 3)
     rows = RowGroup(self_rows=3, flow_rows=1)
     taught = Assembly(dataclasses.replace(scfm.settings, rows=rows, jumps=4), jax.devices()[:1])
     assert taught.flops / flow.flops == pytest.approx((3 + 0.75 * 4) / 3)

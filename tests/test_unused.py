@@ -17,7 +17,7 @@ from shortcut_jax.steps.objectives import OBJECTIVES, Rows, draw
 from shortcut_jax.unused import WHY_UNUSED, unused
 from tests.helpers import POST_TRAINING, tiny_assembly, tiny_config
 
-FLOW = {"objective": "flow"}
+FLOW, MEANFLOW, ALPHA = ({"objective": name} for name in ("flow", "meanflow", "alpha"))
 TAUGHT = {**POST_TRAINING, "teacher_grid": 8, "student_weights": ()}
 CASES = [
     ({}, {"lora__rank": 3, "lora__alpha": 2.0, "lora__rslora": True, "lora__paths": "x"}, POST_TRAINING, "train=all"),
@@ -31,6 +31,11 @@ CASES = [
     (FLOW, {"one_step_share": 0.8}, {"student_weights": ()}, "objective=flow"),
     (FLOW, {"jumps": 4, "shift__low": 0.5, "shift__high": 2.0, "shift__dynamic": 0.5}, {}, "objective=flow"),
     ({"rows__flow_rows": 0}, {"timestep": "logit_normal", "timestep_range": (0.0, 0.9)}, FLOW, "rows.flow_rows=0"),
+    ({**MEANFLOW, "rows__flow_rows": 0}, {"timestep_range": (0.0, 0.9)}, FLOW, "rows.flow_rows=0"),
+    (MEANFLOW, {"student_steps": (1, 2), "jumps": 4}, {}, "objective=meanflow"),
+    (FLOW, {"rows__rolled_rows": 1}, {"rows__flow_rows": 2}, "objective=flow"),
+    ({}, {"rolled_steps": 2}, {"rows__rolled_rows": 1, "rows__flow_rows": 2}, "rows.rolled_rows=0"),
+    ({}, {"alpha__first": 0.9, "alpha__last": 0.2, "alpha__until": 1.0}, ALPHA, "objective=scfm"),
     ({}, {"data__weights": (2.0,)}, None, "data.mix=()"),
     ({}, {"data__text_states": "trimmed"}, {"data__text_encoder": "stored"}, "data.text_encoder=words"),
     ({"optimizer__weight_decay": 0.0}, {"optimizer__decay_paths": ".*"}, {}, "optimizer.weight_decay=0"),

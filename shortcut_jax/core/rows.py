@@ -5,6 +5,7 @@ same counts of each kind, so a split is a slice of an unsharded axis: slicing th
 move activations between devices.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
 
-KINDS = ("self", "flow")
+KINDS = ("self", "rolled", "flow")
 """The kinds of rows, in their order within a group."""
 
 
@@ -26,15 +27,22 @@ class RowGroup:
     Attributes:
       self_rows: self-distilled rows; with a teacher, a share of them, drawn anew each step, learns from it instead.
       flow_rows: flow-matching rows.
+      rolled_rows: as self rows, from points that the slow average reaches from noise in place of noised images.
     """
 
     self_rows: int = 1
     flow_rows: int = 3
+    rolled_rows: int = 0
 
     @property
-    def counts(self) -> tuple[int, int]:
+    def distilled(self) -> int:
+        """Self and rolled rows together, the first of a group."""
+        return self.self_rows + self.rolled_rows
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
         """Rows of each of `KINDS`."""
-        return self.self_rows, self.flow_rows
+        return self.self_rows, self.rolled_rows, self.flow_rows
 
     @property
     def size(self) -> int:
@@ -42,8 +50,8 @@ class RowGroup:
         return sum(self.counts)
 
 
-def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any]:
-    """Splits the rows of every leaf [B, ...] into the self and flow rows of each group, order kept."""
+def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, ...]:
+    """Splits the rows of every leaf [B, ...] into those of each of `KINDS`, the order of groups and rows kept."""
 
     chex.assert_equal_shape_prefix(jax.tree.leaves(tree), 1)
 
@@ -54,7 +62,8 @@ def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, Any]:
 
         return jax.tree.map(take, tree)
 
-    return part(0, group.self_rows), part(group.self_rows, group.size)
+    ends = list(itertools.accumulate(group.counts, initial=0))
+    return tuple(part(start, stop) for start, stop in itertools.pairwise(ends))
 
 
 def merge_kinds(parts: Sequence[Any], group: RowGroup) -> Any:

@@ -65,6 +65,25 @@ class StudentSteps:
         return tuple(m for m in self.counts if self.jumps * m not in self.counts)
 
 
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """How alpha-Flow's alpha falls during a run: linearly, then constant.
+
+    Attributes:
+      first: alpha at the first step; 1 is flow matching.
+      last: the least alpha, which is positive; towards 0 it is MeanFlow.
+      until: the share of the run at which it has reached `last`.
+    """
+
+    first: float = 1.0
+    last: float = 0.1
+    until: float = 0.5
+
+    def at(self, progress: Array) -> Array:
+        """Alpha where the share `progress` of the run is done."""
+        return self.first + (self.last - self.first) * jnp.minimum(progress / self.until, 1.0)
+
+
 def weights_for_share(counts: tuple[int, ...], share: float) -> tuple[float, ...]:
     """The weights, equal for all counts but 1, with which `StudentSteps.one_step_share` is `share`.
 
@@ -229,6 +248,13 @@ def draw_timesteps(key: Array, num_rows: int, kind: str, low: float = 0.0, high:
         lower, upper = (jax.scipy.special.logit(jnp.float32(t)) for t in (low, high))
         return jax.nn.sigmoid(jax.random.truncated_normal(key, lower, upper, (num_rows,)))
     raise ValueError(f"timestep is {kind!r}, but must be 'uniform' or 'logit_normal'")
+
+
+def draw_spans(key: Array, num_rows: int, kind: str) -> Intervals:
+    """Intervals between two times of `draw_timesteps`, from noise to data; their student step count is 0, for none."""
+    times_BJ = draw_timesteps(key, 2 * num_rows, kind).reshape(num_rows, 2)
+    times_BJ = jnp.minimum(jnp.sort(times_BJ, axis=1, descending=True), FIRST_TIME)
+    return Intervals(times_BJ, jnp.zeros(num_rows, jnp.int32))
 
 
 def draw_shifts(key: Array, num_rows: int, shift: ShiftRange, num_tokens: int) -> Array:

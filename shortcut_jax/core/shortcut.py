@@ -1,7 +1,9 @@
-"""Targets of self-distillation: SCFM (arXiv 2510.17858) and shortcut models (arXiv 2410.12557).
+"""Targets of self-distillation: SCFM, shortcut models, alpha-Flow and MeanFlow.
 
-Both replace one large step by the composition of smaller ones. SCFM asks it of the velocity field itself; a shortcut
-model tells the network the step size.
+The first two replace one large step by the composition of smaller ones: SCFM (arXiv 2510.17858) asks it of the
+velocity field itself, a shortcut model (arXiv 2410.12557) tells the network the step size. The other two learn the
+average velocity over an interval from the velocity at its start, by a step of finite length (alpha-Flow, arXiv
+2510.20771) or by the derivative along the path (MeanFlow, arXiv 2505.13447).
 """
 
 from collections.abc import Sequence
@@ -57,6 +59,45 @@ def shortcut_target(
         return lambda x_BNC, t_B: velocity(x_BNC, t_B, d_B)
 
     return jump_target(x_BNC, times_BJ, [jump(j) for j in range(times_BJ.shape[1] - 1)])
+
+
+def alpha_target(x_BNC: Array, t_B: Array, d_B: Array, v_BNC: Array, average: StepVelocity, alpha_B: Array) -> Array:
+    """alpha-Flow's target: the share alpha of the interval with v, the rest with the average velocity over that rest.
+
+    alpha v + (1 - alpha) u(x - alpha d v, t - alpha d, (1 - alpha) d). At alpha = 1 it is v, flow matching; at 1/2,
+    with u(x, t, d / 2) in place of v, a shortcut model's; as alpha goes to 0, (target - u) / alpha goes to what
+    MeanFlow's target differs from u by.
+
+    Args:
+      x_BNC: the state at the interval's start.
+      t_B: its time.
+      d_B: length of the interval.
+      v_BNC: velocity at the start.
+      average: u, the average velocity over the interval of a given length.
+      alpha_B: in (0, 1].
+
+    Returns:
+      The target velocity [B, N, C], through which no gradient flows.
+    """
+    chex.assert_equal_shape([x_BNC, v_BNC])
+    chex.assert_shape([t_B, d_B, alpha_B], x_BNC.shape[:1])
+    first_B = alpha_B * d_B
+    rest_BNC = average(x_BNC - per_row(first_B, x_BNC) * v_BNC, t_B - first_B, d_B - first_B)
+    alpha = per_row(alpha_B, x_BNC)
+    return jax.lax.stop_gradient(alpha * v_BNC + (1.0 - alpha) * rest_BNC)
+
+
+def meanflow_target(x_BNC: Array, t_B: Array, d_B: Array, v_BNC: Array, average: StepVelocity) -> Array:
+    """MeanFlow's target v - d du/dt, which the average velocity u over [t - d, t] fulfils.
+
+    du/dt is the derivative along the path with the interval's end in place: one forward-mode derivative with the
+    tangents (v, 1, 1) of (x, t, d). Arguments as those of `alpha_target`; no gradient flows through the target.
+    """
+    chex.assert_equal_shape([x_BNC, v_BNC])
+    chex.assert_shape([t_B, d_B], x_BNC.shape[:1])
+    ones_B = jnp.ones_like(t_B)
+    _, slope_BNC = jax.jvp(average, (x_BNC, t_B, d_B), (v_BNC, ones_B, ones_B))
+    return jax.lax.stop_gradient(v_BNC - per_row(d_B, x_BNC) * slope_BNC)
 
 
 def squared_error(prediction_BNC: Array, target_BNC: Array) -> Array:

@@ -56,6 +56,7 @@ class FluxConfig:
       remat: a key of `REMAT_POLICIES`.
       attention: `xla`, `cudnn` or `pallas` (see `attention.choose_backend`).
       scan_unroll: blocks a loop iteration of the compiled program holds.
+      forward_mode: whether it is differentiated in forward mode (see `linear.LinearOptions`), with `xla` attention.
       constrain: applies a sharding by logical axis names; the identity by default.
       per_shard: wraps a function of q, k, v so that each device runs it on its own rows and heads; the identity by
         default. Kernels that the partitioner cannot split go through it.
@@ -79,6 +80,7 @@ class FluxConfig:
     remat: str = "none"
     attention: str = "xla"
     scan_unroll: int = 1
+    forward_mode: bool = False
     constrain: Constrain = no_constraint
     per_shard: PerShard = unsharded
 
@@ -100,7 +102,7 @@ _ZEROS = nn.initializers.zeros
 def _linear(cfg: FluxConfig, name: str, out: tuple[int, ...], names: tuple[str | None, ...], **kwargs: Any) -> Linear:
     init: Initializer = kwargs.pop("kernel_init")
     dtypes = (cfg.compute_dtype, cfg.param_dtype, cfg.grad_reduce_dtype)
-    kwargs |= dict(constrain=cfg.constrain, regather=cfg.remat == "none", name=name)
+    kwargs |= dict(constrain=cfg.constrain, regather=cfg.remat == "none", forward_mode=cfg.forward_mode, name=name)
     return Linear(out, names, init, *dtypes, **kwargs)
 
 

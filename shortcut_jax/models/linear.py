@@ -38,6 +38,7 @@ class LinearOptions:
       reduce_dtype: dtype in which the kernel's gradient leaves its matrix product, and so in which devices add it up.
       constrain: applies a sharding by logical names.
       regather: whether the backward pass gathers the kernel again, or uses the one of the forward pass.
+      forward_mode: whether the derivative is forward mode (`jax.jvp`) in place of reverse mode.
     """
 
     names: Names
@@ -46,6 +47,7 @@ class LinearOptions:
     reduce_dtype: str
     constrain: Constrain
     regather: bool = True
+    forward_mode: bool = False
 
     def gathered(self, kernel: Array) -> Array:
         """The kernel cast first and gathered over the FSDP axis second, so that the gather moves the small dtype."""
@@ -59,10 +61,12 @@ def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) 
     The derivative is written out for two reasons: the backward pass gathers the kernel again instead of keeping it
     (unless its block is computed again anyway, and with it the gathered kernel), and the kernel's gradient is reduced
     between devices in `reduce_dtype` (a cast before the gather would otherwise make that reduction bfloat16 too,
-    silently).
+    silently). A written derivative is of reverse mode alone; forward mode has no residuals and no reduction, and takes
+    JAX's own.
     """
     # Cast out here, so that the derivative with respect to x comes back in x's dtype.
-    return _linear(x.astype(options.compute_dtype), kernel, bias, options)
+    x = x.astype(options.compute_dtype)
+    return _forward(x, kernel, bias, options)[0] if options.forward_mode else _linear(x, kernel, bias, options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -122,6 +126,7 @@ class Linear(nn.Module):
       kernel_init: initializer of the kernel; biases start at zero.
       use_bias: whether there is a bias.
       regather: see `LinearOptions.regather`.
+      forward_mode: see `LinearOptions.forward_mode`.
     """
 
     out: Sequence[int]
@@ -134,6 +139,7 @@ class Linear(nn.Module):
     in_dims: int = 1
     use_bias: bool = True
     regather: bool = True
+    forward_mode: bool = False
 
     @nn.compact
     def __call__(self, x: Array, low: Array | None = None) -> Array:
@@ -173,4 +179,5 @@ class Linear(nn.Module):
         return jnp.stack(parts, axis=row_dims)
 
     def _options(self, names: Names, in_dims: int) -> LinearOptions:
-        return LinearOptions(names, in_dims, self.compute_dtype, self.reduce_dtype, self.constrain, self.regather)
+        dtypes = self.compute_dtype, self.reduce_dtype
+        return LinearOptions(names, in_dims, *dtypes, self.constrain, self.regather, self.forward_mode)

@@ -5,8 +5,8 @@ gradient flows. The train step does the rest, the same for all of them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from shortcut_jax.core.flow import interpolate, per_row, velocity_target
 from shortcut_jax.core.rows import RowGroup, merge_kinds, split_kinds
 from shortcut_jax.core.schedules import (
+    AlphaSchedule,
     Intervals,
     ShiftRange,
     StudentSteps,
     draw_intervals,
+    draw_spans,
     draw_timesteps,
     teacher_steps,
 )
-from shortcut_jax.core.shortcut import scfm_target, shortcut_target
+from shortcut_jax.core.shortcut import alpha_target, meanflow_target, scfm_target, shortcut_target
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.steps.views import Networks
 
@@ -41,6 +43,8 @@ class ObjectiveSettings:
       guide: where it enters, one of `views.GUIDES`.
       teacher_share: probability that a self row learns from the teacher instead.
       teacher_grid: steps of the grid that teacher rows walk on, a multiple of the jumps.
+      rolled_steps: steps of the slow average from noise to where a rolled row begins.
+      alpha: alpha-Flow's curriculum.
     """
 
     name: str
@@ -53,6 +57,8 @@ class ObjectiveSettings:
     guide: str = "told"
     teacher_share: float = 0.0
     teacher_grid: int = 32
+    rolled_steps: int = 4
+    alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
 
     @property
     def untaught(self) -> tuple[int, ...]:
@@ -69,7 +75,8 @@ class Draws(NamedTuple):
       t_B: times of flow rows.
       intervals: student steps of self and teacher rows, each on its own grid.
       guidance_B: guidance scales.
-      teacher_B: which of the self rows learn from the teacher; None without one.
+      teacher_B: which of the self and rolled rows learn from the teacher; None without one.
+      alpha_B: alpha-Flow's alpha; None for the other objectives.
     """
 
     noise_BNC: Array
@@ -77,6 +84,7 @@ class Draws(NamedTuple):
     intervals: Intervals
     guidance_B: Array
     teacher_B: Array | None = None
+    alpha_B: Array | None = None
 
 
 class DrawKeys(NamedTuple):
@@ -98,19 +106,37 @@ class Rows(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """What the student sees and should answer; `step_B` is the step size it is told, 0 for flow rows."""
+    """What the student sees and should answer.
+
+    Attributes:
+      x_BNC: the state.
+      t_B: its time.
+      step_B: the step size that the student is told, 0 for flow rows.
+      target_BNC: the velocity it should answer with.
+      weight_B: of each row in the loss; None for 1.
+    """
 
     x_BNC: Array
     t_B: Array
     step_B: Array
     target_BNC: Array
+    weight_B: Array | None = None
 
 
-def draw(key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: ObjectiveSettings) -> Draws:
-    """All random numbers of one step, for `num_rows` rows of latents of shape [N, C]."""
+def draw(
+    key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: ObjectiveSettings, progress: Array | float = 0.0
+) -> Draws:
+    """All random numbers of one step, for `num_rows` rows of latents of shape [N, C].
+
+    `progress` is the share of the run that is done.
+    """
     keys = DrawKeys(*jax.random.split(key, len(DrawKeys._fields)))
     low, high = settings.guidance
-    intervals = draw_intervals(keys.interval, num_rows, settings.student, settings.shift, shape_NC[0])
+    objective = OBJECTIVES[settings.name]
+    if objective.any_interval:
+        intervals = draw_spans(keys.interval, num_rows, settings.timestep)
+    else:
+        intervals = draw_intervals(keys.interval, num_rows, settings.student, settings.shift, shape_NC[0])
     guidance_B = jax.random.uniform(keys.guidance, (num_rows,), minval=low, maxval=high)
     teacher_B = None
     if settings.teacher_share:
@@ -123,7 +149,7 @@ def draw(key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: Objecti
     if settings.guide != "told":
         # A flow row learns the velocity of its caption as it is.
         group = row_group(settings)
-        is_flow_B = jnp.arange(num_rows) % group.size >= group.self_rows
+        is_flow_B = jnp.arange(num_rows) % group.size >= group.distilled
         guidance_B = jnp.where(is_flow_B, 1.0, guidance_B)
     return Draws(
         noise_BNC=jax.random.normal(keys.noise, (num_rows, *shape_NC)),
@@ -131,6 +157,7 @@ def draw(key: Array, num_rows: int, shape_NC: tuple[int, ...], settings: Objecti
         intervals=intervals,
         guidance_B=guidance_B,
         teacher_B=teacher_B,
+        alpha_B=jnp.full(num_rows, settings.alpha.at(jnp.asarray(progress))) if objective.takes_alpha else None,
     )
 
 
@@ -152,15 +179,34 @@ def _interval_start(rows: Rows) -> tuple[Array, Array, Array]:
 def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """Self-distillation without a step-size input (arXiv 2510.17858).
 
-    From x at t the fast average (or the teacher) makes the first jump of a student step and the slow average the
-    others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t).
+    From x at t the fast average (or the teacher) makes the first half of the jumps of a student step and the slow
+    average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t).
     """
     del settings
-    x_BNC, t_B, length_B = _interval_start(rows)
-    first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
+    return _scfm_from(_interval_start(rows)[0], rows, networks)
+
+
+def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    """The same from points that the slow average itself reaches from the row's noise: no image enters.
+
+    Each walks from t = 1 to the interval's start in `rolled_steps` equal steps of Euler's method.
+    """
+    slow, start_B = networks.slow(rows.condition), rows.draws.intervals.times_BJ[:, 0]
+    size_B = (1.0 - start_B) / settings.rolled_steps
+
+    def step(x_BNC: Array, k: Array) -> tuple[Array, None]:
+        return x_BNC - per_row(size_B, x_BNC) * slow(x_BNC, 1.0 - k * size_B, None), None
+
+    steps = jnp.arange(settings.rolled_steps, dtype=jnp.float32)
+    x_BNC, _ = jax.lax.scan(step, rows.draws.noise_BNC, steps)
+    return _scfm_from(jax.lax.stop_gradient(x_BNC), rows, networks)
+
+
+def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks) -> Examples:
     times_BJ = rows.draws.intervals.times_BJ
+    first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
     target_BNC = scfm_target(x_BNC, times_BJ, lambda x, t: first(x, t, None), lambda x, t: slow(x, t, None))
-    return Examples(x_BNC, t_B, length_B, target_BNC)
+    return Examples(x_BNC, times_BJ[:, 0], times_BJ[:, 0] - times_BJ[:, -1], target_BNC)
 
 
 def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
@@ -169,6 +215,28 @@ def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSetting
     x_BNC, t_B, length_B = _interval_start(rows)
     slow = networks.slow(rows.condition)
     return Examples(x_BNC, t_B, length_B, shortcut_target(x_BNC, times_BJ, count_B, slow, settings.student))
+
+
+def alpha_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    """alpha-Flow (arXiv 2510.20771): see `core.shortcut.alpha_target`; the average velocity is the slow average's.
+
+    A row weighs 1 / alpha, which undoes that its error is alpha times as large.
+    """
+    del settings
+    x_BNC, t_B, length_B = _interval_start(rows)
+    v_BNC = velocity_target(rows.x0_BNC, rows.draws.noise_BNC)
+    alpha_B = cast(Array, rows.draws.alpha_B)
+    target_BNC = alpha_target(x_BNC, t_B, length_B, v_BNC, networks.slow(rows.condition), alpha_B)
+    return Examples(x_BNC, t_B, length_B, target_BNC, 1.0 / alpha_B)
+
+
+def meanflow_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    """MeanFlow (arXiv 2505.13447): see `core.shortcut.meanflow_target`; the network that learns is its own average."""
+    del settings
+    x_BNC, t_B, length_B = _interval_start(rows)
+    v_BNC = velocity_target(rows.x0_BNC, rows.draws.noise_BNC)
+    target_BNC = meanflow_target(x_BNC, t_B, length_B, v_BNC, networks.forward(rows.condition))
+    return Examples(x_BNC, t_B, length_B, target_BNC)
 
 
 RowExamples = Callable[[Rows, Networks, ObjectiveSettings], Examples]
@@ -180,13 +248,23 @@ class Objective:
 
     Attributes:
       of_self_rows: what self rows are asked; None where a batch has flow rows alone.
+      of_rolled_rows: what rolled rows are asked; None where there can be none.
       needs_step_size: whether the network is told its step size.
       takes_teacher: whether self rows may learn from a teacher, and their targets be guided.
+      takes_alpha: whether `ObjectiveSettings.alpha` is for it.
+      any_interval: whether self rows span any two times, in place of a student step.
+      forward_mode: whether it differentiates the network in forward mode.
+      target_passes: forward passes that the target of a self row takes; None for one a jump.
     """
 
     of_self_rows: RowExamples | None = None
+    of_rolled_rows: RowExamples | None = None
     needs_step_size: bool = False
     takes_teacher: bool = False
+    takes_alpha: bool = False
+    any_interval: bool = False
+    forward_mode: bool = False
+    target_passes: int | None = None
 
     @property
     def distils(self) -> bool:
@@ -197,16 +275,24 @@ class Objective:
         """What each row is asked, by its kind."""
         if self.of_self_rows is None:
             return flow_examples(rows, networks, settings)
-        of_kinds = self.of_self_rows, flow_examples  # in the order of `rows.KINDS`
+        of_kinds = self.of_self_rows, self.of_rolled_rows, flow_examples  # in the order of `rows.KINDS`
         parts = zip(of_kinds, split_kinds(rows, settings.rows), settings.rows.counts, strict=True)
-        asked = [ask(part, networks, settings) if count else None for ask, part, count in parts]
+        asked = [ask(part, networks, settings) if ask and count else None for ask, part, count in parts]
+        if any(examples is not None and examples.weight_B is not None for examples in asked):
+            asked = [
+                e if e is None or e.weight_B is not None else e._replace(weight_B=jnp.ones_like(e.t_B)) for e in asked
+            ]
         return merge_kinds(asked, settings.rows)
 
 
 OBJECTIVES: dict[str, Objective] = {
     "flow": Objective(),
-    "scfm": Objective(scfm_examples, takes_teacher=True),
+    "scfm": Objective(scfm_examples, rolled_examples, takes_teacher=True),
     "shortcut": Objective(shortcut_examples, needs_step_size=True),
+    "alpha": Objective(alpha_examples, needs_step_size=True, takes_alpha=True, any_interval=True, target_passes=1),
+    "meanflow": Objective(
+        meanflow_examples, needs_step_size=True, any_interval=True, forward_mode=True, target_passes=2
+    ),
 }
 
 

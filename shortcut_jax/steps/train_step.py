@@ -8,11 +8,12 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from shortcut_jax.core.ema import EmaSettings, update_ema
 from shortcut_jax.core.latents import patchify
-from shortcut_jax.core.rows import KINDS, RowGroup, micro_batches, split_kinds
+from shortcut_jax.core.rows import KINDS, RowGroup, micro_batches
 from shortcut_jax.core.shortcut import squared_error
 from shortcut_jax.core.spikes import SpikeSettings, is_spike, observe
 from shortcut_jax.core.tree import distance, global_norm
@@ -64,7 +65,8 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         velocity_of = make_velocity(settings.model, *batch.latents_BhwC.shape[1:3])
-        loss, parts, grads = accumulate_gradients(settings, velocity_of, state, make_rows(settings, key, batch))
+        rows = make_rows(settings, key, batch, state.step / settings.steps)
+        loss, parts, grads = accumulate_gradients(settings, velocity_of, state, rows)
 
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -99,13 +101,13 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
     return train_step
 
 
-def make_rows(settings: StepSettings, key: Array, batch: Batch) -> Rows:
-    """Patchifies a batch and draws its randomness, still as one global batch."""
+def make_rows(settings: StepSettings, key: Array, batch: Batch, progress: Array | float = 0.0) -> Rows:
+    """Patchifies a batch and draws its randomness, still as one global batch; see `objectives.draw`."""
     chex.assert_rank(list(batch), [4, 3, 2])
     chex.assert_equal_shape_prefix(list(batch), 1)
     constrain = settings.model.constrain
     x0_BNC = patchify(batch.latents_BhwC.astype(jnp.float32))
-    draws = draw(key, x0_BNC.shape[0], x0_BNC.shape[1:], settings.objective)
+    draws = draw(key, x0_BNC.shape[0], x0_BNC.shape[1:], settings.objective, progress)
     draws = jax.tree.map(lambda x: constrain(x, ("batch",) + (None,) * (x.ndim - 1)), draws)
     scaled = settings.model.guidance or settings.objective.guide != "told"
     guidance_B = draws.guidance_B if scaled else None
@@ -138,7 +140,7 @@ def loss_and_gradients(
 ) -> tuple[Array, Parts, Any]:
     """Targets first, outside the differentiated function; then the student's loss on the online weights."""
     objective = settings.objective
-    networks = Networks(velocity_of, state.frozen, state.ema.fast, state.ema.slow, objective.guide)
+    networks = Networks(velocity_of, state.frozen, *state.ema, objective.guide, online=state.params)
     examples = OBJECTIVES[objective.name].examples(rows, networks, objective)
     chex.assert_equal_shape([examples.x_BNC, examples.target_BNC])
     chex.assert_shape([examples.t_B, examples.step_B], examples.x_BNC.shape[:1])
@@ -147,6 +149,8 @@ def loss_and_gradients(
     def loss_fn(params: Any) -> tuple[Array, Array]:
         student = networks.student(params, rows.condition)
         error_B = squared_error(student(examples.x_BNC, examples.t_B, examples.step_B), target_BNC)
+        if examples.weight_B is not None:
+            error_B = error_B * examples.weight_B
         return jnp.mean(error_B), error_B
 
     (loss, error_B), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -154,12 +158,11 @@ def loss_and_gradients(
 
 
 def loss_parts(error_B: Array, teacher_B: Array | None, group: RowGroup) -> Parts:
-    """For each kind of row that there is (`teacher`, `self`, `flow`): its share of the loss, and of the rows."""
-    kinds = split_kinds((error_B, jnp.ones_like(error_B) if teacher_B is None else 1.0 - teacher_B), group)
-    parts = {}
-    for kind, (part_B, own_B), count in zip(KINDS, kinds, group.counts, strict=True):
-        own_B = own_B if kind == "self" else jnp.ones_like(own_B)
-        masks = {"teacher": 1.0 - own_B} if kind == "self" and teacher_B is not None else {}
-        for name, mask_B in {**masks, kind: own_B}.items() if count else ():
-            parts[name] = (jnp.sum(part_B * mask_B) / len(error_B), jnp.sum(mask_B) / len(error_B))
-    return parts
+    """For each kind of row that there is (those of `KINDS`, and `teacher`): its share of the loss, and of the rows."""
+    kind_B = np.tile(np.repeat(np.arange(len(KINDS)), group.counts), len(error_B) // group.size)
+    learns_B = jnp.zeros(len(error_B), bool) if teacher_B is None else teacher_B & (kind_B != KINDS.index("flow"))
+    masks = {name: (kind_B == i) & ~learns_B for i, name in enumerate(KINDS) if group.counts[i]}
+    if teacher_B is not None:
+        masks["teacher"] = learns_B
+    mean = lambda x_B, mask_B: jnp.sum(jnp.where(mask_B, x_B, 0.0)) / len(error_B)
+    return {kind: (mean(error_B, mask_B), mean(1.0, mask_B)) for kind, mask_B in masks.items()}

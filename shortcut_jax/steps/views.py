@@ -3,6 +3,7 @@
 The only file that knows whether all weights are trained, or adapters on a frozen base.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -61,8 +62,8 @@ class Adapted(NamedTuple):
 Weights = Any
 """Weights of the whole network, as a parameter tree or as `Adapted`."""
 
-VelocityOf = Callable[[Weights, Condition], StepVelocity]
-"""(weights, condition) -> v(x, t, d)."""
+VelocityOf = Callable[..., StepVelocity]
+"""(weights, condition) -> v(x, t, d); with `forward=True` one that `jax.jvp` differentiates, without gradients."""
 
 
 def whole(train: Any, frozen: Frozen) -> Weights:
@@ -103,10 +104,12 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
     The returned v(x, t, d) hands d only to a model with a step-size input; other models ignore it.
     """
     img_ids_N3 = image_ids(height, width)
-    apply = jax.jit(Flux(cfg).apply)  # traced once for all passes of a step that have the same shapes
+    applies = {  # each traced once for all passes of a step that have the same shapes
+        forward: jax.jit(Flux(dataclasses.replace(cfg, forward_mode=forward)).apply) for forward in (False, True)
+    }
 
-    def velocity_of(weights: Weights, condition: Condition) -> StepVelocity:
-        txt_ids_M3 = text_ids(condition.txt_BMT.shape[1])
+    def velocity_of(weights: Weights, condition: Condition, forward: bool = False) -> StepVelocity:
+        apply, txt_ids_M3 = applies[forward], text_ids(condition.txt_BMT.shape[1])
 
         def velocity(x_BNC: Array, t_B: Array, d_B: Array | None = None) -> Array:
             out_BNC = apply(
@@ -163,10 +166,18 @@ class Networks:
     `networks.slow(condition)` is a v(x, t, d).
     """
 
-    def __init__(self, velocity_of: VelocityOf, frozen: Frozen, fast: Any, slow: Any, guide: str):
-        """Takes both averages of what is trained, and what is frozen."""
+    def __init__(
+        self,
+        velocity_of: VelocityOf,
+        frozen: Frozen,
+        fast: Any,
+        slow: Any,
+        guide: str,
+        online: Any = None,
+    ):
+        """Takes both averages of what is trained, what is frozen, and for `forward` what is trained itself."""
         self._velocity_of, self._frozen, self._guide = velocity_of, frozen, guide
-        self._fast, self._slow = fast, slow
+        self._fast, self._slow, self._online = fast, slow, online
 
     def student(self, train: Any, condition: Condition) -> StepVelocity:
         """The network that learns; gradients flow through both branches of its guidance."""
@@ -175,6 +186,10 @@ class Networks:
     def slow(self, condition: Condition) -> StepVelocity:
         """The slow average."""
         return self._guided(whole(self._slow, self._frozen), condition, ("both", "targets"))
+
+    def forward(self, condition: Condition) -> StepVelocity:
+        """The network that learns, for `jax.jvp`."""
+        return self._velocity_of(whole(self._online, self._frozen), condition, forward=True)
 
     def first(self, condition: Condition, teacher_B: Array | None) -> StepVelocity:
         """The teacher for the rows of `teacher_B` and the fast average for the others; the latter for all if None."""

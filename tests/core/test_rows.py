@@ -9,6 +9,7 @@ GROUPS = [
     RowGroup(1, 3),
     RowGroup(2, 2),
     RowGroup(3, 1),
+    RowGroup(1, 1, rolled_rows=2),
 ]
 
 
@@ -30,14 +31,15 @@ def test_splitting_and_merging_are_inverse(group):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("rows", [4, 24])
 def test_the_kind_of_a_row_is_a_function_of_its_place_in_the_group(group, rows):
-    self_part, flow_part = split_kinds(_tree(rows), group)
-    place = np.arange(rows) % group.size
-    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero(place < group.self_rows))
-    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= group.self_rows))
+    self_part, rolled_part, flow_part = split_kinds(_tree(rows), group)
+    place, is_self = np.arange(rows) % group.size, np.arange(rows) % group.size < group.self_rows
+    np.testing.assert_array_equal(self_part["scalar"], np.flatnonzero(is_self))
+    np.testing.assert_array_equal(rolled_part["scalar"], np.flatnonzero((place < group.distilled) & ~is_self))
+    np.testing.assert_array_equal(flow_part["scalar"], np.flatnonzero(place >= group.distilled))
     np.testing.assert_array_equal(flow_part["wide"][:, 0, 0], flow_part["scalar"] * 100)
 
 
-@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4)])
+@pytest.mark.parametrize("group", [RowGroup(4, 0), RowGroup(0, 4), RowGroup(0, 0, 4)])
 def test_a_group_of_one_kind_gives_all_rows_to_it(group):
     tree = _tree(8)
     parts = split_kinds(tree, group)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps, draw_intervals, interval_times
-from shortcut_jax.core.shortcut import jump_target, scfm_target, shortcut_target, squared_error
+from shortcut_jax.core.shortcut import (
+    alpha_target,
+    jump_target,
+    meanflow_target,
+    scfm_target,
+    shortcut_target,
+    squared_error,
+)
 
 ROWS = 6
 
@@ -143,3 +150,63 @@ def test_squared_error_of_bfloat16_is_computed_in_float32():
     error = squared_error(prediction, target)
     assert error.dtype == jnp.float32
     np.testing.assert_allclose(error, (3.0 - np.float32(target[0, 0, 0])) ** 2, rtol=1e-5)
+
+
+RATE = 1.3
+SPANS = jnp.array([0.9, 0.5, 0.25, 0.1, 1e-3, 0.0])
+
+
+def _average(x, t, d):
+    """The average velocity of dx/dt = RATE x over [t - d, t], whose path is known: x (1 - exp(-RATE d)) / d."""
+    safe = jnp.where(d == 0.0, 1.0, d)
+    return x * jnp.where(d == 0.0, RATE, -jnp.expm1(-RATE * safe) / safe)[:, None, None]
+
+
+def test_the_average_velocity_of_a_linear_field_is_its_own_meanflow_target(x):
+    t, inner = jnp.linspace(0.95, 1.0, ROWS), slice(0, -1)
+    target = meanflow_target(x, t, SPANS, RATE * x, _average)
+    np.testing.assert_allclose(target[inner], _average(x, t, SPANS)[inner], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(target[-1], RATE * x[-1])  # no interval: flow matching
+
+
+def test_the_derivative_of_meanflow_is_that_of_finite_differences(x):
+    t, d, v = jnp.linspace(0.6, 0.9, ROWS), jnp.linspace(0.1, 0.5, ROWS), jnp.cos(x)
+    average = lambda x, t, d: jnp.sin(x * t[:, None, None]) + jnp.exp(d)[:, None, None] * x**2
+    h = 1e-3
+    ahead, behind = (average(x + s * h * v, t + s * h, d + s * h) for s in (1, -1))
+    expected = v - _column(d) * (ahead - behind) / (2 * h)
+    np.testing.assert_allclose(meanflow_target(x, t, d, v, average), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_alpha_one_is_flow_matching(x):
+    t, v = jnp.linspace(0.9, 1.0, ROWS), jnp.cos(x)
+    np.testing.assert_array_equal(alpha_target(x, t, SPANS, v, _average, jnp.ones(ROWS)), v)
+
+
+def test_alpha_one_half_with_the_network_in_place_of_the_velocity_is_a_shortcut_model(x):
+    times = jnp.stack([jnp.full(ROWS, 0.9), 0.9 - SPANS / 2, 0.9 - SPANS], axis=1)[:-1]
+    x, t, d = x[:-1], times[:, 0], times[:, 0] - times[:, 2]
+    average = lambda x, t, d: jnp.sin(x) * t[:, None, None] + d[:, None, None]
+    steps = StudentSteps((1, 2))
+    expected = shortcut_target(x, times, jnp.ones(len(x), jnp.int32), average, steps)
+    target = alpha_target(x, t, d, average(x, t, d / 2), average, jnp.full(len(x), 0.5))
+    np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_alpha_towards_zero_approaches_meanflow(x):
+    t, v = jnp.linspace(0.9, 1.0, ROWS), jnp.cos(x)
+    average = lambda x, t, d: jnp.sin(x) * t[:, None, None] + d[:, None, None] * x
+    u = average(x, t, SPANS)
+    wanted = meanflow_target(x, t, SPANS, v, average) - u
+    gap = lambda a: np.abs((alpha_target(x, t, SPANS, v, average, jnp.full(ROWS, a)) - u) / a - wanted).max()
+    assert gap(1e-3) < 1e-2 and gap(1e-1) > 10 * gap(1e-3)
+
+
+def test_no_gradient_reaches_the_average_velocity_of_a_target(x):
+    t, ones = jnp.linspace(0.9, 1.0, ROWS), jnp.ones(ROWS)
+    scaled = lambda k: lambda x, t, d: k * _average(x, t, d)
+    for target in (
+        lambda k: alpha_target(x, t, SPANS, k * x, scaled(k), 0.5 * ones),
+        lambda k: meanflow_target(x, t, SPANS, k * x, scaled(k)),
+    ):
+        assert float(jax.grad(lambda k, target=target: jnp.sum(target(k)))(0.7)) == 0.0

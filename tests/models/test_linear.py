@@ -52,6 +52,20 @@ def test_values_and_gradients_are_those_of_an_einsum(highest_precision, case, us
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_forward_mode_gives_the_derivative_of_an_einsum(highest_precision, case):
+    x_shape, kernel_shape, in_dims, subscripts = CASES[case]
+    x, kernel, bias, _ = _inputs(x_shape, kernel_shape, in_dims)
+    options = _options(kernel_shape, in_dims, forward_mode=True)
+    tangents = jax.tree.map(jnp.cos, (x, kernel, bias))
+    value, slope = jax.jvp(lambda *args: linear(*args, options), (x, kernel, bias), tangents)
+    expected = jax.jvp(lambda x, k, b: jnp.einsum(subscripts, x, k) + b, (x, kernel, bias), tangents)
+    for got, wanted in zip((value, slope), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: linear(x, kernel, bias, _options(kernel_shape, in_dims)), (x,), tangents[:1])
+
+
 def _dots(f, *args):
     """Matrix products as they are for every platform but those that are told apart from the rest."""
 

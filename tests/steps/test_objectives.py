@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.rows import RowGroup
-from shortcut_jax.core.schedules import FIRST_TIME, ShiftRange, StudentSteps
+from shortcut_jax.core.schedules import FIRST_TIME, AlphaSchedule, ShiftRange, StudentSteps
 from shortcut_jax.core.types import Condition
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, Rows, draw, row_group
 from shortcut_jax.steps.train_step import loss_parts
@@ -37,7 +37,7 @@ class Recorded:
 
     def _network(self, name, condition, teacher_B=None):
         def velocity(x_BNC, t_B, d_B):
-            self.calls.append((name, np.asarray(condition.vec_BV[:, 0]), np.asarray(t_B), d_B, teacher_B))
+            self.calls.append((name, condition.vec_BV[:, 0], t_B, d_B, teacher_B))
             v_BNC = jnp.full_like(x_BNC, self._values[name])
             return v_BNC if teacher_B is None else jnp.where(teacher_B[:, None, None], self._teacher, v_BNC)
 
@@ -48,6 +48,11 @@ class Recorded:
 
     def slow(self, condition):
         return self._network("slow", condition)
+
+    def forward(self, condition):
+        """A field of which forward mode is asked: the derivative of its time and step size are known."""
+        network = self._network("slow", condition)
+        return lambda x_BNC, t_B, d_B: network(x_BNC, t_B, d_B) + (2.0 * t_B + d_B)[:, None, None]
 
     def __call__(self, settings, rows):
         self.calls.clear()
@@ -186,6 +191,72 @@ def test_shortcut_rows_ask_the_slow_average_alone_and_tell_their_step_size():
     np.testing.assert_allclose(examples.step_B[places], times[:, 0] - times[:, 2], rtol=1e-6)
 
 
+def test_alpha_rows_weigh_what_their_targets_lack_and_alpha_falls_during_the_run():
+    settings = _settings("alpha", alpha=AlphaSchedule(first=1.0, last=0.2, until=0.5))
+    drawn = [float(draw(jax.random.key(0), BATCH, SHAPE, settings, p).alpha_B[0]) for p in (0.0, 0.25, 0.5, 1.0)]
+    np.testing.assert_allclose(drawn, [1.0, 0.6, 0.2, 0.2], rtol=1e-6)
+    rows = _rows(settings)
+    rows = rows._replace(draws=rows.draws._replace(alpha_B=jnp.full(BATCH, 0.25)))
+    networks = Recorded(fast=1.0, slow=2.0)
+    examples = networks(settings, rows)
+    own, v = _places(0), np.asarray(rows.draws.noise_BNC - rows.x0_BNC)
+    ((name, index, t, d, _),) = networks.calls
+    assert name == "slow"
+    np.testing.assert_array_equal(index, own)
+    start, end = np.asarray(rows.draws.intervals.times_BJ)[own].T
+    np.testing.assert_allclose(t, start - 0.25 * (start - end), rtol=1e-6)
+    np.testing.assert_allclose(d, 0.75 * (start - end), rtol=1e-5)
+    np.testing.assert_allclose(examples.target_BNC[own], 0.25 * v[own] + 0.75 * 2.0, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(examples.weight_B, np.where(np.isin(np.arange(BATCH), own), 4.0, 1.0))
+
+
+def test_meanflow_rows_learn_the_velocity_less_what_the_average_changes_by():
+    settings = _settings("meanflow")
+    rows = _rows(settings)
+    examples = Recorded(fast=1.0, slow=2.0)(settings, rows)
+    own, v = _places(0), np.asarray(rows.draws.noise_BNC - rows.x0_BNC)
+    d = np.asarray(examples.step_B)[own]
+    assert (d > 0).all()
+    np.testing.assert_allclose(examples.target_BNC[own], v[own] - 3.0 * d[:, None, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["alpha", "meanflow"])
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_intervals_between_any_times_go_from_noise_to_data(name, kind):
+    drawn = draw(jax.random.key(3), 500, SHAPE, dataclasses.replace(_settings(name), timestep=kind))
+    start, end = np.asarray(drawn.intervals.times_BJ).T
+    assert (start >= end).all() and (end > 0).all() and (start <= FIRST_TIME).all()
+    mean = {"uniform": (2 / 3, 1 / 3), "logit_normal": (0.616, 0.384)}[kind]
+    np.testing.assert_allclose((start.mean(), end.mean()), mean, atol=0.03)
+
+
+def test_rolled_rows_begin_where_the_slow_average_arrives_from_noise_and_see_no_image():
+    settings = _settings("scfm", RowGroup(0, 0, rolled_rows=1), rolled_steps=3)
+    rows, networks = _rows(settings), Recorded(fast=3.0, slow=5.0)
+    examples, other = networks(settings, rows), networks(settings, rows._replace(x0_BNC=rows.x0_BNC + 1.0))
+    for one, same in zip(jax.tree.leaves(examples), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(one, same)
+    start = np.asarray(rows.draws.intervals.times_BJ)[:, 0]
+    expected = np.asarray(rows.draws.noise_BNC) - 5.0 * (1.0 - start)[:, None, None]
+    np.testing.assert_allclose(examples.x_BNC, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(examples.target_BNC, 4.0, atol=1e-3)
+    np.testing.assert_array_equal(examples.t_B, start)
+
+
+def test_rolled_rows_stand_between_self_and_flow_rows_and_may_learn_from_the_teacher():
+    group = RowGroup(1, 1, rolled_rows=2)
+    settings = _settings("scfm", group, teacher_share=0.5)
+    rows, networks = _rows(settings), Recorded(teacher=3.0, fast=5.0, slow=7.0)
+    examples = networks(settings, rows)
+    taught = np.isin(np.arange(BATCH) % 4, (0, 1, 2)) & np.asarray(rows.draws.teacher_B)
+    assert taught[_places(1, 2)].any() and taught[_places(0)].any()
+    np.testing.assert_allclose(examples.target_BNC[taught], 5.0, atol=2e-3)
+    np.testing.assert_allclose(examples.target_BNC[~taught & ~np.isin(np.arange(BATCH) % 4, 3)], 6.0, atol=2e-3)
+    noised = rows.x0_BNC + examples.t_B[:, None, None] * (rows.draws.noise_BNC - rows.x0_BNC)
+    same = np.isclose(examples.x_BNC, noised, rtol=1e-5, atol=1e-5).all(axis=(1, 2))
+    assert same[_places(0, 3)].all() and not same[_places(1, 2)].all()
+
+
 def test_loss_parts_are_sums_and_shares_of_the_rows_of_a_kind():
     error_B, teacher_B = jnp.arange(8.0), jnp.array([1, 0, 0, 1, 0, 1, 1, 1], bool)
     mean = lambda parts: {kind: (pytest.approx(float(a / b)), float(b)) for kind, (a, b) in parts.items()}
@@ -193,5 +264,7 @@ def test_loss_parts_are_sums_and_shares_of_the_rows_of_a_kind():
     assert mean(loss_parts(error_B, None, row_group(_settings("flow")))) == {"flow": (3.5, 1.0)}
     parts = mean(loss_parts(error_B, teacher_B, TAUGHT))
     assert parts == {"teacher": (11 / 3, 3 / 8), "self": (7 / 3, 3 / 8), "flow": (5.0, 0.25)}
+    parts = mean(loss_parts(error_B, teacher_B, RowGroup(1, 1, rolled_rows=2)))
+    assert parts == {"teacher": (11 / 3, 3 / 8), "self": (4.0, 1 / 8), "rolled": (1.5, 1 / 4), "flow": (5.0, 0.25)}
     none = loss_parts(error_B, jnp.zeros(8, bool), TAUGHT)
     assert none["teacher"] == (0.0, 0.0)  # no loss: 0 / 0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.steps.objectives import OBJECTIVES
 from tests.helpers import host_copy, moved, noisy_state, random_batch, relative, tiny_assembly
 
 
@@ -107,10 +108,20 @@ def test_flow_ignores_the_averages():
 
 
 @pytest.mark.slow
-def test_the_shortcut_model_learns_its_step_size_input():
-    assembly = tiny_assembly(objective="shortcut")
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.needs_step_size])
+def test_a_model_that_is_told_its_step_size_learns_that_input(objective):
+    assembly = tiny_assembly(objective=objective)
     state = noisy_state(assembly)
     before = host_copy(state.params["step_in"])
     after, metrics = assembly.train_step(state, random_batch(assembly))
     assert all(moved(before, after.params["step_in"]).values())
     assert np.isfinite(metrics["loss/self"])
+
+
+def test_rolled_rows_need_no_images():
+    assembly = tiny_assembly(rows__self_rows=0, rows__flow_rows=0, rows__rolled_rows=1)
+    batch = random_batch(assembly)
+    other = batch._replace(latents_BhwC=batch.latents_BhwC + 1.0)
+    (state, metrics), (same, _) = (assembly.train_step(noisy_state(assembly), b) for b in (batch, other))
+    assert not any(moved(state.params, same.params).values())
+    assert float(metrics["loss/rolled"]) == pytest.approx(float(metrics["loss"])) and float(metrics["loss"]) > 0

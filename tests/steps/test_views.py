@@ -56,6 +56,18 @@ def test_the_first_jump_in_one_pass_equals_two_passes(kind, highest_precision):
     np.testing.assert_array_equal(slow, run(whole(state.ema.slow, state.frozen)))
 
 
+def test_forward_mode_differentiates_the_network_that_learns(highest_precision):
+    state, velocity_of, condition, (x, t) = _setting(objective="meanflow")
+    networks = Networks(velocity_of, state.frozen, *state.ema, "told", online=state.params)
+    d, h = 0.5 * t, 1e-4  # times are embedded by waves of up to 1,000 radians
+    tangents = jnp.cos(x), jnp.ones_like(t), jnp.ones_like(d)
+    value, slope = jax.jit(lambda *args: jax.jvp(networks.forward(condition), args, tangents))(x, t, d)
+    student = jax.jit(networks.student(state.params, condition))
+    np.testing.assert_allclose(value, student(x, t, d), rtol=1e-4, atol=1e-5)
+    ahead, behind = (student(x + s * tangents[0], t + s, d + s) for s in (h, -h))
+    assert relative(slope, (ahead - behind) / (2 * h)) <= 1e-2
+
+
 def test_a_gain_of_zero_gives_exactly_the_base():
     state, velocity_of, condition, inputs = _setting(**POST_TRAINING)
     run = lambda weights: np.asarray(jax.jit(velocity_of(weights, condition))(*inputs))
