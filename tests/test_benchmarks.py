@@ -20,9 +20,12 @@ def test_every_method_changes_what_its_name_says(name, method):
         assert (settings.one_step_share, settings.jumps, settings.timestep_range) == (0.82, 4, (0.0, 0.9))
 
 
+FIGURES = dict.fromkeys(compare_objectives.FIGURES, 0.5) | {"images": 10}
+CELLS = [{"steps": n, **FIGURES} for n in compare_objectives.STEPS]
+
+
 def _record(method, seed, distance):
-    figures = dict.fromkeys(compare_objectives.FIGURES, 0.5) | {"frechet_distance": distance}
-    return {"method": method, "seed": seed, "cells": [{"steps": n, **figures} for n in compare_objectives.STEPS]}
+    return {"method": method, "seed": seed, "cells": [cell | {"frechet_distance": distance} for cell in CELLS]}
 
 
 def test_a_table_has_means_and_ranges_of_the_seeds_that_are_there(tmp_path, monkeypatch):
@@ -49,3 +52,29 @@ def test_runs_that_have_their_file_are_not_made_again(tmp_path, monkeypatch, cap
     assert "flow, 1 seed" in out and "1000-flow-seed0.json is there" in err
     with pytest.raises(compare_objectives.command.UsageError, match="no method 'magic'"):
         compare_objectives.main(["compare_objectives", "--methods=magic"])
+    with pytest.raises(compare_objectives.command.UsageError, match="--vary=jumps is not FIELD=VALUE"):
+        compare_objectives.main(["compare_objectives", "--vary=jumps"])
+
+
+def test_a_variant_is_a_run_and_a_row_of_its_own(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def made(command, check):
+        commands.append(command)
+        (workdir,) = (Path(flag.partition("=")[2]) for flag in command if flag.startswith("--workdir="))
+        (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
+        (workdir / "evaluation" / "evaluation.json").write_text(json.dumps({"facts": {}, "cells": CELLS}))
+
+    monkeypatch.setattr(compare_objectives, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare_objectives.subprocess, "run", made)
+    flags = ["--methods=scfm", "--seeds=100", f"--runs={tmp_path / 'runs'}"]
+    for varied in ([], ["--vary=jumps=6"]):
+        assert compare_objectives.main(["compare_objectives", *flags, *varied]) == 0
+    trained = [" ".join(command) for command in commands if "shortcut_jax.train" in command]
+    assert ["--config.jumps=4" in line for line in trained] == [True, False] and "--config.jumps=6" in trained[1]
+    assert {path.name for path in (tmp_path / "digits").iterdir()} == {
+        "1000-scfm-seed100.json",
+        "1000-scfm-jumps=6-seed100.json",
+    }
+    out = capsys.readouterr().out
+    assert "scfm jumps=6, 1 seed" in out and "scfm, 1 seed" in out
