@@ -14,7 +14,10 @@ from shortcut_jax.settings import ConfigError, Settings
 def check_data(s: Settings, cfg: FluxConfig, data: TrainingData) -> None:
     """Raises ConfigError where sets are not what a run's settings and its network take."""
     for one in data.sets:
-        if one.prepared is None:
+        if s.data.store == "captions":
+            if one.info and s.data.text_encoder == "stored":
+                _check_text(s, cfg, one.name, one.info.text)
+        elif one.prepared is None:
             _check_images(s, cfg, one)
         else:
             _check_prepared(s, cfg, one)

@@ -38,7 +38,7 @@ def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
       ConvertedError: `encoders` is no whole pipeline.
     """
     data = assembly.settings.data
-    if data.text_encoder == "words" and data.store == "pixels":
+    if data.text_encoder == "words" and data.store != "latents":
         if encoders is not None:
             raise ConfigError("encoders are for runs on latents: this one reads words and makes pixels")
         return pixel_ends(assembly)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from shortcut_jax import command
 from shortcut_jax.assemble import Assembly, mean_flops, text_encoder
+from shortcut_jax.core.latents import PATCH
 from shortcut_jax.data.pipeline import BatchReader, ahead, batches
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.initial import BaseRecord
@@ -78,7 +79,8 @@ def loop(
     s = assembly.settings
     sharding = batch_sharding(assembly.mesh)
     rows = process_rows(sharding, assembly.batch_size)
-    reader = BatchReader(data, text_encoder(s, assembly.model), rows, assembly.batch_size, s.seed)
+    channels = assembly.model.channels // PATCH**2
+    reader = BatchReader(data, text_encoder(s, assembly.model), rows, assembly.batch_size, s.seed, channels)
     read = batches(reader, start, stop, s.data.threads, s.data.workers)
     placed = ahead(to_global(batch, rows, sharding, assembly.batch_size) for batch in read)
     progress = outputs.progress

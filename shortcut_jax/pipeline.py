@@ -154,7 +154,9 @@ class Pipeline:
     def channels(self) -> int:
         """Of its pictures."""
         data = self.settings.data
-        return 3 if data.store == "latents" else self.assembly.model.channels // (PATCH * stride_of(data)) ** 2
+        if data.store == "latents" or data.text_encoder == "stored":
+            return 3
+        return self.assembly.model.channels // (PATCH * stride_of(data)) ** 2
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shortcut_jax.core.stats import Gaussian, fit_gaussian, frechet_distance
 from shortcut_jax.data.pipeline import read_many
-from shortcut_jax.data.records import to_latents
+from shortcut_jax.data.records import to_latents, with_images
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.evaluation.features import MAX_PIXELS
 from shortcut_jax.generate import Generator
@@ -81,6 +81,9 @@ def reference_of(data: TrainingData) -> Reference | str:
     Returns:
       the statistics, or in words why there are none.
     """
+    if data.settings.store == "captions":
+        settings = with_images(data.settings)
+        return f"there are captions alone; {EVALUATE}" if settings is None else reference_of(TrainingData(settings))
     first, size = data.sets[0], (data.settings.height, data.settings.width)
     if data.settings.store != "pixels":
         return f"the data set holds latents, not pixels; {EVALUATE}"

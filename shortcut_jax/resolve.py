@@ -9,7 +9,7 @@ from shortcut_jax.check_faults import check_faults
 from shortcut_jax.check_profile import check_profile
 from shortcut_jax.check_values import check_values
 from shortcut_jax.core.schedules import StudentSteps, weights_for_share
-from shortcut_jax.data.records import latent_size, stride_of
+from shortcut_jax.data.records import STORES, latent_size, stride_of
 from shortcut_jax.differences import flatten
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
@@ -79,7 +79,7 @@ def _check(s: Settings) -> None:
     _one_of("model.remat", s.model.remat, REMAT_POLICIES)
     _one_of("model.attention", s.model.attention, BACKENDS)
     _one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
-    _one_of("data.store", s.data.store, ("pixels", "latents"))
+    _one_of("data.store", s.data.store, STORES)
     _one_of("data.text_encoder", s.data.text_encoder, ("words", "stored"))
     _one_of("data.text_states", s.data.text_states, ("full", "trimmed"))
     _one_of("validation.rule", s.validation.rule, RULES)
@@ -133,12 +133,23 @@ def _check(s: Settings) -> None:
 def _check_data(s: Settings) -> None:
     d = s.data
     _require(
-        d.store == "latents" or d.text_encoder == "words",
+        d.store != "pixels" or d.text_encoder == "words",
         "data.text_encoder is 'stored', but data.store 'pixels' has no stored text states: set data.text_encoder=words",
     )
     _require(
         d.store == "pixels" or not d.flip,
-        f"data.flip is {d.flip}, but latents cannot be mirrored (the autoencoder is not symmetric): set data.flip=0",
+        f"data.flip is {d.flip}, but {d.store} cannot be mirrored"
+        f"{' (the autoencoder is not symmetric)' if d.store == 'latents' else ''}: set data.flip=0",
+    )
+    rolled = OBJECTIVES[s.objective].of_rolled_rows is not None and s.rows.size == s.rows.rolled_rows
+    _require(
+        d.store != "captions" or rolled,
+        f"data.store is 'captions', so that there are no images for self and flow rows: set objective={_TAKE_ROLLED}, "
+        f"rows.self_rows=0, rows.flow_rows=0 and rows.rolled_rows=1",
+    )
+    _require(
+        d.store != "captions" or not (s.validation.every or s.validation.every_samples),
+        "data.store is 'captions', but a validation loss needs images: set validation.every=0",
     )
     _require(d.stride is None or d.stride >= 1, f"data.stride is {d.stride}, but must be at least 1")
     _require(
@@ -249,6 +260,11 @@ def _check_student(s: Settings) -> None:
         not row.distils or row.of_rolled_rows is not None or not s.rows.rolled_rows,
         f"rows.rolled_rows is {s.rows.rolled_rows}, but objective={s.objective} has no such rows: set it to 0, or "
         f"objective={_TAKE_ROLLED}",
+    )
+    _require(
+        not row.distils or s.rows.rolled_rows < s.rows.size or s.has_base or s.init_from is not None,
+        "rolled rows alone distil a model that is there already, not random weights: set init_from, or rows.flow_rows "
+        "to at least 1",
     )
     a = s.alpha
     _require(

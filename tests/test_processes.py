@@ -15,8 +15,8 @@ from tests.helpers import host_copy, noisy_state, relative, tiny_assembly
 from tests.process_worker import assembly_of, batch_of, continue_run
 from tests.processes import run_jobs
 
-EIGHT_HEADS = {"model__width": 64, "model__heads": 8, "model__axes": (2, 2, 4)}
-"""So that `tensor` can be split over all devices of two processes."""
+FOUR_HEADS = {"model__width": 64, "model__heads": 4, "model__axes": (4, 6, 6)}
+"""So that `tensor` can be split over the devices of two processes."""
 BLOCKS = {
     2: {"model__double_blocks": 2, "model__single_blocks": 0, "objective": "flow"},
     4: {"model__double_blocks": 0, "model__single_blocks": 2, "objective": "flow"},
@@ -25,12 +25,11 @@ BLOCKS = {
 
 STEPS = 3
 MESHES = {
-    # Two processes of four devices: `data` reaches across them (fsdp stays inside), then `fsdp`, then `tensor`.
-    2: {"data": (2, 4, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8)},
-    # Four processes of two devices: `data` across all, and `tensor` across pairs of them.
-    4: {"data": (4, 2, 1), "tensor": (2, 1, 4)},
+    # Of four devices each: `fsdp` reaches across them; in the run of adapters `data` does, and fsdp stays inside.
+    2: (1, 8, 1),
+    # Of two devices each: `tensor` reaches across pairs of them, and `data` across the pairs.
+    4: (2, 1, 4),
 }
-CASES = [(num, name) for num, meshes in MESHES.items() for name in meshes]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("highest_precision")]
 
@@ -40,7 +39,7 @@ def sources(tmp_path_factory):
     """Workdirs with a checkpoint of one device, in which no weight, moment or average is zero or like another."""
     folder = tmp_path_factory.mktemp("sources")
     for num, blocks in BLOCKS.items():
-        assembly, rng = tiny_assembly(**EIGHT_HEADS, **blocks), np.random.default_rng(1)
+        assembly, rng = tiny_assembly(**FOUR_HEADS, **blocks), np.random.default_rng(1)
         state = noisy_state(assembly)
         small = lambda x, rng=rng: (
             x if x.ndim == 0 else jnp.asarray(np.square(1e-4 * rng.standard_normal(x.shape, "f")))
@@ -76,12 +75,12 @@ def _job(workdir, mesh, steps, out=None):
 
 @pytest.fixture(scope="module")
 def two(sources, distilled, tmp_path_factory):
-    """Two processes continue the checkpoint of one on each mesh, and a run of adapters.
+    """Two processes continue the checkpoint of one, and a run of adapters.
 
     By name: the workdir, the result, and the shards of both processes before and after.
     """
     folder = tmp_path_factory.mktemp("two")
-    jobs = {name: _job(sources[2], mesh, STEPS, folder / name) for name, mesh in MESHES[2].items()}
+    jobs = {"run": _job(sources[2], MESHES[2], STEPS, folder / "run")}
     jobs["lora"] = _job(distilled, (2, 4, 1), 1, folder / "lora")
     results = run_jobs(2, 4, list(jobs.values()), folder / "jobs")
     return {name: (folder / name, *result) for name, result in zip(jobs, results, strict=True)}
@@ -91,8 +90,8 @@ def two(sources, distilled, tmp_path_factory):
 def four(sources, two, tmp_path_factory):
     """Four processes do so too; and they restore what two have saved."""
     folder = tmp_path_factory.mktemp("four")
-    jobs = {name: _job(sources[4], mesh, STEPS) for name, mesh in MESHES[4].items()}
-    jobs["of two"] = _job(two["fsdp"][0], (1, 4, 2), 0)
+    jobs = {"run": _job(sources[4], MESHES[4], STEPS, folder / "run")}
+    jobs["of two"] = _job(two["run"][0], (1, 4, 2), 0)
     jobs["lora of two"] = _job(two["lora"][0], (8, 1, 1), 0)
     results = run_jobs(4, 2, list(jobs.values()), folder / "jobs")
     return {name: (folder / name, *result) for name, result in zip(jobs, results, strict=True)}
@@ -120,10 +119,16 @@ def _assert_same(one, other):
         assert one[path].dtype == value.dtype
 
 
-@pytest.mark.parametrize(("num", "name"), CASES)
-def test_many_processes_equal_one(num, name, ones, request):
+@pytest.fixture
+def many(num, request):
+    """What several processes made of the checkpoint of one."""
+    return request.getfixturevalue({2: "two", 4: "four"}[num])["run"]
+
+
+@pytest.mark.parametrize("num", MESHES)
+def test_many_processes_equal_one(num, ones, many):
     restored, losses, last, _ = ones[num]
-    _, result, before, after = request.getfixturevalue({2: "two", 4: "four"}[num])[name]
+    _, result, before, after = many
     assert (result["processes"], result["devices"]) == (num, 8)
     _assert_same(_whole(before), restored)
     np.testing.assert_allclose(result["losses"], losses, rtol=1e-5)
@@ -137,21 +142,21 @@ def test_many_processes_equal_one(num, name, ones, request):
         assert relative(pick(restored), list(expected.values())) > 1e-3, item
 
 
-@pytest.mark.parametrize("name", ["fsdp", "tensor"])
+@pytest.mark.parametrize("num", MESHES)
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (8, 1, 1)], ids=str)
-def test_what_two_processes_saved_one_restores_exactly(name, mesh, two):
-    workdir, _, _, after = two[name]
+def test_what_many_processes_saved_one_restores_exactly(num, mesh, many):
+    workdir, _, _, after = many
     restored = continue_run(_one(workdir, mesh), workdir, 0)[0]
     _assert_same(_whole(restored), _whole(after))
 
 
 def test_what_two_processes_saved_one_goes_on_with(two, ones):
-    workdir = two["fsdp"][0]
+    workdir = two["run"][0]
     np.testing.assert_allclose(continue_run(_one(workdir), workdir, 1)[1], [ones[2][3]], rtol=1e-5)
 
 
 def test_what_two_processes_saved_four_restore_exactly(two, four):
-    _assert_same(_whole(four["of two"][2]), _whole(two["fsdp"][3]))
+    _assert_same(_whole(four["of two"][2]), _whole(two["run"][3]))
 
 
 def test_adapters_go_from_one_process_to_two_to_four_and_to_one(distilled, two, four):

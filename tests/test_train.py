@@ -403,3 +403,14 @@ def test_ctrl_c_in_one_process_takes_the_other_along(tmp_path, arguments):
     (step,) = Checkpoints(workdir / "checkpoints", read_only=True).steps()
     assert step > 1 and f"saved step {step} in {workdir / 'checkpoints'}" in errors[0]
     assert json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["step"] == step
+
+
+def test_a_run_on_captions_alone_trains_and_draws_them(trained, tmp_path, arguments):
+    (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
+    rows = {"rows__self_rows": 0, "rows__flow_rows": 0, "rows__rolled_rows": 1, "init_from": str(trained)}
+    of = {"data__store": "captions", "data__dir": str(tmp_path), "data__name": "prompts.txt"}
+    assert train.main(arguments(tmp_path / "run", steps=2, **rows, **of)) == 0
+    assert "captions alone" in (tmp_path / "run" / "report.md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["loss/rolled"] == row["loss"] > 0 for row in rows)
+    assert (tmp_path / "run" / "samples" / "step_00000002.png").stat().st_size > 100

@@ -97,7 +97,15 @@ def make_streams(data: TrainingData, seed: int) -> list[grain.MapDataset | None]
 class BatchReader:
     """Step -> the given rows of its global batch. It can be sent to worker processes."""
 
-    def __init__(self, data: TrainingData, encode_text: EncodeText, rows: np.ndarray, global_batch: int, seed: int):
+    def __init__(
+        self,
+        data: TrainingData,
+        encode_text: EncodeText,
+        rows: np.ndarray,
+        global_batch: int,
+        seed: int,
+        channels: int = 0,
+    ):
         """Nothing is read yet.
 
         Args:
@@ -106,12 +114,13 @@ class BatchReader:
           rows: the global rows that this process needs (`runtime.sharding.process_rows`).
           global_batch: G, rows of a global batch.
           seed: of order and chances.
+          channels: of a latent, for sets of captions alone.
         """
         self.schedule = BatchSchedule(data.epoch_sizes, global_batch, seed)
         self._streams = make_streams(data, seed)
         self._records, self._names = [s.records for s in data.sets], [s.name for s in data.sets]
         self._sizes = [latent_size(data.settings, size) for size in data.buckets]
-        self._to_row = RowMaker(data, encode_text)
+        self._to_row = RowMaker(data, encode_text, channels)
         self._rows = rows
 
     def draws(self, step: int) -> list[Draw]:
@@ -160,10 +169,13 @@ def stack_rows(rows: list[Batch]) -> Batch:
 class RowMaker:
     """A record and its draw -> one sample as a `Batch` row."""
 
-    def __init__(self, data: TrainingData, encode_text: EncodeText):
+    def __init__(self, data: TrainingData, encode_text: EncodeText, channels: int = 0):
         """See `BatchReader`."""
-        info = data.info
-        self._block = stride_of(data.settings)
+        info, settings = data.info, data.settings
+        self._block = stride_of(settings)
+        self._nothing = None
+        if settings.store == "captions":  # no row looks at latents
+            self._nothing = np.zeros((*latent_size(settings), channels), np.float32)
         self._latents = info.latents if info and info.store == "latents" else None
         self._encode_text = encode_text
         self._stored = data.settings.text_encoder == "stored"
@@ -172,7 +184,9 @@ class RowMaker:
 
     def __call__(self, record: dict[str, Any], draw: Draw) -> Batch:
         """Latents [h, w, c] float32, txt [M, T], vec [V]."""
-        if self._latents:
+        if self._nothing is not None:
+            latents = self._nothing
+        elif self._latents:
             latents = draw_latents(record["mean"], record["std"], draw.seed, self._latents)
         else:
             image = record["image"][:, ::-1] if draw.flip else record["image"]

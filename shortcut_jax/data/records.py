@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ class DataSettings:
     """The sets of a run and how their samples become rows.
 
     Attributes:
-      name: a set: a folder that `shortcut_jax.prepare` wrote, or the TFDS name of one with `image` and `caption`.
+      name: a set: a folder that `shortcut_jax.prepare` wrote, the TFDS name of one with `image` and `caption`, or, of
+        captions alone, a text file with one a line.
       mix: further sets, read beside it.
       weights: how often a sample comes from each of them, `name` first; empty means by their numbers of records.
       dir: the folder that holds the sets; a name may also be a path of its own.
       split: the split that is trained on.
-      store: `pixels` (images are the latents themselves) or `latents` (of an autoencoder, prepared beforehand).
+      store: `pixels` (images are the latents themselves), `latents` (of an autoencoder, prepared beforehand), or
+        `captions` (of any set, whose images are not looked at).
       height: rows of a picture in pixels; of the sample grids, where a set has buckets of several sizes.
       width: columns of it in pixels.
       stride: pixels a latent, along each side: of the autoencoder (8 by default, as FLUX.1's), or of the blocks that
@@ -61,13 +63,13 @@ class DataSettings:
     workers: int = 0
 
 
-STRIDES = {"latents": 8, "pixels": 1}
-"""Pixels a latent, along each side, by default."""
+STORES = ("pixels", "latents", "captions")
 
 
 def stride_of(settings: DataSettings) -> int:
-    """Pixels a latent, along each side."""
-    return settings.stride or STRIDES[settings.store]
+    """Pixels a latent, along each side; by default those of FLUX.1's autoencoder, or 1 where none is needed."""
+    of_pixels = settings.store == "pixels" or (settings.store == "captions" and settings.text_encoder == "words")
+    return settings.stride or (1 if of_pixels else 8)
 
 
 def latent_size(settings: DataSettings, size: Size | None = None) -> tuple[int, int]:
@@ -86,6 +88,25 @@ def is_prepared(folder: Path) -> bool:
     return (folder / INFO).is_file()
 
 
+def is_text(settings: DataSettings, name: str | None = None) -> bool:
+    """Whether a set is a text file with a caption a line."""
+    return settings.store == "captions" and data_folder(settings, name).is_file()
+
+
+def with_images(settings: DataSettings) -> DataSettings | None:
+    """The settings of the same set with its images; None where there are captions alone.
+
+    Raises:
+      DataError: the set is unreadable.
+    """
+    if settings.store != "captions":
+        return settings
+    folder = data_folder(settings)
+    if is_text(settings):
+        return None
+    return replace(settings, store=PreparedSet(folder).info.store if is_prepared(folder) else "pixels")
+
+
 def check_available(settings: DataSettings) -> None:
     """Says at once what is missing, before anything long starts.
 
@@ -97,22 +118,43 @@ def check_available(settings: DataSettings) -> None:
         folder = data_folder(settings, name)
         if is_prepared(folder):
             PreparedSet(folder).check_split(settings.split)
-        elif folder.exists():
+        elif folder.exists() and not is_text(settings, name):
             _open_builder(settings, name)
 
 
 def check_present(settings: DataSettings, name: str) -> None:
     """Raises DataError where a set is neither embedded nor present; nothing of it is opened."""
     folder = data_folder(settings, name)
-    if is_prepared(folder) or (settings.store == "pixels" and (name in EMBEDDED or folder.exists())):
+    if is_prepared(folder) or (settings.store != "latents" and (name in EMBEDDED or folder.exists())):
         return
     unfinished = folder.with_name(f".{folder.name}.partial").exists()
     raise DataError(
         f"the data set {name!r} is not prepared: {folder} "
         + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not there. ")
-        + f"Make it with python -m shortcut_jax.prepare --store={settings.store} --source=... --out={folder}; "
-        f"configs/digits.py runs without any prepared data, and --dry_run needs none"
+        + (
+            "Write a text file with a caption a line, or prepare a set of images; "
+            if settings.store == "captions"
+            else f"Make it with python -m shortcut_jax.prepare --store={settings.store} --source=... --out={folder}; "
+        )
+        + "configs/digits.py runs without any prepared data, and --dry_run needs none"
     )
+
+
+def read_captions(settings: DataSettings, name: str) -> list[dict[str, Any]]:
+    """The records of a text file with a caption a line.
+
+    Raises:
+      DataError: it cannot be read, or has no caption.
+    """
+    path = data_folder(settings, name)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the captions {path} cannot be read: {first_line(error)}") from error
+    records = [{"caption": line.strip().encode()} for line in lines if line.strip()]
+    if not records:
+        raise DataError(f"the captions {path} are none: write one a line")
+    return records
 
 
 def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dict[str, Any]]:

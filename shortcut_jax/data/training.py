@@ -13,7 +13,9 @@ from shortcut_jax.data.records import (
     data_folder,
     in_memory,
     is_prepared,
+    is_text,
     open_source,
+    read_captions,
 )
 
 
@@ -48,6 +50,8 @@ def open_set(settings: DataSettings, name: str) -> OpenSet:
     """
     folder = data_folder(settings, name)
     check_present(settings, name)
+    if settings.store == "captions":
+        return _open_captions(settings, name)
     if not is_prepared(folder):
         return _open_plain(settings, name)
     prepared = PreparedSet(folder)
@@ -74,6 +78,22 @@ def _open_plain(settings: DataSettings, name: str) -> OpenSet:
     return OpenSet(name, records, ((height, width),), np.zeros(used, np.int64))
 
 
+def _open_captions(settings: DataSettings, name: str) -> OpenSet:
+    """The captions of any set, or of a text file, all of the one size that pictures are sampled in."""
+    folder, prepared = data_folder(settings, name), None
+    if is_text(settings, name):
+        if settings.text_encoder == "stored":
+            raise DataError(f"{folder} has no stored text states: set data.text_encoder=words, or name a prepared set")
+        records: Sequence[dict[str, Any]] = read_captions(settings, name)
+    elif is_prepared(folder):
+        prepared = PreparedSet(folder)
+        records = prepared.records(settings.split, decode=False)
+    else:
+        records = open_source(settings, name)
+    used = min(len(records), settings.limit or len(records))
+    return OpenSet(name, records, ((settings.height, settings.width),), np.zeros(used, np.int64), prepared)
+
+
 class TrainingData:
     """The sets of a run.
 
@@ -97,7 +117,7 @@ class TrainingData:
     def _check_mix(self) -> None:
         first, *others = self.sets
         facts = lambda s: (s.info.latents, s.info.text and _states(s.info.text), s.info.encoders_content)
-        for other in others if self.settings.store == "latents" else ():
+        for other in others if "latents" in (self.settings.store, first.info and first.info.store) else ():
             if facts(other) != facts(first):
                 raise DataError(
                     f"the sets {first.name!r} and {other.name!r} cannot be mixed: their latents or text states are not "

@@ -11,6 +11,7 @@ from shortcut_jax.data.records import DataSettings, data_folder
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.generate import Caption
 from shortcut_jax.pipeline import Pipeline
+from shortcut_jax.settings import ConfigError
 from shortcut_jax.validation import hash_of
 
 
@@ -62,7 +63,13 @@ class CaptionedSet:
         return Asked(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
 
     def pictures(self, indices: Sequence[int]) -> np.ndarray:
-        """Pictures of the set, uint8, as the run sees them: those of latents are decoded."""
+        """Pictures of the set, uint8, as the run sees them: those of latents are decoded.
+
+        Raises:
+          ConfigError: it has captions alone.
+        """
+        if self._data.settings.store == "captions":
+            raise ConfigError("the run has captions alone to be judged against: give --reference=FILE.npz or a folder")
         records, draws = self._read(indices)
         latents = [self._to_row(record, draw).latents_BhwC for record, draw in zip(records, draws, strict=True)]
         return self._ends.decode(np.stack(latents))

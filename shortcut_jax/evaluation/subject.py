@@ -15,6 +15,7 @@ from shortcut_jax.bounds import is_unguided
 from shortcut_jax.core.paths import PATH_STEPS, PathMeasures, measure_path
 from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.core.types import Condition
+from shortcut_jax.data.records import with_images
 from shortcut_jax.evaluation.captions import Asked, CaptionedSet
 from shortcut_jax.generate import Caption, Generator
 from shortcut_jax.pipeline import Pipeline
@@ -108,7 +109,8 @@ class RunSubject:
         self.shift = s.eval.shift if shift is None else shift
         self._generators: dict[int, Generator] = {}
         self.batch_size = self._generator(batch_size).batch_size
-        self.data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0)
+        data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0)
+        self.data = with_images(data) or data
         self.facts = {
             "run": f"{workdir}: {s.objective}, step {self.step:,} of {s.steps:,}, global batch {s.batch_size}",
             "network": f"{s.model.preset}, {s.train} trained",

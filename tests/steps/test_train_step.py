@@ -119,7 +119,7 @@ def test_a_model_that_is_told_its_step_size_learns_that_input(objective):
 
 
 def test_rolled_rows_need_no_images():
-    assembly = tiny_assembly(rows__self_rows=0, rows__flow_rows=0, rows__rolled_rows=1)
+    assembly = tiny_assembly(rows__self_rows=0, rows__flow_rows=0, rows__rolled_rows=1, init_from="given")
     batch = random_batch(assembly)
     other = batch._replace(latents_BhwC=batch.latents_BhwC + 1.0)
     (state, metrics), (same, _) = (assembly.train_step(noisy_state(assembly), b) for b in (batch, other))
