@@ -4,8 +4,8 @@ Each run is a training and an evaluation of its slow average, and leaves one JSO
 table is made from these files alone, so that runs can be added on any day and machine; a run that has its file is not
 made again, and one that was cut off goes on where it was. `--table` makes the table without any run.
 
-`--vary=FIELD=VALUE` is for tuning and ablations: each makes the methods' runs once more with that change, as rows of
-their own. Methods are tuned on seed 100, which no other table has.
+`--vary="FIELD=VALUE [FIELD=VALUE ...]"` is for tuning and ablations: each makes the methods' runs once more with those
+changes, as rows of their own. Methods are tuned on seed 100, which no other table has.
 """
 
 import json
@@ -69,14 +69,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.", flag_values=values)
     flags.DEFINE_integer("steps", 1000, "Training steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("runs", "runs/compare", "Folder of the workdirs.", flag_values=values)
-    flags.DEFINE_multi_string("vary", [], "FIELD=VALUE: the methods with that change; repeatable.", flag_values=values)
+    flags.DEFINE_multi_string("vary", [], "FIELD=VALUE ...: the methods with that; repeatable.", flag_values=values)
     flags.DEFINE_bool("table", False, "Only the table.", flag_values=values)
     options = command.parse(values, argv, USAGE)
     for method in options.methods:
         if method not in METHODS:
             raise command.UsageError(f"there is no method {method!r}: choose of {', '.join(METHODS)}")
     for change in options.vary:
-        if "=" not in change:
+        if not change.split() or not all("=" in one for one in change.split()):
             raise command.UsageError(
                 f"--vary={change} is not FIELD=VALUE, such as --vary=optimizer.learning_rate=0.003"
             )
@@ -107,7 +107,7 @@ def run(name: str, method: str, change: str, steps: int, seed: int, runs: Path) 
     path = result_path(name, label(method, change), steps, seed)
     workdir = runs / name / path.stem
     changes = {**METHODS[method], "steps": steps, "seed": seed, "eval.views": "()", "eval.images": "()"}
-    changes |= dict([change.split("=", 1)] if change else [])
+    changes |= dict(one.split("=", 1) for one in change.split())
     train = ["-m", "shortcut_jax.train", f"--config={SETS[name]}", f"--workdir={workdir}"]
     train += [f"--config.{key}={value}" for key, value in changes.items()]
     begin = time.monotonic()

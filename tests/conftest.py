@@ -19,6 +19,8 @@ import jax
 import pytest
 from filelock import FileLock
 
+from tests.helpers import BOTH_BLOCKS
+
 # Tracing makes many objects and little garbage: collecting it as often as by default takes a tenth of the time.
 gc.freeze()
 gc.set_threshold(200_000, 50, 1000)
@@ -74,6 +76,7 @@ def data_dir(made_once):
 
 SMALL_RUN = {
     "model.preset": "tiny",
+    "model.double_blocks": 0,  # one kind of block compiles in half the time of two
     "batch_size": 32,
     "steps": 4,
     "student_steps": "(1,2,4)",
@@ -132,7 +135,7 @@ def train_on_one_device(argv):
 @pytest.fixture(scope="session")
 def trained(made_once, arguments):
     """A workdir of four uninterrupted steps with its report."""
-    return made_once("trained", lambda folder: train_on_one_device(arguments(folder / "run"))) / "run"
+    return made_once("trained", lambda folder: train_on_one_device(arguments(folder / "run", **BOTH_BLOCKS))) / "run"
 
 
 LORA = {
@@ -151,7 +154,7 @@ LORA = {
 @pytest.fixture(scope="session")
 def post_arguments(arguments, trained):
     def make(workdir, *extra, **changes):
-        values = {**LORA, "init_from": str(trained), **changes}
+        values = {**LORA, **BOTH_BLOCKS, "init_from": str(trained), **changes}
         return arguments(workdir, *extra, **values)
 
     return make

@@ -20,9 +20,13 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def tiny_config(**changes):
-    """A config of the tiny preset on one device; keys with dots become nested (`rows__self_rows=1`)."""
+    """A config of the tiny preset on one device; keys with dots become nested (`rows__self_rows=1`).
+
+    It has single blocks alone, which compile in half the time: `**BOTH_BLOCKS` where the architecture counts.
+    """
     c = default_config()
     c.model.preset = "tiny"
+    c.model.double_blocks = 0
     c.batch_size = 32
     c.steps = 4
     c.student_steps = (1, 2, 4)
@@ -40,6 +44,8 @@ def tiny_config(**changes):
             node[leaf] = value
     return c
 
+
+BOTH_BLOCKS = {"model__double_blocks": 2}
 
 POST_TRAINING = dict(
     train="lora",

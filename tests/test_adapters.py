@@ -19,7 +19,7 @@ from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_peft
 from shortcut_jax.weights.rules import ConversionError, to_torch
-from tests.helpers import POST_TRAINING, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_assembly
 from tests.weights.lora_cases import CFG, random_modules
 
 OTHERS = {"lora_te1_text_model.lora_down.weight": np.ones((2, 3), "f")}
@@ -123,7 +123,7 @@ def test_training_refuses_an_adapter_that_is_not_finite(name, tmp_path):
     exported.write_tensors(tmp_path / "lora.safetensors", tensors, {})
     given = {"init_from": str(base), name: str(tmp_path / "lora.safetensors")}
     given |= {"base": str(base)} if name == "init_from" else {}
-    assembly = tiny_assembly(**POST_TRAINING | given)
+    assembly = tiny_assembly(**BOTH_BLOCKS, **POST_TRAINING | given)
     with pytest.raises(ConversionError, match=r"proj_out\.lora_A\.weight has 1 of 96 values that are NaN or infinite"):
         open_initial(assembly)
 

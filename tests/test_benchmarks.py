@@ -68,13 +68,13 @@ def test_a_variant_is_a_run_and_a_row_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_objectives, "RESULTS", tmp_path)
     monkeypatch.setattr(compare_objectives.subprocess, "run", made)
     flags = ["--methods=scfm", "--seeds=100", f"--runs={tmp_path / 'runs'}"]
-    for varied in ([], ["--vary=jumps=6"]):
+    for varied in ([], ["--vary=jumps=6 ema.slow=0.99"]):
         assert compare_objectives.main(["compare_objectives", *flags, *varied]) == 0
     trained = [" ".join(command) for command in commands if "shortcut_jax.train" in command]
-    assert ["--config.jumps=4" in line for line in trained] == [True, False] and "--config.jumps=6" in trained[1]
+    assert ["--config.jumps=4" in line for line in trained] == [True, False] and "--config.ema.slow=0.99" in trained[1]
     assert {path.name for path in (tmp_path / "digits").iterdir()} == {
         "1000-scfm-seed100.json",
-        "1000-scfm-jumps=6-seed100.json",
+        "1000-scfm-jumps=6-ema.slow=0.99-seed100.json",
     }
     out = capsys.readouterr().out
-    assert "scfm jumps=6, 1 seed" in out and "scfm, 1 seed" in out
+    assert "scfm jumps=6 ema.slow=0.99, 1 seed" in out and "scfm, 1 seed" in out

@@ -16,7 +16,7 @@ from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from shortcut_jax.weights.rules import ConversionError, to_torch
-from tests.helpers import relative
+from tests.helpers import BOTH_BLOCKS, relative
 from tests.weights.lora_cases import CFG, apply_flux, random_modules
 
 
@@ -354,6 +354,7 @@ def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, 
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: device)
     small = {"eval__views": "()", "eval__images": "()", "objective": "shortcut", "steps": 1, "ema__warmup": False}
+    small |= BOTH_BLOCKS
     assert train.main(arguments(tmp_path / "run", **small)) == 0
     error = _fails(capfd, f"--from={tmp_path}/run", f"--to={tmp_path}/x", "--format=bfl")
     assert "has a step-size embedding" in error

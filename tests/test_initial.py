@@ -21,7 +21,7 @@ from shortcut_jax.sources import abstract_params
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
 from shortcut_jax.weights.rules import ConversionError, to_torch
-from tests.helpers import POST_TRAINING, Watched, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, POST_TRAINING, Watched, tiny_assembly
 from tests.weights.lora_cases import random_modules
 
 
@@ -43,7 +43,7 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize("name", ["flux.safetensors", "orbax"])
 def test_weights_arrive_on_a_mesh_shard_by_shard_in_the_dtype_of_the_run(sources, name):
     folder, params = sources
-    assembly = tiny_assembly(8, init_from=str(folder / name), mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    assembly = tiny_assembly(8, **BOTH_BLOCKS, init_from=str(folder / name), mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
     state = start(assembly, open_initial(assembly))[0]
     for tree in (state.params, state.ema.fast, state.ema.slow):
         for path, value in flat_paths(tree).items():
@@ -67,7 +67,7 @@ def test_placing_holds_one_tensor_on_the_host_at_a_time():
 
 def test_a_shortcut_model_starts_from_flux_with_a_fresh_step_embedding(sources):
     folder, params = sources
-    assembly = tiny_assembly(init_from=str(folder / "orbax"), objective="shortcut")
+    assembly = tiny_assembly(**BOTH_BLOCKS, init_from=str(folder / "orbax"), objective="shortcut")
     loaded = flat_paths(start(assembly, open_initial(assembly))[0].params)
     assert {k for k in loaded if k not in params} == {k for k in loaded if k.startswith("step_in/")}
     assert not np.any(loaded["step_in/out_layer/kernel"]) and np.any(loaded["step_in/in_layer/kernel"])
@@ -82,12 +82,12 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(sources, tm
     file = tmp_path / "bad.safetensors"
     exported.write_tensors(file, to_torch(broken, flux_bfl.RULES), {})
     shared = {"objective": "flow"} if trained_part == "all" else POST_TRAINING
-    assembly = tiny_assembly(**{**shared, "init_from": str(file)})
+    assembly = tiny_assembly(**{**BOTH_BLOCKS, **shared, "init_from": str(file)})
     with pytest.raises(ConversionError, match=f"^flux of {file}: img_in.weight has .* that are NaN or infinite"):
         start(assembly, open_initial(assembly))
     write_params(tmp_path / "orbax" / "flux", broken.items())
     shutil.copy(folder / "orbax" / "models.json", tmp_path / "orbax")
-    assembly = tiny_assembly(**{**shared, "init_from": str(tmp_path / "orbax")})
+    assembly = tiny_assembly(**{**BOTH_BLOCKS, **shared, "init_from": str(tmp_path / "orbax")})
     with pytest.raises(ConversionError, match=f"^flux of {tmp_path}/orbax: img_in/kernel has values that are NaN or"):
         start(assembly, open_initial(assembly))
 
@@ -100,7 +100,7 @@ def test_adapters_that_are_not_finite_are_named_with_their_file(sources, tmp_pat
     file = tmp_path / "lora.safetensors"
     exported.write_tensors(file, tensors | {bad: tensors[bad] * np.nan}, notes)
     given = {"init_from": None, "base": str(folder / "orbax"), name: str(file)}
-    assembly = tiny_assembly(**{**POST_TRAINING, **given})
+    assembly = tiny_assembly(**{**BOTH_BLOCKS, **POST_TRAINING, **given})
     with pytest.raises(ConversionError, match=f"^{name}={file}: {bad} has .* values that are NaN or infinite"):
         open_initial(assembly)
 
@@ -110,10 +110,10 @@ def test_training_starts_from_a_workdir_and_resumes_without_it(trained, tmp_path
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: device)
     quiet = {"eval__views": "()", "eval__images": "()", "objective": "flow", "init_from": str(trained)}
-    small = {**quiet, "optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "steps": 2}
+    small = {**quiet, **BOTH_BLOCKS, "optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0, "steps": 2}
     assert train.main(arguments(tmp_path / "run", "--stop_at=1", **small)) == 0
     assert f"starting from: slow weights of step 4 in {trained}" in capfd.readouterr().err
-    shapes = tiny_assembly(student_steps=(1, 2, 4)).state_shapes.params
+    shapes = tiny_assembly(student_steps=(1, 2, 4), **BOTH_BLOCKS).state_shapes.params
     old = Checkpoints(trained / "checkpoints", read_only=True).restore(4, {"slow": shapes})["slow"]
     new = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).restore(1, {"params": shapes})["params"]
     for path, value in flat_paths(old).items():
@@ -143,7 +143,7 @@ def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(so
     )
     for changes, message in cases:
         with pytest.raises(ConfigError, match=message):
-            open_initial(tiny_assembly(**changes))
+            open_initial(tiny_assembly(**{**BOTH_BLOCKS, **changes}))
     (tmp_path / "flux.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(SystemExit):
         command.run(train.main, arguments(tmp_path / "run", init_from=str(tmp_path / "flux.safetensors"), mesh__data=8))

@@ -13,7 +13,7 @@ from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.settings import ConfigError, to_dict
 from tests.conftest import train_on_one_device
-from tests.helpers import POST_TRAINING, tiny_config
+from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_config
 
 STILL = {"optimizer__learning_rate": 1e-30}
 """One program for all runs whose weights are to stay; --stop_at keeps the steps that its schedule is compiled with."""
@@ -23,7 +23,7 @@ STILL = {"optimizer__learning_rate": 1e-30}
 def other(tmp_path_factory, arguments):
     """A run of the same kind as the base with other weights."""
     workdir = tmp_path_factory.mktemp("other") / "run"
-    train_on_one_device(arguments(workdir, "--stop_at=1", seed=9))
+    train_on_one_device(arguments(workdir, "--stop_at=1", seed=9, **BOTH_BLOCKS))
     return workdir
 
 
@@ -187,7 +187,7 @@ def test_few_images_are_repeated_and_said(tmp_path, post_arguments, one_device, 
 def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one_device, capfd):
     config = tmp_path / "config.py"
     config.write_text(
-        "from tests.helpers import POST_TRAINING, tiny_config\n\n\n"
+        "from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_config\n\n\n"
         "def get_config():\n"
         f"    return tiny_config(**POST_TRAINING | {{'init_from': {str(tmp_path / 'teacher')!r}}})\n\n\n"
         "def get_teacher_config():\n"

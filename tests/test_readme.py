@@ -62,7 +62,7 @@ def _small(module, arguments, data_dir):
     """Flags that make a command of the digits small; None for one that is not run here."""
     text = " ".join(arguments)
     if module == "train" and re.search("^--config=configs/digits", text) and not re.search("4000|runs/[^m]", text):
-        values = {**SMALL_RUN, "data.dir": data_dir}
+        values = {**SMALL_RUN, "model.double_blocks": 2, "data.dir": data_dir}
         if "digits_distill" in text:
             values |= {key.replace("__", "."): value for key, value in LORA.items()}
         return {f"--config.{key}": value for key, value in values.items()}

@@ -19,16 +19,16 @@ from shortcut_jax.runtime.claim import CLAIM, Claim, Times
 from shortcut_jax.settings import ConfigError, to_dict
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.workdir import check_workdir, keep_batch
-from tests.helpers import relative, tiny_assembly, tiny_config
+from tests.helpers import BOTH_BLOCKS, relative, tiny_assembly, tiny_config
 from tests.processes import start
 
 ALL_DEVICES = jax.devices()
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-def _restored(workdir, step):
+def _restored(workdir, step, **blocks):
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    shapes = to_items(tiny_assembly(student_steps=(1, 2, 4)).state_shapes)
+    shapes = to_items(tiny_assembly(student_steps=(1, 2, 4), **blocks).state_shapes)
     return flat_paths(checkpoints.restore(step, shapes)), checkpoints.meta(step)
 
 
@@ -58,7 +58,7 @@ def test_a_run_leaves_a_report_pictures_metrics_and_a_record(trained):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert len({row["loss"] for row in rows}) == 4 and all(np.isfinite(row["loss"]) for row in rows)
     assert "images_per_second" in rows[-1] and "model_flops_per_second" in rows[-1]
-    items, meta = _restored(trained, 4)
+    items, meta = _restored(trained, 4, **BOTH_BLOCKS)
     memory = meta["counters"].pop("memory")
     assert meta["counters"] == {"step": 4, "skipped": 0, "skipped_total": 0} and meta["seed"] == 0
     assert memory["restarts"] == 0 and 0 < memory["lag"][0] <= memory["lag"][1]
@@ -67,11 +67,11 @@ def test_a_run_leaves_a_report_pictures_metrics_and_a_record(trained):
 
 def test_two_and_two_steps_equal_four_bit_for_bit(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
-    assert train.main(arguments(workdir, "--stop_at=2")) == 0
+    assert train.main(arguments(workdir, "--stop_at=2", **BOTH_BLOCKS)) == 0
     assert not (workdir / "report.md").exists()
-    assert train.main(arguments(workdir, eval__views="()", eval__images="()")) == 0
+    assert train.main(arguments(workdir, **BOTH_BLOCKS, eval__views="()", eval__images="()")) == 0
     assert "resuming at step 2" in capfd.readouterr().err
-    whole, resumed = _restored(trained, 4)[0], _restored(workdir, 4)[0]
+    whole, resumed = (_restored(folder, 4, **BOTH_BLOCKS)[0] for folder in (trained, workdir))
     assert {"params", "fast", "slow", "optimizer"} == {path.split("/")[0] for path in whole}
     for path, value in whole.items():
         np.testing.assert_array_equal(resumed[path], value, err_msg=path)
@@ -80,14 +80,14 @@ def test_two_and_two_steps_equal_four_bit_for_bit(trained, tmp_path, arguments, 
 def test_a_finished_run_is_not_trained_again(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    assert train.main(arguments(workdir, eval__views="()", eval__images="()")) == 0
+    assert train.main(arguments(workdir, **BOTH_BLOCKS, eval__views="()", eval__images="()")) == 0
     assert "resuming at step 4" in capfd.readouterr().err
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_another_identity_stops_naming_fields_and_values_and_harms_nothing(trained, arguments, capfd):
     before = _listing(trained)
-    argv = arguments(trained, objective="flow", seed=5, batch_size=64, optimizer__learning_rate=0.5)
+    argv = arguments(trained, **BOTH_BLOCKS, objective="flow", seed=5, batch_size=64, optimizer__learning_rate=0.5)
     error = _fails(capfd, argv)
     for part in ("objective: 'scfm' -> 'flow'", "seed: 0 -> 5", "batch_size: 32 -> 64", "learning_rate: 0.02 -> 0.5"):
         assert part in error
@@ -100,7 +100,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing_of_the_first(t
     with Claim(workdir, times=Times(interval=0.05)) as first:
         first.take()
         before = {path: when for path, when in _listing(workdir).items() if path != str(first.path)}
-        error = _fails(capfd, arguments(workdir, steps=6))
+        error = _fails(capfd, arguments(workdir, **BOTH_BLOCKS, steps=6))
         assert f"{workdir} is in use by process {os.getpid()} on " in error and "another --workdir" in error
         assert {path: when for path, when in _listing(workdir).items() if path != str(first.path)} == before
 
@@ -108,7 +108,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_touches_nothing_of_the_first(t
 def test_a_longer_schedule_goes_on_and_is_logged(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    assert train.main(arguments(workdir, "--stop_at=5", steps=6, log_every=2)) == 0
+    assert train.main(arguments(workdir, "--stop_at=5", **BOTH_BLOCKS, steps=6, log_every=2)) == 0
     err = capfd.readouterr().err
     assert "changed since the last run: steps: 4 -> 6" in err and "log_every" not in err
     assert not (workdir / CLAIM).exists()
@@ -146,7 +146,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_to_be_saved(
     assert f"{number.name}: nothing new was to be saved in {tmp_path / 'fresh'}" in capfd.readouterr().err
     assert Checkpoints(tmp_path / "fresh" / "checkpoints", read_only=True).steps() == []
     shutil.copytree(trained, tmp_path / "old")
-    assert train.main(arguments(tmp_path / "old", steps=6)) == code
+    assert train.main(arguments(tmp_path / "old", **BOTH_BLOCKS, steps=6)) == code
     assert f"{number.name}: nothing new was to be saved after step 4 in" in capfd.readouterr().err
 
 
@@ -269,12 +269,12 @@ def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, 
 
 def test_a_damaged_newest_checkpoint_falls_back(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
-    assert train.main(arguments(workdir, "--stop_at=3", checkpoint_every=2)) == 0
+    assert train.main(arguments(workdir, "--stop_at=3", **BOTH_BLOCKS, checkpoint_every=2)) == 0
     shutil.rmtree(workdir / "checkpoints" / "3" / "optimizer")
-    assert train.main(arguments(workdir, eval__views="()", eval__images="()")) == 0
+    assert train.main(arguments(workdir, **BOTH_BLOCKS, eval__views="()", eval__images="()")) == 0
     err = capfd.readouterr().err
     assert "step 3" in err and "is damaged: falling back" in err and "resuming at step 2" in err
-    whole, resumed = _restored(trained, 4)[0], _restored(workdir, 4)[0]
+    whole, resumed = (_restored(folder, 4, **BOTH_BLOCKS)[0] for folder in (trained, workdir))
     assert all(np.array_equal(resumed[path], value) for path, value in whole.items())
 
 
@@ -355,7 +355,7 @@ def _start_two(argv):
 @pytest.mark.slow
 def test_two_processes_equal_one_which_goes_on_from_them(tmp_path, arguments, monkeypatch, capfd):
     """Two processes of two devices each against one process of four devices; then one of two devices, another mesh."""
-    common = {**FOUR_DEVICES, "checkpoint_every": 3}
+    common = {**FOUR_DEVICES, **BOTH_BLOCKS, "checkpoint_every": 3}
     per_device = _per_device_config(tmp_path, 8)
     argv = _without_batch(arguments(tmp_path / "two", **common), per_device)
     pair = _start_two([*argv, "--stop_at=3"])
@@ -379,7 +379,7 @@ def test_two_processes_equal_one_which_goes_on_from_them(tmp_path, arguments, mo
     assert "resuming at step 3" in err and "mesh data 1 x fsdp 2 x tensor 1" in err
     assert "the global batch stays 32 rows, as the run was started: 16 on each of 2 shards" in err
     assert "arrays are split" in err
-    one, two = ([_restored(tmp_path / name, step)[0] for step in (3, 4)] for name in ("one", "two"))
+    one, two = ([_restored(tmp_path / name, step, **BOTH_BLOCKS)[0] for step in (3, 4)] for name in ("one", "two"))
     for path, value in one[0].items():
         np.testing.assert_allclose(two[0][path], value, rtol=1e-4, atol=1e-6, err_msg=path)
     for item in ("params", "fast", "slow"):  # single weights with next to no gradient differ more on another mesh
@@ -409,7 +409,7 @@ def test_a_run_on_captions_alone_trains_and_draws_them(trained, tmp_path, argume
     (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
     rows = {"rows__self_rows": 0, "rows__flow_rows": 0, "rows__rolled_rows": 1, "init_from": str(trained)}
     of = {"data__store": "captions", "data__dir": str(tmp_path), "data__name": "prompts.txt"}
-    assert train.main(arguments(tmp_path / "run", steps=2, **rows, **of)) == 0
+    assert train.main(arguments(tmp_path / "run", steps=2, **BOTH_BLOCKS, **rows, **of)) == 0
     assert "captions alone" in (tmp_path / "run" / "report.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(row["loss/rolled"] == row["loss"] > 0 for row in rows)

@@ -30,12 +30,12 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.sources import KINDS, abstract_params
-from tests.helpers import POST_TRAINING, host_copy, noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, POST_TRAINING, host_copy, noisy_state, random_batch, relative, tiny_assembly
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 KINDS_OF_TRAINING = {
-    "from scratch": {},
-    "adapters": POST_TRAINING,
+    "from scratch": BOTH_BLOCKS,
+    "adapters": BOTH_BLOCKS | POST_TRAINING,
     "all weights": POST_TRAINING | {"train": "all"},
     "guided by a LoRA teacher": POST_TRAINING | {"teacher_lora": "given", "guide": "both", "guidance": (1.0, 4.0)},
 }
@@ -117,9 +117,9 @@ def test_eight_devices_equal_one_for_other_teachers_and_guidance(kind, highest_p
     _assert_equals_one_device((2, 2, 2), kind)
 
 
-@pytest.mark.parametrize("changes", [{}, POST_TRAINING], ids=["from scratch", "adapters"])
-def test_a_run_starts_the_same_on_any_mesh(changes):
-    one, eight = (_on(mesh, **changes).init_state() for mesh in ((1, 1, 1), (2, 2, 2)))
+@pytest.mark.parametrize("kind", ["from scratch", "adapters"])
+def test_a_run_starts_the_same_on_any_mesh(kind):
+    one, eight = (_on(mesh, **KINDS_OF_TRAINING[kind]).init_state() for mesh in ((1, 1, 1), (2, 2, 2)))
     for path, value in flat_paths(jax.device_get(one)).items():
         np.testing.assert_allclose(flat_paths(eight)[path], value, rtol=1e-6, err_msg=path)
 
@@ -143,7 +143,7 @@ def test_row_split_and_accumulation_move_no_activation_under_data_parallelism():
 
 @pytest.mark.slow
 def test_row_split_and_accumulation_move_no_activation_under_fsdp():
-    assembly, hlo = _partitioned((2, 4, 1), batch_size=64, accumulate=2)
+    assembly, hlo = _partitioned((2, 4, 1), **BOTH_BLOCKS, batch_size=64, accumulate=2)
     assert set(count_kinds(hlo)) <= {"all-reduce", "all-gather", "reduce-scatter"}
     gathered = [c for c in collectives(hlo) if c.kind == "all-gather"]
     assert gathered
@@ -154,7 +154,8 @@ def test_row_split_and_accumulation_move_no_activation_under_fsdp():
 @pytest.fixture(scope="module")
 def full_fsdp():
     # A batch size that is no other dimension of the model.
-    return _partitioned((1, 8, 1), batch_size=96, model__compute_dtype="bfloat16", grad_reduce_dtype="float32")
+    dtypes = dict(model__compute_dtype="bfloat16", grad_reduce_dtype="float32")
+    return _partitioned((1, 8, 1), **BOTH_BLOCKS, batch_size=96, **dtypes)
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_weights_are_gathered_in_the_compute_dtype_and_gradients_reduced_in_thei
 
 @pytest.mark.slow
 def test_tensor_parallel_blocks_only_reduce_but_for_the_stored_halves_of_a_modulation():
-    assembly, hlo = _partitioned((1, 1, 2))
+    assembly, hlo = _partitioned((1, 1, 2), **BOTH_BLOCKS)
     inside = [c for c in collectives(hlo) if "_blocks/" in c.line]
     assert {c.kind for c in inside} == {"all-reduce", "all-gather"}
     flat = flat_paths(assembly.state_shapes.params)
@@ -288,7 +289,7 @@ def test_small_layers_are_whole_by_a_stated_rule():
 
 
 def test_the_table_and_its_summary_tell_what_is_whole():
-    shapes = _on((1, 4, 2), mesh__min_shard=2000).state_shapes.params
+    shapes = _on((1, 4, 2), **BOTH_BLOCKS, mesh__min_shard=2000).state_shapes.params
     table = dict(line.split("  ", 1) for line in describe_shardings(shapes, 2000).splitlines())
     assert table.keys() == flat_paths(shapes).keys()
     assert table["double_blocks/img_mlp_in/kernel"] == "(2, 32, 128)  (None, 'fsdp', 'tensor')"
