@@ -12,6 +12,7 @@ from shortcut_jax.models.clip import ClipConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
+from shortcut_jax.runtime import converted
 from shortcut_jax.runtime.converted import (
     ConvertedError,
     LoraInfo,
@@ -50,6 +51,23 @@ def test_parameters_written_one_by_one_are_read_into_shards_in_their_own_dtype(t
     np.testing.assert_array_equal(np.asarray(img_in, np.float32), VALUES["img_in/kernel"].astype(np.float32))
     assert img_in.dtype == ml_dtypes.bfloat16
     assert qkv.sharding.shard_shape(qkv.shape) == (2, 2, 3)
+
+
+@pytest.mark.parametrize(("group_bytes", "loads"), [(2**24, 1), (40, len(VALUES))])
+def test_small_parameters_are_read_together_and_each_time_anew(tmp_path, monkeypatch, group_bytes, loads):
+    monkeypatch.setattr(converted, "_GROUP_BYTES", group_bytes)
+    write_params(tmp_path / "flux", iter(VALUES.items()))
+    lazy, asked = OrbaxParams(tmp_path / "flux"), []
+    load = lazy._load
+    monkeypatch.setattr(lazy, "_load", lambda tree: asked.append(tree) or load(tree))
+    for _ in range(2):
+        read = {name: lazy[name] for name in VALUES}
+        for name, value in VALUES.items():
+            np.testing.assert_array_equal(read[name].view("u1"), value.view("u1"))
+            read[name][...] = 0  # is the caller's own
+    assert len(asked) == 2 * loads
+    with pytest.raises(KeyError):
+        lazy["mystery"]
 
 
 def test_the_record_gives_each_geometry_back(tmp_path):
