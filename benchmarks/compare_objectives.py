@@ -33,13 +33,15 @@ STEPS = (1, 2, 3, 4, 8, 32)
 SETS = {"digits": "configs/digits.py"}
 """Sets -> the config that every method starts from."""
 
-TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)"}
-UNTOLD = {"student_weights": "()", "one_step_share": "None", "jumps": 2, "timestep_range": "(0.0,1.0)"}
+RATE = {"optimizer.learning_rate": 0.008}
+TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)", **RATE}
+UNTOLD = {"student_weights": "()", "one_step_share": "None", "jumps": 2, "timestep_range": "(0.0,1.0)", **RATE}
 FORMER = {
     "student_weights": "(1.0,1.25,1.7,1.6,1.9,1.8,2.3,2.3)",
     "one_step_share": "None",
     "jumps": 2,
     "timestep_range": "(0.0,1.0)",
+    "optimizer.learning_rate": 0.002,
 }
 METHODS: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", **UNTOLD},

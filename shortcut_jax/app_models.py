@@ -11,8 +11,9 @@ import numpy as np
 
 from shortcut_jax.app_request import MAX_STEPS, SIZE_UNIT, Offer, Request
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.data.datasets import EMBEDDED, captions
 from shortcut_jax.data.format import DataError, PreparedSet
-from shortcut_jax.data.records import EMBEDDED, data_folder, is_prepared
+from shortcut_jax.data.records import data_folder, is_prepared
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import rescaled
 from shortcut_jax.pictures_out import Record
@@ -169,14 +170,12 @@ class TrainedRun:
 
 
 def captions_of(settings: Settings, most: int = 10) -> tuple[str, ...]:
-    """Captions that a run knows: of its sample grids, of the digits, or those kept with its prepared set."""
+    """Captions that a run knows: of its sample grids, of an embedded set, or those kept with its prepared set."""
     data = settings.data
     if settings.eval.captions:
         return tuple(dict.fromkeys(settings.eval.captions))[:most]
     if data.name in EMBEDDED:
-        from shortcut_jax.data.datasets.digits import NAMES, caption
-
-        return tuple(caption(label) for label in range(len(NAMES)))[:most]
+        return captions(data.name)[:most]
     with contextlib.suppress(DataError):  # a model can be shown where its data is gone, or damaged
         if is_prepared(data_folder(data)):
             return PreparedSet(data_folder(data)).info.eval_prompts[:most]

@@ -22,6 +22,7 @@ from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, lo
 from shortcut_jax.evaluation.reference import open_reference, save_reference
 from shortcut_jax.evaluation.run import EXTRAS, Plan, entries_of, evaluate
 from shortcut_jax.evaluation.sampling import Classify, Judges
+from shortcut_jax.evaluation.set_network import network_classes, network_features, network_of
 from shortcut_jax.evaluation.subject import CHECKPOINT, ConvertedSubject, RunSubject, Subject
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.report import make_reference
@@ -39,7 +40,7 @@ OF_A_REFERENCE = {"save_reference", "reference", "features", "inception", "resiz
     *("coordinator", "num_processes", "process_id", "join_timeout")
 }
 """The options that `--save_reference` uses."""
-FEATURES = ("auto", "inception", "pixels", "random")
+FEATURES = ("auto", "inception", "pixels", "random", "network")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,9 +78,13 @@ def main(argv: Sequence[str]) -> int:
         check_folder(out, "--out")
         claim.take()
         own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
-        features = choose_features(options, own.pictures([0]).shape[1:] if own else None)
-        judges = Judges(features, clip_scores(options.clip) if options.clip else None, classifier(own))
-        reference = open_reference(options.reference, own, features, out)
+        clip = clip_scores(options.clip) if options.clip else None
+        if options.features == "network":
+            judges = own_network(own, out)._replace(clip=clip)
+        else:
+            shape = own.pictures([0]).shape[1:] if own else None
+            judges = Judges(choose_features(options, shape), clip, classifier(own))
+        reference = open_reference(options.reference, own, judges.features, out)
         write(evaluate(entries, plan, judges, reference, out), out)
     return 0
 
@@ -127,7 +132,7 @@ def _check(options: types.SimpleNamespace) -> None:
     if options.save_reference is not None:
         if options.reference is None or options.workdir or options.checkpoint:
             raise UsageError("--save_reference goes with --reference=FOLDER, without a workdir or checkpoint")
-        if options.features == "auto" and options.inception is None:
+        if options.features in ("auto", "network") and options.inception is None:
             raise UsageError("--save_reference needs --inception=FOLDER, or --features=random")
         command.note_unused(options, "--save_reference", sorted(options.given - OF_A_REFERENCE))
         return
@@ -171,6 +176,14 @@ def choose_features(options: types.SimpleNamespace, shape: tuple[int, ...] | Non
     if shape is None:
         raise UsageError("--features=pixels is for a workdir, whose pictures have one size: take --features=random")
     return pixels(shape)
+
+
+def own_network(own: CaptionedSet | None, out: Path) -> Judges:
+    """Features and classes of the network of a run's set, kept beside the set, or in `out` where that cannot be."""
+    if own is None:
+        raise UsageError("--features=network is for a workdir, whose set it learns: take --features=random")
+    weights = network_of(own, [own.folder.parent, out])
+    return Judges(network_features(weights), classify=network_classes(weights))
 
 
 def open_run(options: types.SimpleNamespace, workdir: str, max_steps: int) -> RunSubject:

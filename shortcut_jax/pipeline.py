@@ -11,7 +11,8 @@ import numpy as np
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.bounds import MAX_IMAGES, brief, check_prompts, check_whole
 from shortcut_jax.core.latents import PATCH
-from shortcut_jax.data.records import EMBEDDED, stride_of
+from shortcut_jax.data.datasets import EMBEDDED, captions
+from shortcut_jax.data.records import stride_of
 from shortcut_jax.data.words import count_words
 from shortcut_jax.ends import sampling_ends
 from shortcut_jax.generate import Generator
@@ -254,9 +255,8 @@ class Pipeline:
         data = self.settings.data
         if data.text_encoder != "words" or not {data.name, *data.mix} <= set(EMBEDDED):
             return ()
-        from shortcut_jax.data.datasets.digits import NAMES, caption
-
-        return tuple(dict.fromkeys(word for label in range(len(NAMES)) for word in caption(label).split()))
+        known = (caption for name in (data.name, *data.mix) for caption in captions(name))
+        return tuple(dict.fromkeys(word for caption in known for word in caption.split()))
 
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:
         """The words of prompts that the model never saw, each once; none where its words are not known."""

@@ -59,7 +59,13 @@ POST_TRAINING = dict(
 
 
 def tiny_assembly(num_devices=1, **changes):
-    return Assembly(from_config(tiny_config(**changes)), jax.devices()[:num_devices])
+    return _assembly(from_config(tiny_config(**changes)), num_devices)
+
+
+@functools.lru_cache(maxsize=16)
+def _assembly(settings, num_devices):
+    """Tests of the same settings share their programs."""
+    return Assembly(settings, jax.devices()[:num_devices])
 
 
 def relative(a, b):

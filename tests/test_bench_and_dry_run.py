@@ -14,7 +14,7 @@ from shortcut_jax import bench, command, dry_run, train
 from shortcut_jax.bench_sampling import Timed, share
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.targets import TargetError
-from tests.helpers import tiny_config
+from tests.helpers import BOTH_BLOCKS, tiny_config
 
 TINY = [
     "--config=configs/digits.py",
@@ -111,7 +111,7 @@ def test_bench_refuses_in_one_line(extra, pattern, one_device, capfd):
 
 
 def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys):
-    settings = from_config(tiny_config(mesh__fsdp=8, batch_size=64))
+    settings = from_config(tiny_config(**BOTH_BLOCKS, mesh__fsdp=8, batch_size=64))
     assert dry_run.run(settings, None, 1.0) == 0
     out = capsys.readouterr().out
     for part in ("parameters", "124,164", "model FLOPs a step", "arguments a device", "temporaries a device"):

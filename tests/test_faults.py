@@ -20,7 +20,7 @@ from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.steps.state import to_items
 from tests import fault_child
 from tests.fault_processes import end, start_two, wait_for
-from tests.helpers import tiny_assembly
+from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -38,7 +38,8 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
 
 def _state(workdir, step):
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    return flat_paths(checkpoints.restore(step, to_items(tiny_assembly(student_steps=(1, 2, 4)).state_shapes)))
+    shapes = tiny_assembly(student_steps=(1, 2, 4), **BOTH_BLOCKS).state_shapes
+    return flat_paths(checkpoints.restore(step, to_items(shapes)))
 
 
 def _steps(workdir):
@@ -86,7 +87,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_restored_and_the_run_goes_on_bit_f
     trained, tmp_path, arguments, capfd
 ):
     workdir = tmp_path / "run"
-    argv = arguments(workdir, **NO_REPORT, checkpoint_every=2)
+    argv = arguments(workdir, **NO_REPORT, **BOTH_BLOCKS, checkpoint_every=2)
     line = [sys.executable, "-m", "tests.fault_child", "save-items:4", "--", *argv[1:], "--config.mesh.fsdp=1"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     killed = subprocess.run(line, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, timeout=200)

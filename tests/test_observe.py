@@ -14,6 +14,7 @@ from shortcut_jax.runtime.checkpoint import CheckpointError
 from shortcut_jax.runtime.goodput import account
 from shortcut_jax.runtime.json_lines import read_lines
 from shortcut_jax.runtime.metrics import read_metrics
+from tests.helpers import BOTH_BLOCKS
 from tests.test_train import _with_nan_at
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -116,7 +117,7 @@ def test_a_run_that_was_stopped_is_not_finished(tmp_path, arguments, capfd):
 def test_a_window_of_a_resumed_run_is_profiled_for_tensorboard_and_perfetto(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    assert train.main(arguments(workdir, steps=8, profile_steps="6:8", **NO_REPORT)) == 0
+    assert train.main(arguments(workdir, steps=8, profile_steps="6:8", **NO_REPORT, **BOTH_BLOCKS)) == 0
     assert f"profile of steps 6 to 7 in {workdir / 'profile' / 'process_00000'}" in capfd.readouterr().err
     (folder,) = (workdir / "profile" / "process_00000" / "plugins" / "profile").iterdir()
     assert list(folder.glob("*.xplane.pb"))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from shortcut_jax import loop, train
-from tests.helpers import tiny_assembly
+from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -16,7 +16,7 @@ def test_the_printed_table_is_the_reports(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     (workdir / "report.md").unlink()
-    assert train.main(arguments(workdir)) == 0
+    assert train.main(arguments(workdir, **BOTH_BLOCKS)) == 0
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
     report = [line for line in (workdir / "report.md").read_text().splitlines() if line.startswith("|")]
     assert len(printed) == 5 and printed == report

@@ -8,7 +8,7 @@ from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.workdir import record_of
-from tests.helpers import noisy_state, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, noisy_state, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -47,7 +47,7 @@ def test_pictures_follow_seed_view_steps_and_guidance_and_repeat(trained):
 
 def test_only_one_view_is_read_from_disk(tmp_path, one_device):
     """A model large enough that modules and JSON files are small beside a view; the other items may even be gone."""
-    assembly = tiny_assembly(model__preset="digits", model__width=256, model__heads=8)
+    assembly = tiny_assembly(**BOTH_BLOCKS, model__preset="digits", model__width=256, model__heads=8)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state = noisy_state(assembly)
     counters = {"step": 1, "skipped": 0, "skipped_total": 0}

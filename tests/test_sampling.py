@@ -19,7 +19,7 @@ from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.sample_models import RunModel, Wanted, grid_times
 from shortcut_jax.weights.rules import ConversionError, nest
 from shortcut_jax.workdir import restore_or_init
-from tests.helpers import tiny_assembly
+from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -54,7 +54,7 @@ def test_a_view_that_is_not_finite_is_refused_by_name_before_sampling(trained, t
     assert f"slow weights of step 4 in {run}: img_in/bias has values that are NaN or infinite in float32" in line
     assert not (tmp_path / "two.png").exists()
     Pipeline(run, "fast")  # whose weights are sound
-    assembly = tiny_assembly(student_steps=(1, 2, 4))
+    assembly = tiny_assembly(student_steps=(1, 2, 4), **BOTH_BLOCKS)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     with pytest.raises(ConversionError, match=r"checkpoints/4 \(remove it .*: slow/img_in/bias has values"):
         restore_or_init(assembly, checkpoints, Initial())

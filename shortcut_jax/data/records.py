@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax.data.arrays import first_line
+from shortcut_jax.data.datasets import EMBEDDED, register
 from shortcut_jax.data.format import INFO, DataError, PreparedSet, Size
 from shortcut_jax.data.stored import open_records
 from shortcut_jax.local_path import local_path
-
-EMBEDDED = ("digits",)
-"""Sets that are generated on first use from what the installation ships."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +177,10 @@ def _open_builder(settings: DataSettings, name: str) -> Any:
     import tensorflow_datasets as tfds
 
     tfds.display_progress_bar(False)
-    import shortcut_jax.data.datasets.digits  # noqa: F401  (registers the builder)
-
     folder = os.path.expanduser(settings.dir)
     try:
+        if name in EMBEDDED:
+            register(name)
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         if name in EMBEDDED:
             builder.download_and_prepare()

@@ -34,6 +34,7 @@ class CaptionedSet:
 
     Attributes:
       records: all of the set, in storage order.
+      folder: where it lies.
     """
 
     def __init__(self, pipeline: Pipeline, settings: DataSettings):
@@ -42,9 +43,11 @@ class CaptionedSet:
         check_data(pipeline.settings, pipeline.assembly.model, self._data)
         size = settings.height, settings.width
         self._index = self._data.places[self._data.buckets.index(size)][0]
+        self.folder = data_folder(settings)
         self.records = self._data.sets[0].records
+        self._classes = dict[bytes, int]()
         self._to_row, self._ends = RowMaker(self._data, pipeline.ends.encode), pipeline.ends
-        facts = (data_folder(settings), settings.split, settings.limit, len(self._index), size)
+        facts = (self.folder, settings.split, settings.limit, len(self._index), size)
         self.identity = " ".join(map(str, facts))
 
     def __len__(self) -> int:
@@ -56,11 +59,29 @@ class CaptionedSet:
         picks = [i * size // total if total < size else i % size for i in indices]
         records, draws = self._read(picks)
         captions = [record["caption"].decode("utf-8") for record in records]
-        labels = np.array([r["label"] for r in records]) if "label" in records[0] else None
+        labels = self._labels(records)
         if self._data.settings.text_encoder != "stored":
             return Asked(captions, None, labels)
         rows = [self._to_row(record, draw) for record, draw in zip(records, draws, strict=True)]
         return Asked(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
+
+    def labelled(self, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Pictures [S, h, w, c], the class of each [S], and how many classes there are; of at most `most` images.
+
+        Classes are labels, or captions where the set has none: `ask` tells them from then on.
+        """
+        picks = np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int).tolist()
+        records, _ = self._read(picks)
+        if "label" not in records[0]:
+            names = sorted({record["caption"] for record in records})
+            self._classes = {name: i for i, name in enumerate(names)}
+        labels = self._labels(records)
+        return self.pictures(picks), labels, len(self._classes) or 1 + int(labels.max())
+
+    def _labels(self, records: list[dict[str, Any]]) -> Any:
+        if "label" in records[0]:
+            return np.array([int(record["label"]) for record in records])
+        return np.array([self._classes.get(r["caption"], -1) for r in records]) if self._classes else None
 
     def pictures(self, indices: Sequence[int]) -> np.ndarray:
         """Pictures of the set, uint8, as the run sees them: those of latents are decoded.

@@ -103,7 +103,7 @@ def test_a_random_network_is_its_seed_on_any_devices(monkeypatch):
     network, pictures = features.random_network(0, 32), _pictures(13, 8, 8, 1)
     eight = network(pictures)
     assert eight.shape == (13, 32) and network.size == 32 and eight.std(axis=0).min() > 1e-4
-    np.testing.assert_array_equal(network(pictures[5:6]), eight[5:6])
+    assert relative(network(pictures[5:6]), eight[5:6]) <= 1e-6  # of another batch, so perhaps summed in another order
     assert relative(features.random_network(1, 32)(pictures), eight) > 0.1
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)

@@ -14,6 +14,9 @@ def caption(label: int) -> str:
     return f"a handwritten digit {NAMES[label]}"
 
 
+CAPTIONS = tuple(map(caption, range(len(NAMES))))
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """The digits as 8-bit grey PNG (grey level 16 of the original becomes 255), in the original order."""
 

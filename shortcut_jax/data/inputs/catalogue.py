@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shortcut_jax.data.arrays import first_line
+from shortcut_jax.data.datasets import EMBEDDED, register
 from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
 from shortcut_jax.data.inputs.template import fill
-from shortcut_jax.data.records import EMBEDDED
 from shortcut_jax.data.stored import open_records
 from shortcut_jax.data.units import Skip, Unit
 
@@ -127,8 +127,7 @@ def _open(name: str, tfds_dir: str) -> Any:
     folder = Path(name).expanduser()
     try:
         if not is_tfds_folder(folder) and name in EMBEDDED:
-            import shortcut_jax.data.datasets.digits  # noqa: F401  (registers the builder)
-
+            register(name)
             builder = tfds.builder(name, data_dir=os.path.expanduser(tfds_dir), file_format="array_record")
             builder.download_and_prepare()
             return builder
