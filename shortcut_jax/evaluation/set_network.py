@@ -69,8 +69,8 @@ def train_network(images: np.ndarray, labels: np.ndarray, classes: int, seed: in
     key_init, key_rows = jax.random.split(jax.random.key(seed))
     params = network.init(key_init, to_latents(pixels[:1]))["params"]
 
-    def step(carry: Any, key: Array) -> tuple[Any, None]:
-        params, state = carry
+    @jax.jit  # one at a time: in a compiled loop XLA:CPU computes convolutions a hundred times as slowly
+    def step(params: Any, state: Any, key: Array) -> tuple[Any, Any]:
         rows = jax.random.randint(key, (min(BATCH, len(images)),), 0, len(images))
 
         def loss(params: Any) -> Array:
@@ -78,10 +78,11 @@ def train_network(images: np.ndarray, labels: np.ndarray, classes: int, seed: in
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets[rows]).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
-    params, _ = run((params, optimizer.init(params)), jax.random.split(key_rows, STEPS))
+    state = optimizer.init(params)
+    for key in jax.random.split(key_rows, STEPS):
+        params, state = step(params, state, key)
     return {path: np.asarray(value) for path, value in flat_paths(params).items()}
 
 

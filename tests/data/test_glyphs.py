@@ -16,7 +16,7 @@ SANS, BOLD = FONTS / "DejaVuSans.ttf", FONTS / "DejaVuSans-Bold.ttf"
 
 def test_the_set_has_each_character_of_each_font_once(tmp_path, monkeypatch):
     (tmp_path / "broken.ttf").write_bytes(b"no font")
-    symbols = FONTS / "cmsy10.ttf"  # without letters
+    symbols = FONTS / "STIXSizOneSymReg.ttf"  # without letters
     again = tmp_path / "copy.ttf"  # draws the same
     again.write_bytes(SANS.read_bytes())
     monkeypatch.setattr(glyphs, "find_fonts", lambda: [SANS, BOLD, symbols, again, tmp_path / "broken.ttf"])
