@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = (1, 2, 3, 4, 8, 32)
 """Sampling step counts of every table."""
 
-SETS = {"digits": "configs/digits.py"}
+SETS = {name: f"configs/{name}.py" for name in ("digits", "glyphs", "emoji32")}
 """Sets -> the config that every method starts from."""
 
 RATE = {"optimizer.learning_rate": 0.008}

@@ -16,6 +16,7 @@ from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.format import Size
+from shortcut_jax.data.pipeline import read_many
 from shortcut_jax.data.resize import RESIZES
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
@@ -25,7 +26,7 @@ from shortcut_jax.evaluation.sampling import Classify, Judges
 from shortcut_jax.evaluation.set_network import network_classes, network_features, network_of
 from shortcut_jax.evaluation.subject import CHECKPOINT, ConvertedSubject, RunSubject, Subject
 from shortcut_jax.evaluation.writing import write
-from shortcut_jax.report import make_reference
+from shortcut_jax.report import MOST_RECORDS, make_reference
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.claim import Claim
 from shortcut_jax.runtime.compiling import keep_programs
@@ -224,7 +225,8 @@ def classifier(own: CaptionedSet | None) -> Classify | None:
     """Pictures -> classes, fitted on the training set where it has labels; see `report.make_reference`."""
     if own is None or "label" not in own.records[0]:
         return None
-    return make_reference(own.records).classify
+    picks = np.linspace(0, len(own.records) - 1, min(MOST_RECORDS, len(own.records))).round().astype(int)
+    return make_reference(read_many(own.records, picks.tolist())).classify
 
 
 if __name__ == "__main__":

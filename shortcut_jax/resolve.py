@@ -396,6 +396,8 @@ def objective_settings(s: Settings) -> ObjectiveSettings:
     low, high = s.guidance or EMBEDDED_GUIDANCE
     weights = s.student_weights if s.one_step_share is None else weights_for_share(s.student_steps, s.one_step_share)
     student = StudentSteps(s.student_steps, weights, s.jumps)
+    # Flow rows alone train all times: sampling begins at the greatest.
+    times = (s.timestep_range[0], s.timestep_range[1]) if OBJECTIVES[s.objective].distils else (0.0, 1.0)
     return ObjectiveSettings(
         s.objective,
         s.rows,
@@ -403,7 +405,7 @@ def objective_settings(s: Settings) -> ObjectiveSettings:
         s.shift,
         s.timestep,
         (low, high),
-        (s.timestep_range[0], s.timestep_range[1]),
+        times,
         s.guide,
         s.teacher_share,
         s.teacher_grid,

@@ -188,7 +188,7 @@ class Settings:
       alpha: the curriculum of objective=alpha.
       shift: timestep shift of self rows.
       timestep: how flow rows draw t, and alpha and meanflow the ends of an interval: uniform or logit_normal.
-      timestep_range: the least and the greatest t that flow rows draw.
+      timestep_range: the least and the greatest t that flow rows draw beside self rows (all objectives but flow).
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
       guide: where it enters: told, both, teacher or targets (see `steps.views.GUIDES`).

@@ -46,7 +46,7 @@ WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
     (r"jumps|shift\..*", _no_student_steps),
     (r"rolled_steps", lambda s: _no_distillation(s) or ("" if s.rows.rolled_rows else "rows.rolled_rows=0")),
     (r"alpha\..*", lambda s: "" if OBJECTIVES[s.objective].takes_alpha else f"objective={s.objective}"),
-    (r"timestep_range", _no_flow_rows),
+    (r"timestep_range", lambda s: _no_distillation(s) or _no_flow_rows(s)),
     (r"timestep", _no_drawn_times),
     (r"data\.weights", lambda s: "" if s.data.mix else "data.mix=()"),
     (r"data\.text_states", lambda s: "data.text_encoder=words" if s.data.text_encoder == "words" else ""),

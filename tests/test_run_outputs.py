@@ -58,7 +58,10 @@ def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_pat
         ({"student_steps": (1, 2, 3, 4)}, "48% learn one step; below 50% one step learns a mean over the others"),
         ({"student_steps": (1, 2, 3, 4)}, "others: set one_step_share in place of student_weights\n"),
         ({"one_step_share": 0.25}, "25% learn one step; below 50% one step learns a mean over the others: raise"),
-        ({"timestep_range": (0.0, 0.9), "objective": "flow"}, "timestep_range ends at 0.9: nothing trains the times"),
+        (
+            {"timestep_range": (0.0, 0.9), "rows__self_rows": 0, "rows__flow_rows": 4},
+            "timestep_range ends at 0.9: nothing trains the times above, where sampling begins",
+        ),
     ],
 )
 def test_what_trains_the_times_where_sampling_begins_is_told(changes, said, tmp_path, capfd):

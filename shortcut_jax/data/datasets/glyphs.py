@@ -4,6 +4,7 @@ What is drawn depends on the fonts that are installed; `docs/objectives.md` name
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         from tqdm import tqdm
 
         seen = set()
-        for path in tqdm(find_fonts(), desc="drawing glyphs", unit="font"):
+        shown = {"mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+        for path in tqdm(find_fonts(), desc="drawing glyphs", unit="font", **shown):
             if (found := draw_font(path)) is None:
                 continue
             font, drawn = found
