@@ -18,6 +18,13 @@ from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import count_label, make_reference, markdown, score
 
 KINDS = {"distil": "configs/digits_distill.py", "pretrain": "configs/digits.py"}
+SETTINGS = {
+    "distil": (),
+    "pretrain": (  # those of configs/digits.py when its row of the table was made
+        *("one_step_share=None", "student_weights=1,1.25,1.7,1.6,1.9,1.8,2.3,2.3", "jumps=2"),
+        *("timestep_range=(0.0,1.0)", "optimizer.learning_rate=0.002"),
+    ),
+}
 COUNTS = (1, 2, 3, 4)
 
 
@@ -34,7 +41,7 @@ def _run(kind, workdir, seed, rule, options):
     argv += [f"--config.steps={options.steps}", f"--config.batch_size={options.batch}", "--config.eval.steps=(1,)"]
     argv += ["--config.eval.views=()", "--config.eval.images=()", "--config.log_every=1"]
     argv += [f"--config.init_from={options.teacher}"] * (kind == "distil")
-    argv += [f"--config.{change}" for change in options.set]
+    argv += [f"--config.{change}" for change in (*SETTINGS[kind], *options.set)]
     if train.main(argv):
         raise SystemExit("interrupted")
     pipeline = Pipeline(workdir, "slow", max_steps=max(COUNTS), batch_size=256)

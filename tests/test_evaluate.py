@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from shortcut_jax import command, evaluate
+from shortcut_jax.evaluation import set_network
 from shortcut_jax.evaluation.subject import RunSubject
 from tests.evaluation import test_features as judges
 from tests.processes import start
@@ -58,6 +59,18 @@ def test_views_steps_and_what_is_asked_besides(evaluated):
     assert whole == "mlperf loss (training pictures)" and len(losses) == 9
     assert set(record["latency_seconds"]) == {"slow"}
     assert {p.name for p in evaluated.iterdir()} >= {"evaluation.html", "evaluation.json", "tensorboard", "cells"}
+
+
+def test_the_network_of_the_set_gives_features_and_classes(trained, data_dir, tmp_path, monkeypatch, capfd, one_device):
+    monkeypatch.setattr(set_network, "STEPS", 5)
+    for out in ("a", "b"):
+        record = _evaluate(trained, tmp_path / out, data_dir, *SAMPLES_ONLY, "--features=network")
+        (cell,) = record["cells"]
+        assert np.isfinite(cell["frechet_distance"]) and 0 <= cell["accuracy"] <= 1
+        assert "network of the set" in (tmp_path / out / "evaluation.html").read_text()
+    assert capfd.readouterr().err.count("training the network of the set: 1,797 images of 10 classes") == 1
+    with pytest.raises(command.UsageError, match="--features=network is for a workdir"):
+        evaluate.own_network(None, tmp_path)
 
 
 SAMPLES_ONLY = ("--extras=", "--views=slow", "--steps=2")
