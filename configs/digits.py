@@ -2,10 +2,10 @@
 
 Command:  python -m shortcut_jax.train --config=configs/digits.py
 Hardware: two CPU cores, 1.7 GB.
-Time:     @TIME@ minutes for 1,000 steps and the report.
+Time:     about 6 minutes for 1,000 steps and the report.
 Expected: a report.md with a table and a picture. The slow EMA has a Frechet distance of
-          @FD@ and a caption accuracy of
-          @ACC@ at 1 / 2 / 3 / 4 / 8 / 32 steps (means of three training
+          0.84 / 0.59 / 0.47 / 0.44 / 0.40 / 0.34 and a caption accuracy of
+          0.967 / 0.934 / 0.942 / 0.946 / 0.955 / 0.968 at 1 / 2 / 3 / 4 / 8 / 32 steps (means of three training
           seeds, one noise seed).
 
 Four settings make one step good (numbers in docs/objectives.md): `one_step_share` in place of equal weights, for
