@@ -81,6 +81,7 @@ SMALL_RUN = {
     "batch_size": 32,
     "steps": 4,
     "student_steps": "(1,2,4)",
+    "student_weights": "None",
     "one_step_share": "None",
     "jumps": 2,
     "timestep_range": "(0.0,1.0)",
