@@ -204,8 +204,6 @@ def record(step: int, metrics: dict[str, jax.Array], s: Settings, outputs: Outpu
     if skipped:
         spikes = f", {int(metrics['spikes'])} of them spikes" if "spikes" in metrics else ""
         tell(f"step {step} was skipped: {int(metrics['skipped_total'])} in all{spikes}", sys.stderr)
-    if s.ema.restart_auto and int(metrics["ema_restarted"]):
-        tell(f"step {step}: averages restarted, staleness {float(metrics['ema_staleness']):.2f}")
     if meter.seen(step):  # Rates and ETA from here on: the first step was compiled.
         bar.initial, bar.start_t = step, time.time()
         bar.last_print_t = bar.start_t

@@ -39,7 +39,7 @@ _NOT_NEGATIVE = (
     *("spikes.factor", "spikes.after", "watchdog.seconds", "watchdog.slow_seconds", "watchdog.grace_seconds"),
 )
 _POSITIVE = (
-    *("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha", "ema.restart_ratio"),
+    *("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha"),
     "heartbeat_every",
 )
 _TAKE_TEACHER = " or ".join(name for name, row in OBJECTIVES.items() if row.takes_teacher)
@@ -110,18 +110,6 @@ def _check(s: Settings) -> None:
         except re.error as error:
             raise ConfigError(f"{name} is {values[name]!r}, which is not a regular expression: {error}") from None
     _require(s.ema.warmup_ratio >= 1, f"ema.warmup_ratio is {s.ema.warmup_ratio:g}, but must be at least 1")
-    _require(
-        not (s.ema.restart_every and s.ema.restart_auto),
-        f"ema.restart_every is {s.ema.restart_every} and ema.restart_auto is true: choose one of them",
-    )
-    _require(
-        not s.ema.restart_auto or s.ema.dual,
-        "ema.restart_auto compares a fast with a slow average: it needs ema.dual=true",
-    )
-    _require(
-        not s.ema.restart_auto or s.ema.fast < s.ema.slow,
-        f"ema.restart_auto compares a fast with a slow average, but their decays are {s.ema.fast} and {s.ema.slow}",
-    )
     _require(
         (s.batch_size is None) != (s.batch_per_device is None),
         f"give exactly one of batch_size and batch_per_device, not {s.batch_size} and {s.batch_per_device}",

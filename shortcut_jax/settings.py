@@ -363,6 +363,9 @@ def complete(stored: dict[str, Any]) -> dict[str, Any]:
       ConfigError: a value stands where there have to be several.
     """
     _check_tables(stored, to_dict(Settings()), "")
+    if "ema" in stored:  # a rule of former versions that restarted the averages by itself
+        kept = {k: v for k, v in stored["ema"].items() if k not in ("restart_auto", "restart_ratio")}
+        stored = {**stored, "ema": kept}
     if "guide" not in stored:  # Older than post-training: no rows had a teacher, and all configs had a guidance range.
         if missing := [name for name in ("rows", "model") if name not in stored]:
             raise ConfigError(f"config key {missing[0]!r} is missing in what is stored")

@@ -15,6 +15,7 @@ from shortcut_jax.assemble import Assembly
 from shortcut_jax.check_data import check_data, check_grid
 from shortcut_jax.check_training import assemble_training
 from shortcut_jax.config_file import load_config, load_teacher_config
+from shortcut_jax.core.ema import num_restarts
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.records import check_available
 from shortcut_jax.data.training import TrainingData
@@ -39,7 +40,7 @@ from shortcut_jax.runtime.shared_folder import check_folder, check_place
 from shortcut_jax.runtime.timing import Stopwatch
 from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.settings import Settings, build, to_dict
-from shortcut_jax.steps.state import TrainState, choose_view
+from shortcut_jax.steps.state import TrainState, choose_view, num_updates
 from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
 
@@ -271,7 +272,7 @@ def report(
         "global batch": assembly.batch_size,
         "parameters": f"{count_parameters(assembly.network_shapes):,}",
         **({"trained": f"{count_parameters(state.params):,} in adapters"} if s.train == "lora" else {}),
-        "EMA restarts": int(state.memory.restarts),
+        "EMA restarts": int(num_restarts(num_updates(state), s.ema)),
         "skipped steps": int(state.skipped_total),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "finished": time.strftime("%Y-%m-%d"),

@@ -53,7 +53,6 @@ WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
     (r"optimizer\.decay_paths", lambda s: "" if s.optimizer.weight_decay else "optimizer.weight_decay=0"),
     (r"ema\.(fast|warmup_ratio)", lambda s: "" if s.ema.dual else "ema.dual=False"),
     (r"ema\.warmup_ratio", lambda s: "" if s.ema.warmup else "ema.warmup=False"),
-    (r"ema\.restart_ratio", lambda s: "" if s.ema.restart_auto else "ema.restart_auto=False"),
     (r"spikes\.(after|decay)", lambda s: "" if s.spikes.factor else "spikes.factor=0"),
     (r"watchdog\.(slow|grace)_seconds", lambda s: "" if s.watchdog.seconds else "watchdog.seconds=0"),
     (r"eval\.(seeds|batch_size)", lambda s: "" if s.eval.views else "eval.views=()"),

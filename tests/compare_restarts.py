@@ -1,13 +1,12 @@
 """When to restart the averages: `python -m tests.compare_restarts [--steps=600] [--seeds=0,1,2]`.
 
 Trains the digits by post-training (from a teacher, which is trained first if absent) and from scratch, with the
-averages restarted never, every N steps, or by the automatic rule, and prints the Frechet distance of the slow average
+averages restarted never or every N steps, and prints the Frechet distance of the slow average
 at few sampling steps: mean and half the distance of the extremes over training seeds. The averages have no warm-up, as
 published, but for the last row. A period that is not shorter than the run is the same as never, and is not run again.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +30,12 @@ COUNTS = (1, 2, 3, 4)
 def _rules(periods):
     rules = {"never": []}
     rules |= {f"every {n}": [f"--config.ema.restart_every={n}"] for n in periods}
-    rules |= {"automatic": ["--config.ema.restart_auto=true"], "never, warm-up": ["--config.ema.warmup=true"]}
+    rules |= {"never, warm-up": ["--config.ema.warmup=true"]}
     return {name: ["--config.ema.warmup=false", *rule] for name, rule in rules.items()}
 
 
 def _run(kind, workdir, seed, rule, options):
-    """The distances of one run at each of COUNTS, and at which steps it restarted."""
+    """The distances of one run at each of COUNTS."""
     argv = ["train", f"--config={KINDS[kind]}", f"--workdir={workdir}", f"--config.seed={seed}", *rule]
     argv += [f"--config.steps={options.steps}", f"--config.batch_size={options.batch}", "--config.eval.steps=(1,)"]
     argv += ["--config.eval.views=()", "--config.eval.images=()", "--config.log_every=1"]
@@ -47,8 +46,7 @@ def _run(kind, workdir, seed, rule, options):
     pipeline = Pipeline(workdir, "slow", max_steps=max(COUNTS), batch_size=256)
     reference = make_reference(open_source(pipeline.settings.data))
     judge = lambda n: score(pipeline.generate, pipeline.params, "slow", n, reference, 0, (0,)).distances[0]
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [judge(n) for n in COUNTS], [r["step"] for r in records if r["ema_restarted"]]
+    return [judge(n) for n in COUNTS]
 
 
 def main():
@@ -65,7 +63,7 @@ def main():
     seeds = [int(s) for s in options.seeds.split(",")]
     for kind in options.kinds.split(","):
         some = seeds if kind == "distil" else seeds[:1]
-        rows = [["restart", *map(count_label, COUNTS), "restarted at"], *_table(kind, some, options)]
+        rows = [["restart", *map(count_label, COUNTS)], *_table(kind, some, options)]
         print(
             f"\n{kind}, {options.steps} steps of {options.batch} rows, slow average\n\n{markdown(rows)}\n", flush=True
         )
@@ -78,11 +76,10 @@ def _table(kind, seeds, options):
         stem = Path(options.folder) / f"{kind}-{name.replace(',', '').replace(' ', '-')}"
         found = never if same else [_run(kind, Path(f"{stem}-{seed}"), seed, rule, options) for seed in seeds]
         never = found if name == "never" else never
-        table = np.array([distances for distances, _ in found])
+        table = np.array(found)
         spread = (table.max(axis=0) - table.min(axis=0)) / 2
         cells = [f"{m:.2f}" + f" ±{s:.2f}" * (len(found) > 1) for m, s in zip(table.mean(axis=0), spread, strict=True)]
-        when = [", ".join(map(str, steps[:8])) + ", ..." * (len(steps) > 8) for _, steps in found]
-        row = [f"{name} (as never)" if same else name, *cells, " / ".join(w or "-" for w in when)]
+        row = [f"{name} (as never)" if same else name, *cells]
         print(f"{kind}: {row}", flush=True)
         yield row
 

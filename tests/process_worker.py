@@ -59,7 +59,7 @@ def continue_run(assembly, workdir, steps, out=None):
 
 def shards_of(state):
     """What this process holds of a state: (path, index, values)."""
-    parts = {**to_items(state), "counters": {"step": state.step, "memory": state.memory._asdict()}}
+    parts = {**to_items(state), "counters": {"step": state.step, "spikes": state.spikes._asdict()}}
     return [
         (path, shard.index, np.asarray(shard.data))
         for path, leaf in flat_paths(parts).items()

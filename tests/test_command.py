@@ -88,7 +88,7 @@ def test_what_is_given_is_known():
 
 
 def test_a_boolean_key_needs_no_value():
-    assert _parse(["x", DIGITS, "--config.ema.restart_auto"]).config.ema.restart_auto is True
+    assert _parse(["x", DIGITS, "--config.ema.warmup"]).config.ema.warmup is True
     assert _parse(["x", DIGITS, "--noconfig.ema.warmup"]).config.ema.warmup is False
 
 

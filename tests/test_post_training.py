@@ -142,8 +142,6 @@ def lora_files(distilled, tmp_path_factory):
         ({"init_from": "LORA"}, "is a LoRA that does not know its base: name it with base"),
         ({"base": "TRAINED"}, "are two networks, but training starts from its base"),
         ({"lora__paths": "nothing"}, "lora.paths='nothing' matches no layer"),
-        ({"ema__restart_auto": True, "ema__fast": 0.999}, "compares a fast with a slow average"),
-        ({"ema__restart_auto": True, "ema__dual": False}, "a slow average: it needs ema.dual=true"),
         ({"ema__warmup_ratio": 0.5}, "ema.warmup_ratio is 0.5, but must be at least 1"),
         ({"init_from": "LORA", "base": "TRAINED", "lora__rank": 4}, r"has rank 3, but lora\.rank is 4"),
         ({"init_from": "LORA", "base": "TRAINED", "lora__paths": ".*qkv"}, r"adapts other layers than lora\.paths"),
@@ -162,7 +160,6 @@ def lora_files(distilled, tmp_path_factory):
         ({"lora__rank": 0}, r"lora\.rank is 0, but must be at least 1"),
         ({"objective": "shortcut", "teacher_share": 0.0}, "objective=shortcut has a step-size embedding"),
         ({"objective": "flow"}, "has no rows to learn from a teacher"),
-        ({"ema__restart_every": 5, "ema__restart_auto": True}, "choose one of them"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_anything_is_compiled(

@@ -226,6 +226,8 @@ def test_a_stored_config_older_than_a_field_has_its_default():
     before_teachers["rows"] = {**config["rows"], "teacher_rows": 0}
     assert from_config(complete(before_teachers)).guidance == ()
     assert complete({**before_teachers, "model": {**config["model"], "preset": "flux-dev"}})["guidance"] == [0.0, 7.5]
+    restarted = {**older, "ema": {**older["ema"], "restart_auto": True, "restart_ratio": 1.0}}  # a rule that has gone
+    assert complete(restarted) == complete(older)
     with pytest.raises(ConfigError, match="unknown config key 'gone'"):
         from_config(complete({**older, "gone": 1}))
 

@@ -42,7 +42,6 @@ CASES = [
     ({"optimizer__weight_decay": 0.0}, {"optimizer__decay_paths": ".*"}, {}, "optimizer.weight_decay=0"),
     ({"ema__dual": False}, {"ema__fast": 0.5, "ema__warmup_ratio": 2.0}, {"ema__warmup": True}, "ema.dual=False"),
     ({}, {"ema__warmup_ratio": 2.0}, {"ema__warmup": True}, "ema.warmup=False"),
-    ({}, {"ema__restart_ratio": 2.0}, {"ema__restart_auto": True}, "ema.restart_auto=False"),
     ({}, {"spikes__after": 5, "spikes__decay": 0.5}, {"spikes__factor": 3.0, "max_skipped": 1}, "spikes.factor=0"),
     (
         {"watchdog__seconds": 0.0},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shortcut_jax.core.ema import DualEma, Memory, init_ema, init_memory
+from shortcut_jax.core.ema import DualEma, init_ema
 from shortcut_jax.core.spikes import SpikeMemory, init_spikes
 from shortcut_jax.core.types import Array
 from shortcut_jax.steps.views import TEACHER, Frozen, Weights, teacher_of, whole
@@ -24,7 +24,6 @@ class TrainState(NamedTuple):
       opt_state: optax state.
       skipped: skipped steps in a row, up to now (int32).
       skipped_total: skipped steps in all (int32).
-      memory: of the rule that restarts the averages.
       spikes: of the rule that tells spikes.
       frozen: what no step changes: base and teacher. It passes through each step and is in no checkpoint.
     """
@@ -35,7 +34,6 @@ class TrainState(NamedTuple):
     opt_state: Any
     skipped: Array
     skipped_total: Array
-    memory: Memory
     spikes: SpikeMemory
     frozen: Frozen
 
@@ -47,8 +45,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Fro
     """The state before the first step: both averages are copies of what is trained."""
     zero = lambda: jnp.zeros((), jnp.int32)
     opt_state = optimizer.init(params)
-    memories = init_memory(), init_spikes()
-    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), *memories, frozen)
+    return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), init_spikes(), frozen)
 
 
 def choose_view(state: TrainState, view: str) -> Weights:
@@ -89,13 +86,14 @@ def to_items(state: TrainState) -> dict[str, Any]:
 
 
 def to_counters(state: TrainState) -> dict[str, Any]:
-    """The counters and the rules' memories, for JSON; exact, since JSON's numbers hold float32.
+    """The counters and the memory of the rule for spikes, for JSON; exact, since JSON's numbers hold float32.
 
-    That of the rule for spikes is left out where the rule never was on.
+    That memory is left out where the rule never was on.
     """
-    names = ("memory", "spikes") if int(state.spikes.seen) else ("memory",)
-    plain = lambda memory: {name: np.asarray(value).tolist() for name, value in memory._asdict().items()}
-    return {name: int(getattr(state, name)) for name in COUNTERS} | {n: plain(getattr(state, n)) for n in names}
+    counters: dict[str, Any] = {name: int(getattr(state, name)) for name in COUNTERS}
+    if int(state.spikes.seen):
+        counters["spikes"] = {name: np.asarray(value).tolist() for name, value in state.spikes._asdict().items()}
+    return counters
 
 
 def from_items(
@@ -104,7 +102,7 @@ def from_items(
     frozen: Frozen,
     place: Callable[[np.ndarray], Array] = jnp.asarray,
 ) -> TrainState:
-    """The inverse of `to_items` and `to_counters`; a rule whose memory is not stored was off, or is newer.
+    """The inverse of `to_items` and `to_counters`; where no memory of spikes is stored, their rule was off.
 
     Args:
       items: see `to_items`.
@@ -112,17 +110,13 @@ def from_items(
       frozen: what is in no checkpoint.
       place: puts a scalar on the devices.
     """
-
-    def remembered(name: str, fresh: Any) -> Any:
-        stored = counters.get(name) or fresh._asdict()
-        return type(fresh)(*(place(np.asarray(stored[k], v.dtype)) for k, v in fresh._asdict().items()))
-
+    fresh = init_spikes()._asdict()
+    spikes = counters.get("spikes") or fresh
     return TrainState(
         params=items["params"],
         ema=DualEma(items["fast"], items["slow"]),
         opt_state=items["optimizer"],
-        memory=remembered("memory", init_memory()),
-        spikes=remembered("spikes", init_spikes()),
+        spikes=SpikeMemory(*(place(np.asarray(spikes[name], value.dtype)) for name, value in fresh.items())),
         frozen=frozen,
         **{name: place(np.asarray(counters[name], np.int32)) for name in COUNTERS},
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shortcut_jax.core.ema import EmaSettings, update_ema
+from shortcut_jax.core.ema import EmaSettings, num_restarts, update_ema
 from shortcut_jax.core.latents import patchify
 from shortcut_jax.core.rows import KINDS, RowGroup, micro_batches
 from shortcut_jax.core.shortcut import squared_error
@@ -71,10 +71,10 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
         grad_norm = global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema, memory, ratio = update_ema(state.ema, state.memory, params, num_updates(state), settings.ema)
+        ema = update_ema(state.ema, params, num_updates(state), settings.ema)
 
         keep = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new_state = state._replace(params=params, ema=ema, opt_state=opt_state, memory=memory)
+        new_state = state._replace(params=params, ema=ema, opt_state=opt_state)
         if settings.spikes.factor > 0:
             spike = keep & is_spike(state.spikes, grad_norm, settings.spikes)
             keep &= ~spike
@@ -88,9 +88,7 @@ def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tup
             "param_norm": global_norm(new_state.params),
             "ema_distance/fast": distance(new_state.params, new_state.ema.fast),
             "ema_distance/slow": distance(new_state.params, new_state.ema.slow),
-            "ema_restarts": new_state.memory.restarts,
-            "ema_restarted": new_state.memory.restarts - state.memory.restarts,
-            **({"ema_staleness": ratio} if settings.ema.restart_auto else {}),
+            "ema_restarts": num_restarts(num_updates(new_state), settings.ema),
             "learning_rate": schedule(num_updates(state)),
             "skipped": new_state.skipped,
             "skipped_total": new_state.skipped_total,
