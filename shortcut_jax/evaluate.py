@@ -81,12 +81,13 @@ def main(argv: Sequence[str]) -> int:
         own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
         clip = clip_scores(options.clip) if options.clip else None
         if options.features == "network":
-            judges = own_network(own, out)._replace(clip=clip)
+            judges = own_network(own, out)._replace(clip=clip, pixels=pixels_beside(own, options.reference))
         else:
             shape = own.pictures([0]).shape[1:] if own else None
             judges = Judges(choose_features(options, shape), clip, classifier(own))
         reference = open_reference(options.reference, own, judges.features, out)
-        write(evaluate(entries, plan, judges, reference, out), out)
+        in_pixels = open_reference(None, own, judges.pixels, out).gaussian if judges.pixels else None
+        write(evaluate(entries, plan, judges, reference, out, in_pixels), out)
     return 0
 
 
@@ -185,6 +186,12 @@ def own_network(own: CaptionedSet | None, out: Path) -> Judges:
         raise UsageError("--features=network is for a workdir, whose set it learns: take --features=random")
     weights = network_of(own, [own.folder.parent, out])
     return Judges(network_features(weights), classify=network_classes(weights))
+
+
+def pixels_beside(own: CaptionedSet | None, reference: str | None) -> Features | None:
+    """Pixels as further features where pictures of a run's own set are small enough; see `Judges.pixels`."""
+    shape = own.pictures([0]).shape[1:] if own and reference is None else None
+    return pixels(shape) if shape and math.prod(shape) <= MAX_PIXELS else None
 
 
 def open_run(options: types.SimpleNamespace, workdir: str, max_steps: int) -> RunSubject:

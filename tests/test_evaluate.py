@@ -61,13 +61,22 @@ def test_views_steps_and_what_is_asked_besides(evaluated):
     assert {p.name for p in evaluated.iterdir()} >= {"evaluation.html", "evaluation.json", "tensorboard", "cells"}
 
 
-def test_the_network_of_the_set_gives_features_and_classes(trained, data_dir, tmp_path, monkeypatch, capfd, one_device):
+def test_the_network_of_the_set_gives_features_and_classes(
+    evaluated, trained, data_dir, tmp_path, monkeypatch, capfd, one_device
+):
     monkeypatch.setattr(set_network, "STEPS", 5)
+    (in_pixels,) = (
+        cell["frechet_distance"]
+        for cell in json.loads((evaluated / "evaluation.json").read_text())["cells"]
+        if cell["label"] == "slow" and cell["steps"] == 2
+    )
     for out in ("a", "b"):
         record = _evaluate(trained, tmp_path / out, data_dir, *SAMPLES_ONLY, "--features=network")
         (cell,) = record["cells"]
+        assert cell["frechet_distance_pixels"] == pytest.approx(in_pixels, rel=1e-6) != cell["frechet_distance"]
         assert np.isfinite(cell["frechet_distance"]) and 0 <= cell["accuracy"] <= 1
-        assert "network of the set" in (tmp_path / out / "evaluation.html").read_text()
+        page = (tmp_path / out / "evaluation.html").read_text()
+        assert "network of the set" in page and "Frechet distance (pixels)" in page
     assert capfd.readouterr().err.count("training the network of the set: 1,797 images of 10 classes") == 1
     with pytest.raises(command.UsageError, match="--features=network is for a workdir"):
         evaluate.own_network(None, tmp_path)

@@ -43,11 +43,14 @@ class Cell(NamedTuple):
         return f"{self.label} at {count_label(self.steps)}"
 
 
-def figures(cell: Cell, tally: Tally, reference: Reference, features: Features) -> dict[str, Any]:
-    """What is known of a cell by itself; None for what cannot be known."""
+def figures(
+    cell: Cell, tally: Tally, reference: Reference, features: Features, pixels: Gaussian | None = None
+) -> dict[str, Any]:
+    """What is known of a cell by itself; None for what cannot be known. `pixels` is the Gaussian of real pictures."""
     result: dict[str, Any] = {"label": cell.label, "steps": cell.steps, "images": cell.images}
     result["distance"] = frechet_distance(gaussian_of(tally.moments), reference.gaussian)
     result["distance_std"] = _error(tally, reference.gaussian)
+    result["pixel_distance"] = frechet_distance(gaussian_of(tally.pixels), pixels) if pixels else None
     result["few_images"] = cell.images <= features.size
     result |= dict.fromkeys(("kid", "kid_std", "kid_error", "precision", "precision_std", "recall"))
     fake = tally.reservoir.features_SF
@@ -114,6 +117,7 @@ def public_names(row: dict[str, Any], distance: str) -> dict[str, Any]:
     fid = distance == "FID"
     names = {
         "distance": "fid" if fid else "frechet_distance",
+        "pixel_distance": "frechet_distance_pixels",
         "abs_gap": "abs_fid_gap" if fid else "abs_frechet_gap",
         "to_teacher": "fid_to_teacher" if fid else "frechet_to_teacher",
     }

@@ -69,6 +69,7 @@ def metrics_of(distance: str) -> tuple[Metric, ...]:
     """The figures of a cell in the order of the page; `distance` is what the Frechet distance is called."""
     return (
         Metric("distance", f"{distance} (lower is better)", None, "min"),
+        Metric("pixel_distance", "Frechet distance (pixels) (lower is better)", None, "min"),
         Metric("accuracy", "Caption accuracy", 3, "max"),
         Metric("clip_score", "CLIP score", 2, "max"),
         Metric("kid", "KID (unbiased)", None, "min"),

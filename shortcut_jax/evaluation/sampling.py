@@ -30,11 +30,13 @@ class Judges(NamedTuple):
       features: of pictures.
       clip: (pictures, captions) -> the CLIP score of each; None without CLIP.
       classify: pictures -> classes; None where the data has none.
+      pixels: features that are the pictures themselves, whose distance is told beside that of `features`; or None.
     """
 
     features: Features
     clip: Callable[[np.ndarray, Sequence[str]], np.ndarray] | None = None
     classify: Classify | None = None
+    pixels: Features | None = None
 
 
 def sample_cell(
@@ -64,10 +66,11 @@ def sample_cell(
     """
     rank, processes = jax.process_index(), jax.process_count()
     asked_by = f"captions of {asks.name} | {cell} | {cell.images} images | seed {seed}"
-    key = f"{subject.identity} | {asked_by} | {judges.features.name}"
+    looked_at = " | ".join(f.name for f in (judges.features, judges.pixels) if f)
+    key = f"{subject.identity} | {asked_by} | {looked_at}"
     stored = load(path, key)
     done = distributed.agree_on(stored.done if stored else 0)
-    empty = no_tally(judges.features.size)._replace(done=done)
+    empty = no_tally(judges.features.size, judges.pixels.size if judges.pixels else 0)._replace(done=done)
     # What is stored is of all processes: one of them goes on with it.
     tally = stored if stored and rank == 0 else empty
     bar.update(done * cell.steps)
@@ -84,7 +87,8 @@ def sample_cell(
         sums = {"seconds": seconds, **_look(judges, asked, pictures, mine)}
         done = int(indices[-1]) + 1
         features = judges.features(pictures[mine]) if len(mine) else np.zeros((0, judges.features.size), np.float32)
-        tally = add(tally, indices[mine], features, sums, done)
+        flat = judges.pixels(pictures[mine]) if judges.pixels and len(mine) else None
+        tally = add(tally, indices[mine], features, sums, done, flat)
         bar.update(len(indices) * cell.steps)
         if done < cell.images and distributed.agree(time.monotonic() - saved > SAVE_SECONDS):
             tally, saved = _keep(tally, empty, path, key), time.monotonic()

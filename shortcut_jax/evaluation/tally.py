@@ -34,24 +34,37 @@ class Tally(NamedTuple):
       reservoir: a sample of their features that depends on their numbers only.
       sums: see `SUMS`.
       done: how many there were.
+      pixels: moments of the pictures themselves, where they are asked for; else of no values.
     """
 
     moments: Moments
     reservoir: Reservoir
     sums: dict[str, float]
     done: int
+    pixels: Moments
 
 
-def no_tally(size: int) -> Tally:
-    """Of no pictures, features of `size` values."""
-    return Tally(no_moments(size), no_reservoir(RESERVOIR, size), dict.fromkeys(SUMS, 0.0), 0)
+def no_tally(size: int, pixels: int = 0) -> Tally:
+    """Of no pictures, features of `size` values, and of `pixels` values of a picture."""
+    return Tally(no_moments(size), no_reservoir(RESERVOIR, size), dict.fromkeys(SUMS, 0.0), 0, no_moments(pixels))
 
 
-def add(tally: Tally, indices: np.ndarray, features: np.ndarray, sums: dict[str, float], done: int) -> Tally:
-    """With pictures `indices` [S], their features [S, F] and sums; `done` pictures are then known."""
-    moments = add_moments(tally.moments, features)
-    reservoir = add_to_reservoir(tally.reservoir, indices, features, RESERVOIR_SEED)
-    return Tally(moments, reservoir, {k: v + sums.get(k, 0.0) for k, v in tally.sums.items()}, done)
+def add(
+    tally: Tally,
+    indices: np.ndarray,
+    features: np.ndarray,
+    sums: dict[str, float],
+    done: int,
+    pixels: np.ndarray | None = None,
+) -> Tally:
+    """With pictures `indices` [S], their features [S, F], sums and pixels [S, P]; `done` pictures are then known."""
+    return Tally(
+        add_moments(tally.moments, features),
+        add_to_reservoir(tally.reservoir, indices, features, RESERVOIR_SEED),
+        {k: v + sums.get(k, 0.0) for k, v in tally.sums.items()},
+        done,
+        tally.pixels if pixels is None else add_moments(tally.pixels, pixels),
+    )
 
 
 def merge(parts: list[Tally]) -> Tally:
@@ -60,7 +73,8 @@ def merge(parts: list[Tally]) -> Tally:
     for part in parts[1:]:
         moments = merge_moments(whole.moments, part.moments)
         reservoir = merge_reservoirs(whole.reservoir, part.reservoir)
-        whole = Tally(moments, reservoir, {k: v + part.sums[k] for k, v in whole.sums.items()}, whole.done)
+        sums = {k: v + part.sums[k] for k, v in whole.sums.items()}
+        whole = Tally(moments, reservoir, sums, whole.done, merge_moments(whole.pixels, part.pixels))
     return whole
 
 
@@ -88,16 +102,17 @@ def of_all_processes(tally: Tally) -> Tally:
 def _to_arrays(tally: Tally) -> dict[str, np.ndarray]:
     arrays = {f"moments_{k}": np.asarray(v) for k, v in tally.moments._asdict().items()}
     arrays |= {f"reservoir_{k}": np.asarray(v) for k, v in tally.reservoir._asdict().items()}
+    arrays |= {f"pixels_{k}": np.asarray(v) for k, v in tally.pixels._asdict().items()}
     return arrays | {"sums": np.array([tally.sums[k] for k in SUMS]), "done": np.array(tally.done)}
 
 
 def _from_arrays(arrays: Any) -> Tally:
-    moments = Moments(*(arrays[f"moments_{k}"] for k in Moments._fields))
+    moments, pixels = (Moments(*(arrays[f"{name}_{k}"] for k in Moments._fields)) for name in ("moments", "pixels"))
     reservoir = Reservoir(*(arrays[f"reservoir_{k}"] for k in Reservoir._fields))
-    moments = moments._replace(count=int(moments.count))
+    moments, pixels = (one._replace(count=int(one.count)) for one in (moments, pixels))
     reservoir = reservoir._replace(capacity=int(reservoir.capacity))
     sums = {k: float(v) for k, v in zip(SUMS, arrays["sums"], strict=True)}
-    return Tally(moments, reservoir, sums, int(arrays["done"]))
+    return Tally(moments, reservoir, sums, int(arrays["done"]), pixels)
 
 
 def save(path: Path, tally: Tally, key: str) -> None:

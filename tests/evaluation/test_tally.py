@@ -14,10 +14,11 @@ def _features(indices):
 
 
 def _seen(order, batch):
-    tally = no_tally(SIZE)
+    tally = no_tally(SIZE, pixels=3)
     for first in range(0, len(order), batch):
-        indices = order[first : first + batch]
-        tally = add(tally, indices, _features(indices), {"seconds": 1.0}, first + len(indices))
+        indices, done = order[first : first + batch], first + len(order[first : first + batch])
+        features = _features(indices)
+        tally = add(tally, indices, features, {"seconds": 1.0}, done, features[:, :3])
     return tally
 
 
@@ -30,6 +31,7 @@ def test_parts_merge_to_the_whole_in_any_split(monkeypatch):
         gaussian_of(merged.moments).covariance, np.cov(_features(order), rowvar=False), rtol=1e-9
     )
     np.testing.assert_allclose(gaussian_of(merged.moments).mean, gaussian_of(whole.moments).mean, rtol=1e-12)
+    np.testing.assert_allclose(gaussian_of(merged.pixels).mean, gaussian_of(whole.moments).mean[:3], rtol=1e-12)
     np.testing.assert_array_equal(merged.reservoir.index_S, whole.reservoir.index_S)
     np.testing.assert_array_equal(merged.reservoir.features_SF, whole.reservoir.features_SF)
     assert len(whole.reservoir.index_S) == 20 and merged.sums["seconds"] == 5 + 7 + 1
@@ -41,7 +43,8 @@ def test_a_file_is_of_one_key_and_whole_or_absent(tmp_path):
     save(path, tally, "a")
     again = load(path, "a")
     assert again is not None and again.done == 30 and again.sums == tally.sums
-    for one, other in zip((*again.moments, *again.reservoir), (*tally.moments, *tally.reservoir), strict=True):
+    held = lambda one: (*one.moments, *one.reservoir, *one.pixels)
+    for one, other in zip(held(again), held(tally), strict=True):
         np.testing.assert_array_equal(one, other)
     assert load(path, "b") is None
     path.write_bytes(path.read_bytes()[:-100])
