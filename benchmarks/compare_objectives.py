@@ -1,11 +1,16 @@
 """Objectives side by side: `python -m benchmarks.compare_objectives --methods=scfm,shortcut --seeds=0,1,2`.
 
-Each run is a training and an evaluation of its slow average, and leaves one JSON under `benchmarks/results/SET/`. The
-table is made from these files alone, so that runs can be added on any day and machine; a run that has its file is not
-made again, and one that was cut off goes on where it was. `--table` makes the table without any run.
+Each run is a training and an evaluation of its slow average, and leaves one JSON and a small picture under
+`benchmarks/results/SET/`. The tables, the page and the picture of a set are made from these files alone, so that runs
+can be added on any day and machine; a run that has its file is not made again, and one that was cut off goes on where
+it was. `--table` makes them without any run.
 
 `--vary="FIELD=VALUE [FIELD=VALUE ...]"` is for tuning and ablations: each makes the methods' runs once more with those
-changes, as rows of their own. Methods are tuned on seed 100, which no other table has.
+changes, as rows of their own. Methods are tuned on seed 100, which no other table has. `--equal_compute` gives each
+method as many steps as the FLOPs of `scfm` in `--steps` steps pay for, again as rows of their own.
+
+Methods named `distill` learn from the run of `flow` with the same seed and `--teacher_steps`, which is made where it is
+not there: `--methods=distill,distill-rolled --steps=600`, and `--vary=data.limit=10` for ten images.
 """
 
 import json
@@ -15,11 +20,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from PIL import Image
+
+from benchmarks import objectives_page
+from benchmarks.objectives_page import FIGURES, STEPS
 from shortcut_jax import command
+from shortcut_jax.assemble import Assembly
+from shortcut_jax.config_file import load_config
 from shortcut_jax.core.json_text import to_json
-from shortcut_jax.report import count_label, markdown
+from shortcut_jax.evaluation.subject import RunSubject
+from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say
 
 USAGE = (
@@ -27,11 +41,13 @@ USAGE = (
     "[--vary=FIELD=VALUE]"
 )
 RESULTS = Path(__file__).parent / "results"
-STEPS = (1, 2, 3, 4, 8, 32)
-"""Sampling step counts of every table."""
 
-SETS = {name: f"configs/{name}.py" for name in ("digits", "glyphs", "emoji32")}
-"""Sets -> the config that every method starts from."""
+SETS = {
+    "digits": (),
+    "glyphs": ("--features=network", "--images=2000"),
+    "emoji32": ("--features=network",),
+}
+"""Sets -> what `evaluate` is told; `configs/SET.py` is what every method starts from."""
 
 RATE = {"optimizer.learning_rate": 0.008}
 TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)", **RATE}
@@ -43,6 +59,7 @@ FORMER = {
     "timestep_range": "(0.0,1.0)",
     "optimizer.learning_rate": 0.002,
 }
+ROLLED = {"rows.self_rows": 0, "rows.rolled_rows": 1, "rows.flow_rows": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", **UNTOLD},
     "scfm": {"objective": "scfm", **TUNED},
@@ -55,10 +72,55 @@ METHODS: dict[str, dict[str, Any]] = {
     "scfm-without-share": {"objective": "scfm", **TUNED, "one_step_share": "None"},
     "scfm-without-jumps": {"objective": "scfm", **TUNED, "jumps": 2},
     "scfm-without-range": {"objective": "scfm", **TUNED, "timestep_range": "(0.0,1.0)"},
+    "distill": {},
+    "distill-rolled": ROLLED,
+    "distill-all": {"train": "all"},
+    "distill-all-rolled": {"train": "all", **ROLLED},
 }
 """Rows of the table -> what they change in the config. `former` is what was configured before 2026-11-25."""
 
-FIGURES = ("frechet_distance", "accuracy", "precision", "recall")
+DISTILL = "configs/digits_distill.py"
+"""What the methods named `distill` start from."""
+
+COLUMNS = 10
+"""Captions of the picture of a run."""
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+      set: name of the set.
+      method: a key of `METHODS`.
+      change: of `--vary`, or empty.
+      steps: training steps, of the file's name too.
+      seed: training seed.
+      equal_compute: whether it takes as many steps as `steps` steps of `scfm` cost, in place of `steps`.
+      teacher_steps: of the `flow` run that a `distill` learns from.
+    """
+
+    set: str
+    method: str
+    change: str
+    steps: int
+    seed: int
+    equal_compute: bool = False
+    teacher_steps: int = 1000
+
+    @property
+    def label(self) -> str:
+        """The name of its row: the method, and how it was varied."""
+        return " ".join(filter(None, (self.method, self.change, "at equal compute" * self.equal_compute)))
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return RESULTS / self.set / f"{self.steps}-{self.label.replace(' ', '-')}-seed{self.seed}.json"
+
+    @property
+    def distils(self) -> bool:
+        """Whether it learns from a teacher."""
+        return self.method.startswith("distill")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,12 +129,15 @@ def main(argv: Sequence[str]) -> int:
 
     values = command.new_flags()
     flags.DEFINE_enum("set", "digits", tuple(SETS), "What is learned.", flag_values=values)
-    flags.DEFINE_list("methods", ["flow", "scfm", "shortcut"], f"Of {', '.join(METHODS)}.", flag_values=values)
+    flags.DEFINE_list("methods", ["scfm", "shortcut", "flow"], f"Of {', '.join(METHODS)}.", flag_values=values)
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.", flag_values=values)
     flags.DEFINE_integer("steps", 1000, "Training steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("runs", "runs/compare", "Folder of the workdirs.", flag_values=values)
     flags.DEFINE_multi_string("vary", [], "FIELD=VALUE ...: the methods with that; repeatable.", flag_values=values)
-    flags.DEFINE_bool("table", False, "Only the table.", flag_values=values)
+    flags.DEFINE_bool("equal_compute", False, "Steps by the FLOPs of scfm.", flag_values=values)
+    flags.DEFINE_integer("teacher_steps", 1000, "Training steps of teachers.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("table", False, "Only table, page and picture.", flag_values=values)
+    flags.DEFINE_string("out", "docs/objectives", "Folder of the page and the picture.", flag_values=values)
     options = command.parse(values, argv, USAGE)
     for method in options.methods:
         if method not in METHODS:
@@ -85,79 +150,103 @@ def main(argv: Sequence[str]) -> int:
     for seed in command.whole_numbers("seeds", options.seeds, 0, 2**32 - 1):  # a seed of all methods, then the next
         for change in () if options.table else options.vary or [""]:
             for method in options.methods:
-                path = result_path(options.set, label(method, change), options.steps, seed)
-                if path.exists():
-                    say(f"{path.name} is there")
-                else:
-                    run(options.set, method, change, options.steps, seed, Path(options.runs))
-    print(table(read(options.set, options.steps)))
+                given = options.set, method, change, options.steps, seed, options.equal_compute, options.teacher_steps
+                make(Run(*given), Path(options.runs))
+    records = read(options.set, options.steps)
+    for tuning in (True, False):
+        print(objectives_page.markdown_table(objectives_page.rows_of(records, list(METHODS), tuning)), end="\n\n")
+    for path in objectives_page.write(records, list(METHODS), RESULTS / options.set, Path(options.out)):
+        say(f"written  {path}")
     return 0
 
 
-def label(method: str, change: str) -> str:
-    """The name of a row: the method, and how it was varied."""
-    return f"{method} {change}".strip()
+def make(run: Run, runs: Path) -> None:
+    """Trains, evaluates, and writes the files of a run, unless they are there.
 
-
-def result_path(name: str, label: str, steps: int, seed: int) -> Path:
-    """The file of one run."""
-    return RESULTS / name / f"{steps}-{label.replace(' ', '-')}-seed{seed}.json"
-
-
-def run(name: str, method: str, change: str, steps: int, seed: int, runs: Path) -> None:
-    """Trains, evaluates, and writes the file. Raises CalledProcessError where one of them fails."""
-    path = result_path(name, label(method, change), steps, seed)
-    workdir = runs / name / path.stem
-    changes = {**METHODS[method], "steps": steps, "seed": seed, "eval.views": "()", "eval.images": "()"}
-    changes |= dict(one.split("=", 1) for one in change.split())
-    train = ["-m", "shortcut_jax.train", f"--config={SETS[name]}", f"--workdir={workdir}"]
+    Raises:
+      subprocess.CalledProcessError: a command failed.
+    """
+    if run.path.exists():
+        say(f"{run.path.name} is there")
+        return
+    workdir = runs / run.set / run.path.stem
+    steps = equal_steps(run) if run.equal_compute else run.steps
+    changes = {**METHODS[run.method], "steps": steps, "seed": run.seed, "eval.views": "()", "eval.images": "()"}
+    changes |= dict(one.split("=", 1) for one in run.change.split())
+    if run.distils:
+        changes["init_from"] = teacher_of(run, runs)
+    train = ["-m", "shortcut_jax.train", f"--config={config_of(run)}", f"--workdir={workdir}"]
     train += [f"--config.{key}={value}" for key, value in changes.items()]
     begin = time.monotonic()
     subprocess.run([sys.executable, *train], check=True)
     seconds = time.monotonic() - begin
-    evaluate = ["-m", "shortcut_jax.evaluate", f"--workdir={workdir}", "--views=slow", "--extras="]
+    evaluate = ["-m", "shortcut_jax.evaluate", f"--workdir={workdir}", "--views=slow", "--extras=", *SETS[run.set]]
     subprocess.run([sys.executable, *evaluate, f"--steps={','.join(map(str, STEPS))}"], check=True)
     found = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
     record = {
-        "set": name,
-        "method": label(method, change),
-        "steps": steps,
-        "seed": seed,
+        "set": run.set,
+        "method": run.label,
+        "steps": run.steps,
+        "trained_steps": steps,
+        "seed": run.seed,
         "command": "python " + " ".join(train),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds),
         "cores": os.cpu_count(),
         "facts": {name: fact for name, fact in found["facts"].items() if name != "run"},  # which is a local path
-        "cells": [{key: cell[key] for key in ("steps", "images", *FIGURES)} for cell in found["cells"]],
+        "cells": [
+            {key: cell[key] for key in ("steps", "images", *FIGURES) if cell.get(key) is not None}
+            for cell in found["cells"]
+            if cell["label"].endswith("slow")
+        ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(record, indent=1) + "\n")
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    draw(workdir, run.path.with_suffix(".png"))
+    run.path.write_text(to_json(record, indent=1) + "\n")
+
+
+def config_of(run: Run) -> str:
+    """The config file that a run starts from."""
+    return DISTILL if run.distils else f"configs/{run.set}.py"
+
+
+def teacher_of(run: Run, runs: Path) -> Path:
+    """The workdir of its teacher, which is trained where it is not there."""
+    teacher = Run(run.set, "flow", "", run.teacher_steps, run.seed)
+    workdir = runs / run.set / teacher.path.stem
+    if not (workdir / "checkpoints").is_dir():
+        raise command.UsageError(
+            f"{run.label} learns from {workdir}, which is not there: make it with --methods=flow --seeds={run.seed} "
+            f"--steps={run.teacher_steps} (and without {teacher.path.name}, if that is there)"
+        )
+    return workdir
+
+
+def equal_steps(run: Run) -> int:
+    """The steps of a run that cost what `steps` steps of `scfm` cost, by the FLOPs of the network's evaluations."""
+
+    def flops(method: str, change: str) -> float:
+        changes = {key: str(value) for key, value in METHODS[method].items()}
+        changes |= dict(one.split("=", 1) for one in change.split())
+        config = load_config(Path(f"configs/{run.set}.py"), changes)
+        return Assembly(from_config(config), jax.devices()[:1]).flops
+
+    return round(run.steps * flops("scfm", "") / flops(run.method, run.change))
+
+
+def draw(workdir: Path, path: Path) -> None:
+    """The picture of a run: a row of the same captions and noise for each of `STEPS`, without any gap."""
+    subject = RunSubject(str(workdir), max(STEPS), COLUMNS)
+    weights, asked = subject.weights("slow"), subject.show(COLUMNS)
+    rows = [np.concatenate(list(subject.few(weights, asked, n, seed=0)), axis=1) for n in STEPS]
+    pixels = np.concatenate(rows)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, optimize=True)
+    jax.clear_caches()
 
 
 def read(name: str, steps: int) -> list[dict[str, Any]]:
     """The records of a set and a number of training steps."""
     return [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob(f"{steps}-*.json"))]
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row a method and figure, its mean over the training seeds and the range of them."""
-    rows = []
-    for figure in FIGURES:
-        for method in sorted({r["method"] for r in records}, key=_place):
-            own = [r for r in records if r["method"] == method]
-            if own:
-                by_steps = [[c[figure] for r in own for c in r["cells"] if c["steps"] == n] for n in STEPS]
-                rows.append([f"{method}, {count_label(len(own), 'seed')}", figure, *map(_mean_and_range, by_steps)])
-    return markdown([["method", "figure", *map(count_label, STEPS)], *rows])
-
-
-def _place(label: str) -> tuple[int, str]:
-    """Where a row stands: in the order of `METHODS`, the variants of one after it."""
-    return list(METHODS).index(label.split(" ")[0]), label
-
-
-def _mean_and_range(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 if __name__ == "__main__":
