@@ -51,6 +51,7 @@ SETS = {
 
 RATE = {"optimizer.learning_rate": 0.008}
 TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)", **RATE}
+SCFM = {"objective": "scfm", **TUNED, "ema.warmup_ratio": 4.0}
 UNTOLD = {"student_weights": "()", "one_step_share": "None", "jumps": 2, "timestep_range": "(0.0,1.0)", **RATE}
 FORMER = {
     "student_weights": "(1.0,1.25,1.7,1.6,1.9,1.8,2.3,2.3)",
@@ -59,22 +60,45 @@ FORMER = {
     "timestep_range": "(0.0,1.0)",
     "optimizer.learning_rate": 0.002,
 }
-ROLLED = {"rows.self_rows": 0, "rows.rolled_rows": 1, "rows.flow_rows": 0}
+DISTILLED = {
+    "student_weights": "()",
+    "one_step_share": 0.82,
+    "jumps": 4,
+    "teacher_grid": 64,
+    "rows.self_rows": 3,
+    "rows.flow_rows": 1,
+    "timestep_range": "(0.0,0.9)",
+    "shift.low": 1.0,
+    "shift.high": 1.0,
+}
+ROLLED = {**DISTILLED, "rows.self_rows": 0, "rows.rolled_rows": 1, "rows.flow_rows": 0, "timestep_range": "(0.0,1.0)"}
 METHODS: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", **UNTOLD},
-    "scfm": {"objective": "scfm", **TUNED},
-    "scfm-rolled": {"objective": "scfm", **TUNED, "rows.rolled_rows": 1, "rows.flow_rows": 2},
+    "scfm": SCFM,
+    "scfm-rolled": {**SCFM, "rows.rolled_rows": 1, "rows.flow_rows": 2},
     "shortcut": {"objective": "shortcut", **TUNED},
     "alpha": {"objective": "alpha", **UNTOLD},
     "meanflow": {"objective": "meanflow", **UNTOLD},
     "scfm-former": {"objective": "scfm", **FORMER},
     "shortcut-former": {"objective": "shortcut", **FORMER},
-    "scfm-without-share": {"objective": "scfm", **TUNED, "one_step_share": "None"},
-    "scfm-without-jumps": {"objective": "scfm", **TUNED, "jumps": 2},
-    "scfm-without-range": {"objective": "scfm", **TUNED, "timestep_range": "(0.0,1.0)"},
-    "distill": {},
+    "scfm-without-share": {**SCFM, "one_step_share": "None"},
+    "scfm-without-jumps": {**SCFM, "jumps": 2},
+    "scfm-without-range": {**SCFM, "timestep_range": "(0.0,1.0)"},
+    "scfm-without-warmup-ratio": {**SCFM, "ema.warmup_ratio": 1.0},
+    "scfm-without-dual": {**SCFM, "ema.warmup_ratio": 1.0, "ema.dual": False},
+    "distill": DISTILLED,
     "distill-rolled": ROLLED,
-    "distill-all": {"train": "all"},
+    "distill-former": {
+        "student_weights": FORMER["student_weights"],
+        "one_step_share": "None",
+        "jumps": 2,
+        "teacher_grid": 32,
+        "rows.self_rows": 1,
+        "rows.flow_rows": 0,
+        "shift.low": 0.7,
+        "shift.high": 1.4,
+    },
+    "distill-all": {"train": "all", **DISTILLED},
     "distill-all-rolled": {"train": "all", **ROLLED},
 }
 """Rows of the table -> what they change in the config. `former` is what was configured before 2026-11-25."""

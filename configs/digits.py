@@ -37,4 +37,5 @@ def get_config() -> ConfigDict:
     c.one_step_share = 0.82
     c.jumps = 4
     c.timestep_range = (0.0, 0.9)
+    c.ema.warmup_ratio = 4.0
     return c

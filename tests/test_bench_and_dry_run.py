@@ -176,7 +176,11 @@ def test_every_config_can_be_resolved(path):
 
 
 def test_distillation_of_flux_is_the_published_recipe():
-    for name, limit in (("flux_distill", 0), ("flux_fewshot", 10)):
+    for name, limit, warmup in (
+        ("flux_distill_published", 0, False),
+        ("flux_distill", 0, True),
+        ("flux_fewshot", 10, True),
+    ):
         s = from_config(_config(name))
         assert (s.optimizer.learning_rate, s.optimizer.schedule, s.optimizer.clip_norm) == (2e-5, "constant", 10.0)
         assert (s.batch_size, s.lora.rank, s.lora.alpha, s.lora.paths) == (8, 64, 64.0, ".*")
@@ -185,7 +189,7 @@ def test_distillation_of_flux_is_the_published_recipe():
         assert (s.guidance, s.guide) == ((0.0, 7.5), "told")
         assert (s.shift.low, s.shift.high, s.shift.dynamic) == (2.5, 4.5, 0.1)
         assert (s.data.height, s.data.width, s.data.text_tokens, s.data.limit) == (512, 512, 256, limit)
-        assert (s.ema.fast, s.ema.slow, s.ema.warmup) == (0.99, 0.999, False)
+        assert (s.ema.fast, s.ema.slow, s.ema.warmup) == (0.99, 0.999, warmup)
 
 
 @pytest.mark.slow
