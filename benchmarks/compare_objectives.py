@@ -225,7 +225,7 @@ def make(run: Run, runs: Path) -> None:
         ],
     }
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    draw(workdir, run.path.with_suffix(".png"))
+    record["captions"] = draw(workdir, run.path.with_suffix(".png"))
     run.path.write_text(to_json(record, indent=1) + "\n")
 
 
@@ -258,14 +258,15 @@ def equal_steps(run: Run) -> int:
     return round(run.steps * flops("scfm", "") / flops(run.method, run.change))
 
 
-def draw(workdir: Path, path: Path) -> None:
-    """The picture of a run: a row of the same captions and noise for each of `STEPS`, without any gap."""
+def draw(workdir: Path, path: Path) -> list[str]:
+    """The picture of a run: a row of the same captions and noise for each of `STEPS`, without any gap; the captions."""
     subject = RunSubject(str(workdir), max(STEPS), COLUMNS)
     weights, asked = subject.weights("slow"), subject.show(COLUMNS)
     rows = [np.concatenate(list(subject.few(weights, asked, n, seed=0)), axis=1) for n in STEPS]
     pixels = np.concatenate(rows)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, optimize=True)
     jax.clear_caches()
+    return list(asked.captions)
 
 
 def read(name: str, steps: int) -> list[dict[str, Any]]:

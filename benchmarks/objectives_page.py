@@ -60,6 +60,12 @@ def mean_and_range(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The same, shorter: half the distance of the extremes."""
+    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
 def figures_of(rows: Sequence[Row]) -> list[str]:
     """The figures that any of the rows has."""
     return [figure for figure in FIGURES if any(row.values(figure, n) for row in rows for n in STEPS)]
@@ -79,7 +85,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 def html_table(rows: Sequence[Row], metric: Metric, figure: str) -> str:
     """The same as HTML; what is within two standard errors of the best of a column is marked."""
     rows = [row for row in rows if all(row.values(figure, n) for n in STEPS)]
-    body = [[row.title, *(mean_and_range(row.values(figure, n)) for n in STEPS)] for row in rows]
+    body = [[row.title, *(mean_and_spread(row.values(figure, n)) for n in STEPS)] for row in rows]
     marked = set()
     for j, n in enumerate(STEPS, 1):
         found = [row.values(figure, n) for row in rows]
@@ -117,7 +123,8 @@ def sheet(rows: Sequence[Row], folder: Path, steps: int) -> Image.Image | None:
         for n, line in zip(STEPS, pixels.reshape(len(STEPS), size, *pixels.shape[1:]), strict=True):
             images.append(np.stack(np.split(line, line.shape[1] // size, axis=1)))
             labels.append(f"{row.label}, {count_label(n)}")
-    return contact_sheet(images, labels) if images else None
+    known = next((record["captions"] for row in rows for record in row.records if "captions" in record), [])
+    return contact_sheet(images, labels, [caption.split()[-1] for caption in known]) if images else None
 
 
 def to_html(name: str, steps: int, rows: Sequence[Row], tuned: Sequence[Row], drawn: Image.Image | None) -> str:
@@ -147,7 +154,7 @@ def to_html(name: str, steps: int, rows: Sequence[Row], tuned: Sequence[Row], dr
         "reference": records[0]["facts"].get("reference", ""),
         "noise": records[0]["facts"].get("noise", ""),
         "made": " to ".join(dict.fromkeys((min(r["date"] for r in records), max(r["date"] for r in records)))),
-        "cells": "mean over training seeds [their range]; marked: within two standard errors of the best",
+        "cells": "mean over training seeds ± half their range; marked: within two standard errors of the best",
     }
     shown = [part for part in sections if "<table" in part or "<img" in part or "<dl" in part]
     return page(f"Objectives on {name}", f"{steps:,} training steps; slow average", facts, shown)

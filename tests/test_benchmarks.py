@@ -32,6 +32,7 @@ def _write(method, seed, distance, steps=1000, change="", folder=None):
     run = compare_objectives.Run("digits", method, change, steps, seed)
     cells = [cell | {"frechet_distance": distance} for cell in CELLS]
     record = {"set": "digits", "method": run.label, "steps": steps, "seed": seed, "cells": cells, "facts": {}}
+    record["captions"] = ["the digit one"] * 10
     run.path.parent.mkdir(exist_ok=True)
     run.path.write_text(json.dumps(record | {"command": f"python {method}", "date": "2026-11-26"}))
     Image.new("L", (8 * 10, 8 * len(CELLS)), int(distance * 10)).save(run.path.with_suffix(".png"))
@@ -51,7 +52,8 @@ def test_tables_page_and_picture_are_those_of_the_files(tmp_path, monkeypatch, c
     assert ["scfm jumps=6, 1 seed", "frechet distance", *["3.000"] * 6] in cells
     assert "8.000" not in out
     page = (tmp_path / "out" / "digits-1000.html").read_text()
-    assert page.count("<td class=best>1.500 [1.000, 2.000]</td>") == 6 and "4.050 [4.000, 4.100]" in page
+    assert page.count("<td class=best>1.500 <small>± 0.500</small></td>") == 6
+    assert "4.050 <small>± 0.050" in page
     assert "python scfm" in page and "<svg" in page and "data:image/png" in page
     with Image.open(tmp_path / "out" / "digits-1000.png") as sheet:
         shades = {shade for count, shade in sheet.convert("L").getcolors(1000) if count > 10_000}
@@ -92,7 +94,7 @@ def test_a_variant_is_a_run_and_a_row_of_its_own(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(compare_objectives, "RESULTS", tmp_path)
     monkeypatch.setattr(compare_objectives.subprocess, "run", made)
-    monkeypatch.setattr(compare_objectives, "draw", lambda workdir, path: None)
+    monkeypatch.setattr(compare_objectives, "draw", lambda workdir, path: ["the digit one"])
     flags = ["--methods=scfm", "--seeds=100", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     for varied in ([], ["--vary=jumps=6 ema.slow=0.99"]):
         assert compare_objectives.main(["compare_objectives", *flags, *varied]) == 0

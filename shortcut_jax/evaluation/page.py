@@ -206,6 +206,7 @@ def plot(draw: Callable[[Any], None], size: tuple[float, float] = (5.0, 3.2)) ->
 
 def quality_plot(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
     """A figure against steps, a line a label."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     def draw(axes: Any) -> None:
         steps = sorted({row["steps"] for row in rows})
@@ -218,6 +219,9 @@ def quality_plot(rows: Sequence[dict[str, Any]], metric: Metric) -> str:
         axes.minorticks_off()
         if metric.key in ("distance", "to_teacher", "abs_gap"):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # 0.3, not 3 x 10^-1
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="sampling steps", title=metric.title)
 
     return plot(draw)
