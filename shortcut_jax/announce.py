@@ -44,7 +44,10 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         share = asked.student.one_step_share
         remedy = "raise one_step_share" if s.one_step_share else "set one_step_share in place of student_weights"
         hint = f"; below 50% one step learns a mean over the others: {remedy}" if share < 0.5 else ""
-        say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
+        if asked.student.start < 1:
+            say(f"one step begins at t = 1, more steps at t = {asked.student.start:g}")
+        else:
+            say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
     high = s.timestep_range[1]
     if high < 1 and not self_rows:
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")

@@ -9,9 +9,11 @@ import numpy as np
 
 from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.bounds import brief, check_seed, check_whole, is_unguided
+from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import EncodeText
 from shortcut_jax.data.records import fold, stride_of, to_latents, to_pixels, unfold
+from shortcut_jax.resolve import sampling_start
 from shortcut_jax.runtime.sharding import batch_sharding, replicated
 from shortcut_jax.steps.editing import EditPlan, make_editor
 from shortcut_jax.steps.sampling import make_sampler, noise_rows, seed_bits
@@ -69,6 +71,7 @@ class Generator:
         self.batch_size = -(-batch_size // shards) * shards
         self.max_steps = max_steps
         self._finest = max(assembly.settings.student_steps)
+        self._spacing = Spacing(start=sampling_start(assembly.settings))
 
     @cached_property
     def _sample(self) -> Callable[..., Any]:
@@ -88,7 +91,7 @@ class Generator:
             bound: int,
             trajectory: bool,
         ) -> Any:
-            sampler = make_sampler(cfg, *size, bound, shift, self._finest, method, trajectory)
+            sampler = make_sampler(cfg, *size, bound, shift, self._finest, method, trajectory, self._spacing)
             return sampler(params, noise_rows(seed_B, index_B, cfg, *size), *rest)
 
         return sample
@@ -100,7 +103,8 @@ class Generator:
 
         @partial(jax.jit, out_shardings=replicated(self._assembly.mesh))
         def edit(params: Any, shift: Any, *rest: Any) -> Any:
-            return make_editor(cfg, *size, self.max_steps, shift, self._finest)(params, *rest)
+            editor = make_editor(cfg, *size, self.max_steps, shift, self._finest, self._spacing)
+            return editor(params, *rest)
 
         return edit
 

@@ -237,6 +237,10 @@ def _check_student(s: Settings) -> None:
         len(times) == 2 and 0 <= times[0] < times[1] <= 1,
         f"timestep_range is {times}, but must be two times, 0 <= low < high <= 1",
     )
+    _require(
+        0.9 <= s.multistep_start <= 1,
+        f"multistep_start is {s.multistep_start:g}, but must be from 0.9, so that it is still noise, to 1",
+    )
     _require(s.jumps >= 2 and s.jumps % 2 == 0, f"jumps is {s.jumps}, but must be an even number of at least 2")
     _require(0 < s.shift.low <= s.shift.high, f"shift is {s.shift.low} to {s.shift.high}: need 0 < low <= high")
     _require(
@@ -379,11 +383,17 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
     return batch
 
 
+def sampling_start(s: Settings) -> float:
+    """The time at which more than one sampling step begins; a network that is told its step size needs no other one."""
+    row = OBJECTIVES[s.objective]
+    return s.multistep_start if row.distils and not row.needs_step_size else 1.0
+
+
 def objective_settings(s: Settings) -> ObjectiveSettings:
     """The objective's part of the settings."""
     low, high = s.guidance or EMBEDDED_GUIDANCE
     weights = s.student_weights if s.one_step_share is None else weights_for_share(s.student_steps, s.one_step_share)
-    student = StudentSteps(s.student_steps, weights, s.jumps)
+    student = StudentSteps(s.student_steps, weights, s.jumps, sampling_start(s))
     # Flow rows alone train all times: sampling begins at the greatest.
     times = (s.timestep_range[0], s.timestep_range[1]) if OBJECTIVES[s.objective].distils else (0.0, 1.0)
     return ObjectiveSettings(

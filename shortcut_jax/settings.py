@@ -184,6 +184,8 @@ class Settings:
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
       one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
+      multistep_start: the time at which samplers of more than one step begin, in training and afterwards, so that one
+        step has t = 1 for itself (scfm); 1 for all alike.
       jumps: grid steps of a student step, an even number.
       alpha: the curriculum of objective=alpha.
       shift: timestep shift of self rows.
@@ -224,6 +226,7 @@ class Settings:
     student_steps: tuple[int, ...] = StudentSteps.counts
     student_weights: tuple[float, ...] = ()
     one_step_share: float | None = None
+    multistep_start: float = 1.0
     jumps: int = 2
     alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
     shift: ShiftRange = field(default_factory=ShiftRange)

@@ -20,6 +20,10 @@ def _no_student_steps(s: Settings) -> str:
     return _no_self_rows(s) or (f"objective={s.objective}" if OBJECTIVES[s.objective].any_interval else "")
 
 
+def _told_step_size(s: Settings) -> str:
+    return f"objective={s.objective}" if OBJECTIVES[s.objective].needs_step_size else ""
+
+
 def _no_student_rows(s: Settings) -> str:
     return _no_student_steps(s) or ("teacher_share=1" if s.teacher_share == 1 else "")
 
@@ -43,6 +47,7 @@ WHY_UNUSED: tuple[tuple[str, Callable[[Settings], str]], ...] = (
     (r"teacher_grid", lambda s: "" if s.teacher_share else "teacher_share=0"),
     (r"rows\..*", _no_distillation),
     (r"student_(steps|weights)|one_step_share", _no_student_rows),
+    (r"multistep_start", lambda s: _no_self_rows(s) or _told_step_size(s)),
     (r"jumps|shift\..*", _no_student_steps),
     (r"rolled_steps", lambda s: _no_distillation(s) or ("" if s.rows.rolled_rows else "rows.rolled_rows=0")),
     (r"alpha\..*", lambda s: "" if OBJECTIVES[s.objective].takes_alpha else f"objective={s.objective}"),

@@ -37,11 +37,13 @@ class StudentSteps:
       counts: student step counts m, each at least 1. A row trains one step of the m-step sampler.
       weights: relative frequency of each count; empty means equal.
       jumps: J, the grid steps that make up one student step: an even number.
+      start: the time at which samplers of more than one step begin, in place of pure noise.
     """
 
     counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
     weights: tuple[float, ...] = ()
     jumps: int = 2
+    start: float = 1.0
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -100,7 +102,7 @@ def weights_for_share(counts: tuple[int, ...], share: float) -> tuple[float, ...
     return tuple(p_one if m == 1 else (1 - p_one) / len(others) for m in counts)
 
 
-def teacher_steps(grid: int, jumps: int) -> StudentSteps:
+def teacher_steps(grid: int, jumps: int, start: float = 1.0) -> StudentSteps:
     """What teacher rows train: the student steps of `jumps` grid steps on the teacher's own grid of `grid` steps.
 
     Raises:
@@ -108,7 +110,7 @@ def teacher_steps(grid: int, jumps: int) -> StudentSteps:
     """
     if grid % jumps or grid < jumps:
         raise ValueError(f"a teacher grid of {grid} steps is not a multiple of {jumps} jumps")
-    return StudentSteps((grid // jumps,), jumps=jumps)
+    return StudentSteps((grid // jumps,), jumps=jumps, start=start)
 
 
 class Intervals(NamedTuple):
@@ -187,6 +189,7 @@ class Spacing:
       kind: `uniform` before the shift, or from the first to the last shifted time: uniform in t^(1/7) (`karras`,
         arXiv 2206.00364, rho = 7) or in log t (`exponential`).
       terminal: the time at which the last step begins, to which the shifted times are stretched; 0 for none.
+      start: the time at which more than one step begins, from pure noise all the same; see `StudentSteps.start`.
 
     Raises:
       ValueError: another kind, or a terminal time outside [0, 1).
@@ -194,6 +197,7 @@ class Spacing:
 
     kind: str = "uniform"
     terminal: float = 0.0
+    start: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in SPACINGS:
@@ -217,6 +221,8 @@ def sampling_grid(
     if spacing is None or spacing == Spacing():
         return times
     several = jnp.asarray(num_steps) > 1  # the one time of a single step is 1, which nothing stretches
+    if spacing.kind == "uniform" and not spacing.terminal:
+        return jnp.where(several, jnp.minimum(times, spacing.start), times)
     last = jnp.where(several, shift_time(1.0 / jnp.asarray(num_steps, jnp.float32), shift), 0.0)
     if spacing.terminal:
         times = jnp.where(several, 1.0 - (1.0 - times) * (1.0 - spacing.terminal) / (1.0 - last), times)
@@ -226,6 +232,7 @@ def sampling_grid(
         times = (1.0 + ramp * (last ** (1 / 7) - 1.0)) ** 7
     elif spacing.kind == "exponential":
         times = jnp.where(several, last, 1.0) ** ramp
+    times = jnp.where(several, jnp.minimum(times, spacing.start), times)
     return jnp.where(k < num_steps, times, 0.0)
 
 
@@ -265,16 +272,18 @@ def draw_shifts(key: Array, num_rows: int, shift: ShiftRange, num_tokens: int) -
     return jnp.where(dynamic_B, resolution_shift(num_tokens), shift_B)
 
 
-def interval_times(count_B: Array, start_B: Array, shift_B: Array, jumps: int) -> Array:
+def interval_times(count_B: Array, start_B: Array, shift_B: Array, jumps: int, start: float = 1.0) -> Array:
     """Times of the `jumps` + 1 grid points of student step `start_B` (0-based) out of `count_B`, shape [B, J + 1].
 
-    The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`.
+    The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`, or the earlier `start`
+    where the count is more than 1.
     """
     chex.assert_rank([count_B, start_B, shift_B], 1)
     chex.assert_equal_shape([count_B, start_B, shift_B])
     index_BJ = start_B[:, None] * jumps + jnp.arange(jumps + 1)
     uniform_BJ = 1.0 - index_BJ / (count_B * jumps)[:, None]
-    return jnp.minimum(shift_time(uniform_BJ, shift_B[:, None]), FIRST_TIME)
+    first_B = jnp.where(count_B > 1, min(start, FIRST_TIME), FIRST_TIME)
+    return jnp.minimum(shift_time(uniform_BJ, shift_B[:, None]), first_B[:, None])
 
 
 def draw_intervals(key: Array, num_rows: int, steps: StudentSteps, shift: ShiftRange, num_tokens: int) -> Intervals:
@@ -286,4 +295,4 @@ def draw_intervals(key: Array, num_rows: int, steps: StudentSteps, shift: ShiftR
     ]
     start_B = jnp.minimum((jax.random.uniform(key_start, (num_rows,)) * count_B).astype(jnp.int32), count_B - 1)
     shift_B = draw_shifts(key_shift, num_rows, shift, num_tokens)
-    return Intervals(interval_times(count_B, start_B, shift_B, steps.jumps), count_B)
+    return Intervals(interval_times(count_B, start_B, shift_B, steps.jumps, steps.start), count_B)

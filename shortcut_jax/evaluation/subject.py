@@ -13,14 +13,14 @@ import numpy as np
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.bounds import is_unguided
 from shortcut_jax.core.paths import PATH_STEPS, PathMeasures, measure_path
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.records import with_images
 from shortcut_jax.evaluation.captions import Asked, CaptionedSet
 from shortcut_jax.generate import Caption, Generator
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import grid_captions
-from shortcut_jax.resolve import objective_settings
+from shortcut_jax.resolve import objective_settings, sampling_start
 from shortcut_jax.runtime.distributed import tell
 from shortcut_jax.runtime.sharding import replicated
 from shortcut_jax.settings import ConfigError
@@ -176,7 +176,7 @@ class RunSubject:
         assembly = self.pipeline.assembly
         cfg, size = assembly.model, assembly.latent_size
         velocity_of = make_velocity(cfg, *size)
-        times = sampling_grid(PATH_STEPS, PATH_STEPS, self.shift)
+        times = sampling_grid(PATH_STEPS, PATH_STEPS, self.shift, Spacing(start=sampling_start(assembly.settings)))
 
         def path(weights: Any, seed: Any, condition: Condition, empty: Condition | None = None) -> PathMeasures:
             velocity = velocity_of(weights, condition)

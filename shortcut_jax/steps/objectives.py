@@ -142,7 +142,7 @@ def draw(
     if settings.teacher_share:
         key_kind, key_interval = jax.random.split(keys.teacher)
         teacher_B = jax.random.uniform(key_kind, (num_rows,)) < settings.teacher_share
-        steps = teacher_steps(settings.teacher_grid, settings.student.jumps)
+        steps = teacher_steps(settings.teacher_grid, settings.student.jumps, settings.student.start)
         fine = draw_intervals(key_interval, num_rows, steps, settings.shift, shape_NC[0])
         choose = lambda a, b: jnp.where(per_row(teacher_B, a), a, b)
         intervals = jax.tree.map(choose, fine, intervals)
@@ -180,10 +180,10 @@ def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -
     """Self-distillation without a step-size input (arXiv 2510.17858).
 
     From x at t the fast average (or the teacher) makes the first half of the jumps of a student step and the slow
-    average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t).
+    average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). Where
+    samplers of more than one step begin at an earlier time than 1 (`StudentSteps.start`), so do the jumps.
     """
-    del settings
-    return _scfm_from(_interval_start(rows)[0], rows, networks)
+    return _scfm_from(_interval_start(rows)[0], rows, networks, settings.student.start)
 
 
 def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
@@ -192,20 +192,22 @@ def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings)
     Each walks from t = 1 to the interval's start in `rolled_steps` equal steps of Euler's method.
     """
     slow, start_B = networks.slow(rows.condition), rows.draws.intervals.times_BJ[:, 0]
+    first = settings.student.start
     size_B = (1.0 - start_B) / settings.rolled_steps
 
     def step(x_BNC: Array, k: Array) -> tuple[Array, None]:
-        return x_BNC - per_row(size_B, x_BNC) * slow(x_BNC, 1.0 - k * size_B, None), None
+        return x_BNC - per_row(size_B, x_BNC) * slow(x_BNC, jnp.minimum(1.0 - k * size_B, first), None), None
 
     steps = jnp.arange(settings.rolled_steps, dtype=jnp.float32)
     x_BNC, _ = jax.lax.scan(step, rows.draws.noise_BNC, steps)
-    return _scfm_from(jax.lax.stop_gradient(x_BNC), rows, networks)
+    return _scfm_from(jax.lax.stop_gradient(x_BNC), rows, networks, first)
 
 
-def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks) -> Examples:
+def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, start: float) -> Examples:
     times_BJ = rows.draws.intervals.times_BJ
+    from_start = lambda velocity: lambda x_BNC, t_B: velocity(x_BNC, jnp.minimum(t_B, start), None)
     first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
-    target_BNC = scfm_target(x_BNC, times_BJ, lambda x, t: first(x, t, None), lambda x, t: slow(x, t, None))
+    target_BNC = scfm_target(x_BNC, times_BJ, from_start(first), from_start(slow))
     return Examples(x_BNC, times_BJ[:, 0], times_BJ[:, 0] - times_BJ[:, -1], target_BNC)
 
 

@@ -8,6 +8,7 @@ import pytest
 from shortcut_jax.core.schedules import (
     FIRST_TIME,
     ShiftRange,
+    Spacing,
     StudentSteps,
     draw_intervals,
     draw_shifts,
@@ -59,6 +60,15 @@ def test_sampling_grid_takes_a_traced_step_count():
     traced = jax.jit(lambda n: sampling_grid(n, 8, 3.0))
     for num_steps in (1, 3, 7):
         np.testing.assert_allclose(traced(num_steps), sampling_grid(num_steps, 8, 3.0), atol=1e-7)
+
+
+@pytest.mark.parametrize("spacing", [{}, {"kind": "karras"}, {"kind": "exponential"}, {"terminal": 0.1}])
+def test_more_than_one_step_may_begin_at_an_earlier_time_than_one(spacing):
+    for num_steps in (1, 2, 7):
+        plain = np.asarray(sampling_grid(num_steps, 8, 1.5, Spacing(**spacing)))
+        grid = np.asarray(sampling_grid(num_steps, 8, 1.5, Spacing(**spacing, start=0.98)))
+        assert plain[0] == 1.0 and grid[0] == (1.0 if num_steps == 1 else np.float32(0.98))
+        np.testing.assert_array_equal(grid[1:], plain[1:])
 
 
 def test_uniform_timesteps_fill_the_open_unit_interval():
@@ -114,6 +124,8 @@ def test_interval_times_of_a_grid_small_enough_to_write_down():
     times = interval_times(jnp.array([2, 2, 1]), jnp.array([0, 1, 0]), jnp.array([1.0, 1.0, 3.0]), 2)
     expected = [[FIRST_TIME, 0.75, 0.5], [0.5, 0.25, 0.0], [FIRST_TIME, 0.75, 0.0]]
     np.testing.assert_allclose(times, expected, atol=1e-7)
+    times = interval_times(jnp.array([2, 2, 1]), jnp.array([0, 1, 0]), jnp.array([1.0, 1.0, 3.0]), 2, start=0.98)
+    np.testing.assert_allclose(times, [[0.98, 0.75, 0.5], *expected[1:]], atol=1e-7)
 
 
 @pytest.mark.parametrize("jumps", [2, 4])

@@ -102,6 +102,21 @@ def test_self_rows_are_the_first_of_each_group_and_keep_their_conditions_and_int
     np.testing.assert_allclose(examples.target_BNC[places], 3.0, atol=1e-3)
 
 
+@pytest.mark.parametrize("kinds", [TAUGHT, RowGroup(self_rows=0, flow_rows=1, rolled_rows=3)], ids=["self", "rolled"])
+def test_one_step_alone_is_told_pure_noise_where_more_steps_begin_earlier(kinds):
+    settings = _settings("scfm", kinds)
+    settings = dataclasses.replace(settings, student=dataclasses.replace(settings.student, start=0.98))
+    rows, networks = _rows(settings), Recorded(fast=1.0, slow=5.0)
+    with jax.disable_jit():  # a rolled row walks in a scan
+        examples = networks(settings, rows)
+    places, count_B = _places(0, 1, 2), np.asarray(rows.draws.intervals.count_B)
+    one, several = places[count_B[places] == 1], places[count_B[places] > 1]
+    assert len(one) > 0 and len(several) > 0
+    np.testing.assert_array_equal(np.asarray(examples.t_B)[one], np.float32(FIRST_TIME))
+    assert np.asarray(examples.t_B)[several].max() == np.float32(0.98)
+    assert max(np.asarray(t).max() for _, _, t, _, _ in networks.calls) == np.float32(0.98)  # the jumps are of several
+
+
 def test_swapping_fast_and_slow_changes_the_target():
     settings = _settings("scfm")
     rows = _rows(settings)
