@@ -126,6 +126,9 @@ def main(argv: Sequence[str]) -> int:
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
         )
+    starts = {sampling_of(s, []).spacing.start for s in sources if (s / "checkpoints").is_dir()} - {1.0}
+    if starts and options.format != "orbax":
+        tell([start_note(min(starts))])
     if job.lora and options.format == "comfy":
         tell(kohya_notes(job.lora[0]))
     _check_space(job, target)
@@ -143,6 +146,14 @@ def main(argv: Sequence[str]) -> int:
         raise
     say(f"wrote {target}")
     return 0
+
+
+def start_note(start: float) -> str:
+    """What somebody who samples elsewhere has to know of a run whose samplers of more than one step begin earlier."""
+    return (
+        f"the run was trained to begin more than one step at t = {start:g}, and one step at t = 1: in diffusers give "
+        f"sigmas=[{start:g}, 0.75, 0.5, 0.25] for four steps, in ComfyUI the same (and 0) to SamplerCustomAdvanced"
+    )
 
 
 def _gather(sources: Sequence[Path], options: Any) -> Job:

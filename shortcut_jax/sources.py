@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from shortcut_jax.completed import Completed
-from shortcut_jax.core.schedules import ShiftRule
+from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.clip import ClipPair, ClipText
@@ -18,13 +18,13 @@ from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import SIDE, InceptionV3
 from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
-from shortcut_jax.resolve import from_config, model_config
+from shortcut_jax.resolve import from_config, model_config, sampling_start
 from shortcut_jax.runtime.checkpoint import step_folders, stored_meta
 from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
-from shortcut_jax.settings import Settings, complete
+from shortcut_jax.settings import Settings, build, complete
 from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import Merged, Modules, added, check_values, expand, unstack
@@ -237,10 +237,10 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
     guided = next((m.config.guidance for m in models if m.kind == "flux"), True)
     length = 512 if guided else 256
     if meta := stored_meta(path / "checkpoints"):
-        data = complete(meta["config"])["data"]
-        stored = data["text_encoder"] == "stored"
-        tokens = data["text_tokens"] if stored else length
-        return Sampling(ShiftRule(dynamic=guided), tokens, data.get("text_states", "full") if stored else "full")
+        settings = build(complete(meta["config"]))
+        data, spacing = settings.data, Spacing(start=sampling_start(settings))
+        tokens, states = (data.text_tokens, data.text_states) if data.text_encoder == "stored" else (length, "full")
+        return Sampling(ShiftRule(dynamic=guided), tokens, states, spacing)
     schedule = _schedule_of(path)
     if schedule is None:
         return Sampling(ShiftRule(dynamic=guided), length)

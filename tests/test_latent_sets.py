@@ -226,13 +226,18 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
 
 def test_the_text_states_of_a_run_go_into_what_is_converted(tmp_path, monkeypatch):
     data = {"text_encoder": "stored", "text_tokens": 40}
-    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": {"guide": "told", "data": data}})
+    config = {"guide": "told", "data": data}
+    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": config})
     sampling = sources.sampling_of(tmp_path, [])
     assert (sampling.text_tokens, sampling.text_states) == (40, "full")  # of a run from before there were two kinds
     data["text_states"] = "trimmed"
     assert sources.sampling_of(tmp_path, []).text_states == "trimmed"
     data["text_encoder"] = "words"
     assert sources.sampling_of(tmp_path, []) == Sampling(text_tokens=512)
+    config["multistep_start"] = 0.99
+    assert sources.sampling_of(tmp_path, []).spacing.start == 0.99
+    config["objective"] = "shortcut"  # which is told its step size
+    assert sources.sampling_of(tmp_path, []).spacing.start == 1.0
 
 
 def _teacher(converted_folder, out, prompts, **changes):

@@ -192,7 +192,7 @@ class Spacing:
       start: the time at which more than one step begins, from pure noise all the same; see `StudentSteps.start`.
 
     Raises:
-      ValueError: another kind, or a terminal time outside [0, 1).
+      ValueError: another kind, a terminal time outside [0, 1), or a start outside (terminal, 1].
     """
 
     kind: str = "uniform"
@@ -204,6 +204,8 @@ class Spacing:
             raise ValueError(f"the spacing of times is {self.kind!r}, but must be one of {', '.join(SPACINGS)}")
         if not 0 <= self.terminal < 1:
             raise ValueError(f"the terminal time is {self.terminal:g}, but must be at least 0 and below 1")
+        if not self.terminal < self.start <= 1:
+            raise ValueError(f"sampling starts at {self.start:g}, but must be above {self.terminal:g} and at most 1")
 
 
 def resolution_shift(num_tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from shortcut_jax import sources
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.convert import start_note
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.runtime.converted import Sampling, read_record, write_record
 from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.rules import ConversionError
@@ -113,3 +115,15 @@ def test_the_class_that_the_index_names_counts_and_unknown_entries_are_named(tmp
     (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", "EulerDiscreteScheduler"]}))
     with pytest.raises(ConversionError, match=r"model_index\.json names the scheduler EulerDiscreteScheduler"):
         sources.sampling_of(tmp_path, [])
+
+
+def test_the_sigmas_that_convert_names_are_the_times_of_an_earlier_start(tmp_path):
+    reference = FlowMatchEulerDiscreteScheduler()
+    (text,) = re.findall(r"sigmas=\[([\d., ]+)\] for four steps", start_note(0.99))
+    reference.set_timesteps(sigmas=[float(part) for part in text.split(",")])
+    spacing = Spacing(start=0.99)
+    np.testing.assert_allclose(sampling_grid(4, 4, 1.0, spacing), reference.sigmas, atol=1e-6)
+    write_record(tmp_path, [], sampling := Sampling(spacing=spacing))
+    assert read_record(tmp_path)[1] == sampling
+    with pytest.raises(ValueError, match=r"sampling starts at 1\.5, but must be above 0 and at most 1"):
+        Spacing(start=1.5)
