@@ -71,7 +71,7 @@ class Generator:
         self.batch_size = -(-batch_size // shards) * shards
         self.max_steps = max_steps
         self._finest = max(assembly.settings.student_steps)
-        self._spacing = Spacing(start=sampling_start(assembly.settings))
+        self.spacing = Spacing(start=sampling_start(assembly.settings))
 
     @cached_property
     def _sample(self) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ class Generator:
             bound: int,
             trajectory: bool,
         ) -> Any:
-            sampler = make_sampler(cfg, *size, bound, shift, self._finest, method, trajectory, self._spacing)
+            sampler = make_sampler(cfg, *size, bound, shift, self._finest, method, trajectory, self.spacing)
             return sampler(params, noise_rows(seed_B, index_B, cfg, *size), *rest)
 
         return sample
@@ -103,7 +103,7 @@ class Generator:
 
         @partial(jax.jit, out_shardings=replicated(self._assembly.mesh))
         def edit(params: Any, shift: Any, *rest: Any) -> Any:
-            editor = make_editor(cfg, *size, self.max_steps, shift, self._finest, self._spacing)
+            editor = make_editor(cfg, *size, self.max_steps, shift, self._finest, self.spacing)
             return editor(params, *rest)
 
         return edit

@@ -147,7 +147,7 @@ class RunModel:
         batch = options.batch or min(pictures, 64)
         chosen = options.view, MAX_STEPS, batch, options.base, scales[0], options.encoders
         self.pipeline = Pipeline(options.workdir, *chosen)
-        self.batch_size, self.spacing = self.pipeline.generate.batch_size, Spacing()
+        self.batch_size, self.spacing = self.pipeline.generate.batch_size, self.pipeline.generate.spacing
 
     def check(self, wanted: Wanted) -> None:
         """See `SampleModel`."""

@@ -11,6 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shortcut_jax import Pipeline, command, sample
+from shortcut_jax.core.schedules import Spacing
+from shortcut_jax.generate import Generator
 from shortcut_jax.initial import Initial
 from shortcut_jax.interactive import interact
 from shortcut_jax.pictures_out import Output, layout_of, parameters, read_records
@@ -19,7 +21,7 @@ from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.sample_models import RunModel, Wanted, grid_times
 from shortcut_jax.weights.rules import ConversionError, nest
 from shortcut_jax.workdir import restore_or_init
-from tests.helpers import BOTH_BLOCKS, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, noisy_state, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -217,6 +219,14 @@ def test_interactive_ends_at_the_end_of_input(trained, tmp_path, monkeypatch):
 def test_times_of_a_trajectory_are_those_of_the_shifted_grid(trained):
     model = RunModel(_options(trained), pictures=1)
     np.testing.assert_allclose(grid_times(model, Wanted((TWO,), 1, 2, shift=3.0)), [1.0, 0.75])
+
+
+def test_more_than_one_step_begins_where_the_run_was_trained_from():
+    one, early = tiny_assembly(), tiny_assembly(multistep_start=0.95)
+    params = noisy_state(one).ema.slow
+    drawn = lambda assembly, steps: Generator(assembly, 4, 4)(params, [SEVEN] * 4, steps)
+    assert np.array_equal(drawn(one, 1), drawn(early, 1)) and not np.array_equal(drawn(one, 2), drawn(early, 2))
+    assert Generator(early, 4, 4).spacing.start == 0.95 and Generator(one, 4, 4).spacing == Spacing()
 
 
 @pytest.fixture(scope="module")
