@@ -7,6 +7,7 @@ import jax
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.caption_lengths import tell_cuts
 from shortcut_jax.check_training import decay_notice
+from shortcut_jax.core.schedules import start_of
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.schedule import BatchSchedule
 from shortcut_jax.data.training import TrainingData
@@ -45,7 +46,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         remedy = "raise one_step_share" if s.one_step_share else "set one_step_share in place of student_weights"
         hint = f"; below 50% one step learns a mean over the others: {remedy}" if share < 0.5 else ""
         if asked.student.start < 1:
-            say(f"one step begins at t = 1, more steps at t = {asked.student.start:g}")
+            two = start_of(2, asked.student.start)
+            say(f"one step begins at t = 1, two at {two:g}, many at {asked.student.start:g}")
         else:
             say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
     high = s.timestep_range[1]

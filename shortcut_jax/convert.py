@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shortcut_jax import command
 from shortcut_jax.command import UsageError
+from shortcut_jax.core.schedules import start_of
 from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
@@ -151,8 +152,8 @@ def main(argv: Sequence[str]) -> int:
 def start_note(start: float) -> str:
     """What somebody who samples elsewhere has to know of a run whose samplers of more than one step begin earlier."""
     return (
-        f"the run was trained to begin more than one step at t = {start:g}, and one step at t = 1: in diffusers give "
-        f"sigmas=[{start:g}, 0.75, 0.5, 0.25] for four steps, in ComfyUI the same (and 0) to SamplerCustomAdvanced"
+        f"the run was trained to begin n steps at t = 1 - {1 - start:.3g} (1 - 1/n): for four steps give diffusers "
+        f"sigmas=[{start_of(4, start):.6g}, 0.75, 0.5, 0.25], and ComfyUI's SamplerCustomAdvanced the same and 0"
     )
 
 

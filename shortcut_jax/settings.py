@@ -184,8 +184,8 @@ class Settings:
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
       one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
-      multistep_start: the time at which samplers of more than one step begin, in training and afterwards, so that one
-        step has t = 1 for itself (scfm); 1 for all alike.
+      multistep_start: the time near 1 at which samplers of many steps begin, in training and afterwards; those of few
+        begin later, one step at 1, so that each has a first step of its own (scfm). 1 for all alike.
       jumps: grid steps of a student step, an even number.
       alpha: the curriculum of objective=alpha.
       shift: timestep shift of self rows.

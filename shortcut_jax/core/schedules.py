@@ -37,7 +37,7 @@ class StudentSteps:
       counts: student step counts m, each at least 1. A row trains one step of the m-step sampler.
       weights: relative frequency of each count; empty means equal.
       jumps: J, the grid steps that make up one student step: an even number.
-      start: the time at which samplers of more than one step begin, in place of pure noise.
+      start: see `start_of`; with 1 all samplers begin at t = 1.
     """
 
     counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -100,6 +100,15 @@ def weights_for_share(counts: tuple[int, ...], share: float) -> tuple[float, ...
     mean = sum(others) / len(others)  # the chance that a row of another count begins at pure noise
     p_one = share * mean / (1 - share + share * mean)
     return tuple(p_one if m == 1 else (1 - p_one) / len(others) for m in counts)
+
+
+def start_of(count: Array | float, start: float) -> Array | float:
+    """The time at which a sampler of `count` steps begins, from pure noise: 1 - (1 - start) (1 - 1 / count).
+
+    It is 1 for one step and goes to `start` for many. All samplers begin with the same state, and each asks for another
+    first step; where they begin at different times, a network without a step-size input can tell them apart.
+    """
+    return 1.0 - (1.0 - start) * (1.0 - 1.0 / count)
 
 
 def teacher_steps(grid: int, jumps: int, start: float = 1.0) -> StudentSteps:
@@ -189,7 +198,7 @@ class Spacing:
       kind: `uniform` before the shift, or from the first to the last shifted time: uniform in t^(1/7) (`karras`,
         arXiv 2206.00364, rho = 7) or in log t (`exponential`).
       terminal: the time at which the last step begins, to which the shifted times are stretched; 0 for none.
-      start: the time at which more than one step begins, from pure noise all the same; see `StudentSteps.start`.
+      start: the time at which a grid of many steps begins; see `start_of`.
 
     Raises:
       ValueError: another kind, a terminal time outside [0, 1), or a start outside (terminal, 1].
@@ -223,8 +232,9 @@ def sampling_grid(
     if spacing is None or spacing == Spacing():
         return times
     several = jnp.asarray(num_steps) > 1  # the one time of a single step is 1, which nothing stretches
+    first = start_of(num_steps, spacing.start)
     if spacing.kind == "uniform" and not spacing.terminal:
-        return jnp.where(several, jnp.minimum(times, spacing.start), times)
+        return jnp.minimum(times, first)
     last = jnp.where(several, shift_time(1.0 / jnp.asarray(num_steps, jnp.float32), shift), 0.0)
     if spacing.terminal:
         times = jnp.where(several, 1.0 - (1.0 - times) * (1.0 - spacing.terminal) / (1.0 - last), times)
@@ -234,8 +244,7 @@ def sampling_grid(
         times = (1.0 + ramp * (last ** (1 / 7) - 1.0)) ** 7
     elif spacing.kind == "exponential":
         times = jnp.where(several, last, 1.0) ** ramp
-    times = jnp.where(several, jnp.minimum(times, spacing.start), times)
-    return jnp.where(k < num_steps, times, 0.0)
+    return jnp.where(k < num_steps, jnp.minimum(times, first), 0.0)
 
 
 def draw_timesteps(key: Array, num_rows: int, kind: str, low: float = 0.0, high: float = 1.0) -> Array:
@@ -277,14 +286,14 @@ def draw_shifts(key: Array, num_rows: int, shift: ShiftRange, num_tokens: int) -
 def interval_times(count_B: Array, start_B: Array, shift_B: Array, jumps: int, start: float = 1.0) -> Array:
     """Times of the `jumps` + 1 grid points of student step `start_B` (0-based) out of `count_B`, shape [B, J + 1].
 
-    The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`, or the earlier `start`
-    where the count is more than 1.
+    The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`, or `start_of` the
+    count where that is earlier.
     """
     chex.assert_rank([count_B, start_B, shift_B], 1)
     chex.assert_equal_shape([count_B, start_B, shift_B])
     index_BJ = start_B[:, None] * jumps + jnp.arange(jumps + 1)
     uniform_BJ = 1.0 - index_BJ / (count_B * jumps)[:, None]
-    first_B = jnp.where(count_B > 1, min(start, FIRST_TIME), FIRST_TIME)
+    first_B = jnp.minimum(start_of(count_B, start), FIRST_TIME)
     return jnp.minimum(shift_time(uniform_BJ, shift_B[:, None]), first_B[:, None])
 
 

@@ -21,6 +21,7 @@ from shortcut_jax.core.schedules import (
     draw_intervals,
     draw_spans,
     draw_timesteps,
+    start_of,
     teacher_steps,
 )
 from shortcut_jax.core.shortcut import alpha_target, meanflow_target, scfm_target, shortcut_target
@@ -180,10 +181,10 @@ def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -
     """Self-distillation without a step-size input (arXiv 2510.17858).
 
     From x at t the fast average (or the teacher) makes the first half of the jumps of a student step and the slow
-    average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). Where
-    samplers of more than one step begin at an earlier time than 1 (`StudentSteps.start`), so do the jumps.
+    average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). A jump
+    is a step of the sampler with as many steps more, and begins where that does (`schedules.start_of`).
     """
-    return _scfm_from(_interval_start(rows)[0], rows, networks, settings.student.start)
+    return _scfm_from(_interval_start(rows)[0], rows, networks, settings)
 
 
 def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
@@ -192,7 +193,7 @@ def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings)
     Each walks from t = 1 to the interval's start in `rolled_steps` equal steps of Euler's method.
     """
     slow, start_B = networks.slow(rows.condition), rows.draws.intervals.times_BJ[:, 0]
-    first = settings.student.start
+    first = start_of(settings.rolled_steps, settings.student.start)
     size_B = (1.0 - start_B) / settings.rolled_steps
 
     def step(x_BNC: Array, k: Array) -> tuple[Array, None]:
@@ -200,12 +201,13 @@ def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings)
 
     steps = jnp.arange(settings.rolled_steps, dtype=jnp.float32)
     x_BNC, _ = jax.lax.scan(step, rows.draws.noise_BNC, steps)
-    return _scfm_from(jax.lax.stop_gradient(x_BNC), rows, networks, first)
+    return _scfm_from(jax.lax.stop_gradient(x_BNC), rows, networks, settings)
 
 
-def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, start: float) -> Examples:
-    times_BJ = rows.draws.intervals.times_BJ
-    from_start = lambda velocity: lambda x_BNC, t_B: velocity(x_BNC, jnp.minimum(t_B, start), None)
+def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
+    times_BJ, count_B = rows.draws.intervals
+    start_B = start_of(count_B * settings.student.jumps, settings.student.start)
+    from_start = lambda velocity: lambda x_BNC, t_B: velocity(x_BNC, jnp.minimum(t_B, start_B), None)
     first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
     target_BNC = scfm_target(x_BNC, times_BJ, from_start(first), from_start(slow))
     return Examples(x_BNC, times_BJ[:, 0], times_BJ[:, 0] - times_BJ[:, -1], target_BNC)

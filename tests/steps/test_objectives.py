@@ -103,18 +103,23 @@ def test_self_rows_are_the_first_of_each_group_and_keep_their_conditions_and_int
 
 
 @pytest.mark.parametrize("kinds", [TAUGHT, RowGroup(self_rows=0, flow_rows=1, rolled_rows=3)], ids=["self", "rolled"])
-def test_one_step_alone_is_told_pure_noise_where_more_steps_begin_earlier(kinds):
+def test_each_count_of_steps_and_each_first_jump_begins_at_its_own_time(kinds):
     settings = _settings("scfm", kinds)
     settings = dataclasses.replace(settings, student=dataclasses.replace(settings.student, start=0.98))
     rows, networks = _rows(settings), Recorded(fast=1.0, slow=5.0)
     with jax.disable_jit():  # a rolled row walks in a scan
         examples = networks(settings, rows)
     places, count_B = _places(0, 1, 2), np.asarray(rows.draws.intervals.count_B)
-    one, several = places[count_B[places] == 1], places[count_B[places] > 1]
-    assert len(one) > 0 and len(several) > 0
-    np.testing.assert_array_equal(np.asarray(examples.t_B)[one], np.float32(FIRST_TIME))
-    assert np.asarray(examples.t_B)[several].max() == np.float32(0.98)
-    assert max(np.asarray(t).max() for _, _, t, _, _ in networks.calls) == np.float32(0.98)  # the jumps are of several
+    told_B, at_start = np.asarray(examples.t_B)[places], np.asarray(examples.t_B)[places] > 0.9
+    starts = {1: FIRST_TIME, 2: 0.99, 4: 0.985}
+    assert set(count_B[places][at_start]) == set(starts)
+    np.testing.assert_allclose(told_B[at_start], [starts[n] for n in count_B[places][at_start]], rtol=1e-6)
+    *walked, (_, _, first_jump_B, _, _), _ = networks.calls  # a row of m steps jumps as 2 m steps do
+    jumps = {1: 0.99, 2: 0.985, 4: 0.9825}
+    np.testing.assert_allclose(
+        np.asarray(first_jump_B)[at_start], [jumps[n] for n in count_B[places][at_start]], rtol=1e-6
+    )
+    assert all(np.asarray(t).max() == np.float32(0.985) for _, _, t, _, _ in walked[:1])  # of four rolled steps
 
 
 def test_swapping_fast_and_slow_changes_the_target():
