@@ -49,16 +49,24 @@ SETS = {
 }
 """Sets -> what `evaluate` is told; `configs/SET.py` is what every method starts from."""
 
-RATE = {"optimizer.learning_rate": 0.008}
-TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)", **RATE}
-SCFM = {"objective": "scfm", **TUNED, "ema.warmup_ratio": 4.0}
-UNTOLD = {"student_weights": "()", "one_step_share": "None", "jumps": 2, "timestep_range": "(0.0,1.0)", **RATE}
+ALIKE = {"optimizer.learning_rate": 0.008, "multistep_start": 1.0}
+TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)", **ALIKE}
+WITHOUT_START = {"objective": "scfm", **TUNED, "ema.warmup_ratio": 4.0}
+SCFM = {
+    **WITHOUT_START,
+    "multistep_start": 0.99,
+    "one_step_share": "None",
+    "student_weights": "(3.0,4.0,2.0,2.0,0.7,0.7,0.3,0.3)",
+}
+UNTOLD = {"student_weights": "()", "one_step_share": "None", "jumps": 2, "timestep_range": "(0.0,1.0)", **ALIKE}
 FORMER = {
     "student_weights": "(1.0,1.25,1.7,1.6,1.9,1.8,2.3,2.3)",
     "one_step_share": "None",
     "jumps": 2,
     "timestep_range": "(0.0,1.0)",
     "optimizer.learning_rate": 0.002,
+    "multistep_start": 1.0,
+    "ema.warmup_ratio": 1.0,
 }
 DISTILLED = {
     "student_weights": "()",
@@ -75,13 +83,14 @@ ROLLED = {**DISTILLED, "rows.self_rows": 0, "rows.rolled_rows": 1, "rows.flow_ro
 METHODS: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", **UNTOLD},
     "scfm": SCFM,
-    "scfm-rolled": {**SCFM, "rows.rolled_rows": 1, "rows.flow_rows": 2},
+    "scfm-without-start": WITHOUT_START,
+    "scfm-rolled": {**WITHOUT_START, "rows.rolled_rows": 1, "rows.flow_rows": 2},
     "shortcut": {"objective": "shortcut", **TUNED},
     "alpha": {"objective": "alpha", **UNTOLD},
     "meanflow": {"objective": "meanflow", **UNTOLD},
     "scfm-former": {"objective": "scfm", **FORMER},
     "shortcut-former": {"objective": "shortcut", **FORMER},
-    "scfm-without-share": {**SCFM, "one_step_share": "None"},
+    "scfm-without-weights": {**SCFM, "student_weights": "()"},
     "scfm-without-jumps": {**SCFM, "jumps": 2},
     "scfm-without-range": {**SCFM, "timestep_range": "(0.0,1.0)"},
     "scfm-without-warmup-ratio": {**SCFM, "ema.warmup_ratio": 1.0},

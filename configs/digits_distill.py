@@ -48,7 +48,8 @@ def get_teacher_config() -> ConfigDict:
     """The run that is made first where `init_from` is not there: plain flow matching."""
     c = runpy.run_path(str(Path(__file__).with_name("digits.py")))["get_config"]()
     c.objective = "flow"
-    c.one_step_share, c.jumps, c.timestep_range = None, 2, (0.0, 1.0)  # of no use to flow
+    # Of no use to flow:
+    c.multistep_start, c.student_weights, c.jumps, c.timestep_range = 1.0, (), 2, (0.0, 1.0)
     c.steps = 3000
     c.optimizer.learning_rate = 3e-3
     c.eval.views, c.eval.images = ("slow",), (0,)

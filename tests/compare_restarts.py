@@ -20,7 +20,7 @@ KINDS = {"distil": "configs/digits_distill.py", "pretrain": "configs/digits.py"}
 SETTINGS = {
     "distil": (),
     "pretrain": (  # those of configs/digits.py when its row of the table was made
-        *("one_step_share=None", "student_weights=1,1.25,1.7,1.6,1.9,1.8,2.3,2.3", "jumps=2"),
+        *("multistep_start=1.0", "ema.warmup_ratio=1.0", "student_weights=1,1.25,1.7,1.6,1.9,1.8,2.3,2.3", "jumps=2"),
         *("timestep_range=(0.0,1.0)", "optimizer.learning_rate=0.002"),
     ),
 }

@@ -83,6 +83,7 @@ SMALL_RUN = {
     "student_steps": "(1,2,4)",
     "student_weights": "None",
     "one_step_share": "None",
+    "multistep_start": 1.0,
     "jumps": 2,
     "timestep_range": "(0.0,1.0)",
     "eval.steps": "(1,2)",

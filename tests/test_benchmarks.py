@@ -20,7 +20,8 @@ def test_every_method_changes_what_its_name_says(name, method):
     assert settings.objective == ("scfm" if run.distils else method.split("-")[0])
     assert run.distils == (settings.teacher_share > 0)
     if method in ("scfm", "shortcut"):
-        assert (settings.one_step_share, settings.jumps, settings.timestep_range) == (0.82, 4, (0.0, 0.9))
+        assert (settings.jumps, settings.timestep_range) == (4, (0.0, 0.9))
+        assert (settings.one_step_share, settings.multistep_start) == {"scfm": (None, 0.99)}.get(method, (0.82, 1.0))
 
 
 FIGURES = dict.fromkeys(objectives_page.FIGURES, 0.5) | {"images": 10}
