@@ -59,9 +59,7 @@ def test_a_run_leaves_a_report_pictures_metrics_and_a_record(trained):
     assert len({row["loss"] for row in rows}) == 4 and all(np.isfinite(row["loss"]) for row in rows)
     assert "images_per_second" in rows[-1] and "model_flops_per_second" in rows[-1]
     items, meta = _restored(trained, 4, **BOTH_BLOCKS)
-    memory = meta["counters"].pop("memory")
     assert meta["counters"] == {"step": 4, "skipped": 0, "skipped_total": 0} and meta["seed"] == 0
-    assert memory["restarts"] == 0 and 0 < memory["lag"][0] <= memory["lag"][1]
     assert all(np.isfinite(v).all() for v in items.values())
 
 
@@ -262,7 +260,6 @@ def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, 
     _with_nan_at(monkeypatch, {2})
     assert train.main(arguments(tmp_path / "run", max_skipped=1, eval__views="()", eval__images="()")) == 0
     items, meta = _restored(tmp_path / "run", 4)
-    assert meta["counters"].pop("memory")["restarts"] == 0
     assert meta["counters"] == {"step": 4, "skipped": 0, "skipped_total": 1}
     assert all(np.isfinite(v).all() for v in items.values())
 

@@ -166,6 +166,8 @@ def test_a_state_comes_back_from_its_items_counters_and_frozen_part(lora):
     back = from_items(to_items(state), to_counters(state), state.frozen)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert not any(moved(state, back).values())
+    older = {**to_counters(state), "memory": {"lag": [0.0, 0.0], "noise": [1.0, 1.0], "restarts": 0}}
+    assert not any(moved(state, from_items(to_items(state), older, state.frozen)).values())
     never = state._replace(spikes=init_spikes())  # its rule was never on, or is newer than what is stored
     assert "spikes" not in to_counters(never)
     assert int(from_items(to_items(never), to_counters(never), state.frozen).spikes.seen) == 0
