@@ -26,7 +26,7 @@ CONFIG = {
     "batch_size": 32,
     "steps": STEPS,
     "student_steps": "(1,2,4)",
-    "one_step_share": "None",
+    "student_weights": "()",
     "jumps": 2,
     "timestep_range": "(0.0,1.0)",
     "eval.steps": "(1,)",

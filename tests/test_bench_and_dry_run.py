@@ -21,7 +21,7 @@ TINY = [
     "--config.model.preset=tiny",
     "--config.batch_size=32",
     "--config.mesh.data=1",
-    "--config.one_step_share=None",
+    "--config.student_weights=()",
     "--config.student_steps=(1,2,4)",
 ]
 
