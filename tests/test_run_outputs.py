@@ -55,6 +55,7 @@ def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_pat
     ("changes", "said"),
     [
         ({"one_step_share": 0.75}, "of the self rows that begin at pure noise, 75% learn one step\n"),
+        ({"multistep_start": 0.98}, "one step begins at t = 1, two at 0.99, many at 0.98\n"),
         ({"student_steps": (1, 2, 3, 4)}, "48% learn one step; below 50% one step learns a mean over the others"),
         ({"student_steps": (1, 2, 3, 4)}, "others: set one_step_share in place of student_weights\n"),
         ({"one_step_share": 0.25}, "25% learn one step; below 50% one step learns a mean over the others: raise"),
