@@ -9,8 +9,8 @@ it was. `--table` makes them without any run.
 changes, as rows of their own. Methods are tuned on seed 100, which no other table has. `--equal_compute` gives each
 method as many steps as the FLOPs of `scfm` in `--steps` steps pay for, again as rows of their own.
 
-Methods named `distill` learn from the run of `flow` with the same seed and `--teacher_steps`, which is made where it is
-not there: `--methods=distill,distill-rolled --steps=600`, and `--vary=data.limit=10` for ten images.
+Methods named `distill` learn from the run of `flow` with the same seed and `--teacher_steps`, which has to be there:
+`--methods=distill,distill-rolled --steps=600`, and `--vary=data.limit=10` for ten images.
 """
 
 import json
@@ -151,6 +151,16 @@ class Run(NamedTuple):
         return RESULTS / self.set / f"{self.steps}-{self.label.replace(' ', '-')}-seed{self.seed}.json"
 
     @property
+    def config(self) -> Path:
+        """The config file that it starts from."""
+        return Path(DISTILL if self.distils else f"configs/{self.set}.py")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it changes there, but for steps and seed."""
+        return {**METHODS[self.method], **dict(one.split("=", 1) for one in self.change.split())}
+
+    @property
     def distils(self) -> bool:
         """Whether it learns from a teacher."""
         return self.method.startswith("distill")
@@ -204,11 +214,10 @@ def make(run: Run, runs: Path) -> None:
         return
     workdir = runs / run.set / run.path.stem
     steps = equal_steps(run) if run.equal_compute else run.steps
-    changes = {**METHODS[run.method], "steps": steps, "seed": run.seed, "eval.views": "()", "eval.images": "()"}
-    changes |= dict(one.split("=", 1) for one in run.change.split())
+    changes = {"steps": steps, "seed": run.seed, "eval.views": "()", "eval.images": "()", **run.changes}
     if run.distils:
         changes["init_from"] = teacher_of(run, runs)
-    train = ["-m", "shortcut_jax.train", f"--config={config_of(run)}", f"--workdir={workdir}"]
+    train = ["-m", "shortcut_jax.train", f"--config={run.config}", f"--workdir={workdir}"]
     train += [f"--config.{key}={value}" for key, value in changes.items()]
     begin = time.monotonic()
     subprocess.run([sys.executable, *train], check=True)
@@ -238,13 +247,8 @@ def make(run: Run, runs: Path) -> None:
     run.path.write_text(to_json(record, indent=1) + "\n")
 
 
-def config_of(run: Run) -> str:
-    """The config file that a run starts from."""
-    return DISTILL if run.distils else f"configs/{run.set}.py"
-
-
 def teacher_of(run: Run, runs: Path) -> Path:
-    """The workdir of its teacher, which is trained where it is not there."""
+    """The workdir of its teacher. Raises UsageError where it is not there."""
     teacher = Run(run.set, "flow", "", run.teacher_steps, run.seed)
     workdir = runs / run.set / teacher.path.stem
     if not (workdir / "checkpoints").is_dir():
@@ -256,15 +260,18 @@ def teacher_of(run: Run, runs: Path) -> Path:
 
 
 def equal_steps(run: Run) -> int:
-    """The steps of a run that cost what `steps` steps of `scfm` cost, by the FLOPs of the network's evaluations."""
+    """The steps of a run that cost what `steps` steps of `scfm` cost, by the FLOPs of the network's evaluations.
 
-    def flops(method: str, change: str) -> float:
-        changes = {key: str(value) for key, value in METHODS[method].items()}
-        changes |= dict(one.split("=", 1) for one in change.split())
-        config = load_config(Path(f"configs/{run.set}.py"), changes)
+    Raises UsageError for one that learns from a teacher, whose steps and network are others.
+    """
+    if run.distils:
+        raise command.UsageError(f"--equal_compute is for methods that train from scratch, which {run.method} does not")
+
+    def flops(one: Run) -> float:
+        config = load_config(one.config, {key: str(value) for key, value in one.changes.items()})
         return Assembly(from_config(config), jax.devices()[:1]).flops
 
-    return round(run.steps * flops("scfm", "") / flops(run.method, run.change))
+    return round(run.steps * flops(run._replace(method="scfm", change="")) / flops(run))
 
 
 def draw(workdir: Path, path: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """What the files of `compare_objectives` show: a Markdown table, a page of tables and curves, a picture."""
 
-import html
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from shortcut_jax.evaluation.page import Metric, best_rows, metrics_of, page, picture, quality_plot, section, table
+from shortcut_jax.evaluation.page import (
+    Metric,
+    best_rows,
+    definitions,
+    metrics_of,
+    page,
+    picture,
+    quality_plot,
+    section,
+    table,
+)
 from shortcut_jax.report import count_label, markdown
 from shortcut_jax.runtime.metrics import contact_sheet
 
@@ -146,8 +155,7 @@ def to_html(name: str, steps: int, rows: Sequence[Row], tuned: Sequence[Row], dr
     if drawn is not None:
         sections.append(section("The same captions and noise", picture(drawn, "images of each method and step count")))
     commands = {row.title: row.records[0]["command"] for row in (*rows, *tuned)}
-    listed = "".join(f"<dt>{html.escape(k)}</dt><dd><code>{html.escape(v)}</code></dd>" for k, v in commands.items())
-    sections.append(section("Commands of the first seeds", f"<dl>{listed}</dl>"))
+    sections.append(section("Commands of the first seeds", definitions(commands)))
     records = [record for row in (*rows, *tuned) for record in row.records]
     facts = {
         "distance": records[0]["facts"].get("distance", ""),

@@ -127,9 +127,8 @@ def main(argv: Sequence[str]) -> int:
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
         )
-    starts = {sampling_of(s, []).spacing.start for s in sources if (s / "checkpoints").is_dir()} - {1.0}
-    if starts and options.format != "orbax":
-        tell([start_note(min(starts))])
+    if job.sampling.spacing.start < 1 and options.format != "orbax":
+        tell([start_note(job.sampling.spacing.start)])
     if job.lora and options.format == "comfy":
         tell(kohya_notes(job.lora[0]))
     _check_space(job, target)
@@ -233,7 +232,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
         cast = lambda x: x.astype(DTYPES[options.dtype])
         modules = {k: f._replace(down=cast(f.down), up=cast(f.up)) for k, f in modules.items()}
         check_values(modules)
-    return Job({}, Sampling(), (modules, base), {})
+    return Job({}, Sampling(spacing=sampling_of(source, []).spacing), (modules, base), {})
 
 
 def _tell(model: Model) -> None:

@@ -16,7 +16,7 @@ from shortcut_jax import command
 from shortcut_jax.command import UsageError
 from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.format import Size
-from shortcut_jax.data.pipeline import read_many
+from shortcut_jax.data.pipeline import evenly, read_many
 from shortcut_jax.data.resize import RESIZES
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
@@ -80,14 +80,16 @@ def main(argv: Sequence[str]) -> int:
         claim.take()
         own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
         clip = clip_scores(options.clip) if options.clip else None
+        shape = own.pictures([0]).shape[1:] if own else None
         if options.features == "network":
-            judges = own_network(own, out)._replace(clip=clip, pixels=pixels_beside(own, options.reference))
+            beside = pixels(shape) if options.reference is None and shape and math.prod(shape) <= MAX_PIXELS else None
+            judges = own_network(own, out)._replace(clip=clip, pixels=beside)
         else:
-            shape = own.pictures([0]).shape[1:] if own else None
             judges = Judges(choose_features(options, shape), clip, classifier(own))
         reference = open_reference(options.reference, own, judges.features, out)
-        in_pixels = open_reference(None, own, judges.pixels, out).gaussian if judges.pixels else None
-        write(evaluate(entries, plan, judges, reference, out, in_pixels), out)
+        if judges.pixels:
+            reference = reference._replace(pixels=open_reference(None, own, judges.pixels, out).gaussian)
+        write(evaluate(entries, plan, judges, reference, out), out)
     return 0
 
 
@@ -188,12 +190,6 @@ def own_network(own: CaptionedSet | None, out: Path) -> Judges:
     return Judges(network_features(weights), classify=network_classes(weights))
 
 
-def pixels_beside(own: CaptionedSet | None, reference: str | None) -> Features | None:
-    """Pixels as further features where pictures of a run's own set are small enough; see `Judges.pixels`."""
-    shape = own.pictures([0]).shape[1:] if own and reference is None else None
-    return pixels(shape) if shape and math.prod(shape) <= MAX_PIXELS else None
-
-
 def open_run(options: types.SimpleNamespace, workdir: str, max_steps: int) -> RunSubject:
     """A training run, with the options of the command."""
     return RunSubject(
@@ -232,8 +228,7 @@ def classifier(own: CaptionedSet | None) -> Classify | None:
     """Pictures -> classes, fitted on the training set where it has labels; see `report.make_reference`."""
     if own is None or "label" not in own.records[0]:
         return None
-    picks = np.linspace(0, len(own.records) - 1, min(MOST_RECORDS, len(own.records))).round().astype(int)
-    return make_reference(read_many(own.records, picks.tolist())).classify
+    return make_reference(read_many(own.records, evenly(len(own.records), MOST_RECORDS))).classify
 
 
 if __name__ == "__main__":

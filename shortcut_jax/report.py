@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from shortcut_jax.core.stats import Gaussian, fit_gaussian, frechet_distance
-from shortcut_jax.data.pipeline import read_many
+from shortcut_jax.data.pipeline import evenly, read_many
 from shortcut_jax.data.records import to_latents, with_images
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.evaluation.features import MAX_PIXELS
@@ -95,9 +95,7 @@ def reference_of(data: TrainingData) -> Reference | str:
         return (
             f"images of {values:,} values are too large for a distance in pixels (at most {MAX_PIXELS:,}); {EVALUATE}"
         )
-    if len(places) > MOST_RECORDS:
-        places = places[np.linspace(0, len(places) - 1, MOST_RECORDS).round().astype(int)]
-    return make_reference(read_many(first.records, [int(i) for i in places]))
+    return make_reference(read_many(first.records, [int(places[i]) for i in evenly(len(places), MOST_RECORDS)]))
 
 
 def score(
@@ -111,7 +109,7 @@ def score(
 ) -> Score:
     """Judges one view at one step count on the captions of `num_images` records (0: all), evenly spread."""
     total = len(reference.captions)
-    picks = np.linspace(0, total - 1, min(num_images or total, total)).round().astype(int)
+    picks = evenly(total, num_images or total)
     captions = [reference.captions[i] for i in picks]
     distances, accuracies = [], []
     for seed in seeds:

@@ -384,9 +384,9 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
 
 
 def sampling_start(s: Settings) -> float:
-    """The time at which more than one sampling step begins; a network that is told its step size needs no other one."""
+    """The time at which many sampling steps begin: 1 where no row is asked a step, or the network is told its size."""
     row = OBJECTIVES[s.objective]
-    return s.multistep_start if row.distils and not row.needs_step_size else 1.0
+    return s.multistep_start if row.distils and s.rows.distilled and not row.needs_step_size else 1.0
 
 
 def objective_settings(s: Settings) -> ObjectiveSettings:

@@ -16,7 +16,7 @@ from shortcut_jax.resolve import from_config
 def test_every_method_changes_what_its_name_says(name, method):
     changes = {key: str(value) for key, value in compare_objectives.METHODS[method].items()}
     run = compare_objectives.Run(name, method, "", 10, 0)
-    settings = from_config(load_config(Path(compare_objectives.config_of(run)), changes))
+    settings = from_config(load_config(run.config, changes))
     assert settings.objective == ("scfm" if run.distils else method.split("-")[0])
     assert run.distils == (settings.teacher_share > 0)
     if method in ("scfm", "shortcut"):
@@ -63,6 +63,8 @@ def test_tables_page_and_picture_are_those_of_the_files(tmp_path, monkeypatch, c
 
 def test_equal_compute_is_as_many_steps_as_scfm_pays_for():
     steps = lambda method: compare_objectives.equal_steps(compare_objectives.Run("digits", method, "", 1000, 0, True))
+    with pytest.raises(compare_objectives.command.UsageError, match="from scratch, which distill does not"):
+        steps("distill")
     assert steps("scfm") == 1000 and steps("flow") == 1333  # (3 + 4 / 4) / 3 forward passes a row
     assert (
         compare_objectives.Run("digits", "flow", "", 1000, 0, True).path.name == "1000-flow-at-equal-compute-seed0.json"

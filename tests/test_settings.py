@@ -7,7 +7,15 @@ import pytest
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.differences import compare, flatten
-from shortcut_jax.resolve import from_config, global_batch, mesh_shape, model_config, step_settings
+from shortcut_jax.resolve import (
+    from_config,
+    global_batch,
+    mesh_shape,
+    model_config,
+    objective_settings,
+    sampling_start,
+    step_settings,
+)
 from shortcut_jax.settings import ConfigError, Settings, ValidationSettings, complete, default_config, to_dict
 from tests.helpers import tiny_assembly, tiny_config
 
@@ -177,6 +185,15 @@ def test_the_objective_decides_on_the_step_size_input():
     assert not assembly.model.step_size
     step = step_settings(assembly.settings, assembly.model)
     assert step.objective.student.counts == (1, 2, 4) and step.objective.student.jumps == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [({}, 0.99), ({"objective": "shortcut"}, 1.0), ({"objective": "flow"}, 1.0), ({"rows__self_rows": 0}, 1.0)],
+)
+def test_sampling_begins_earlier_where_rows_were_trained_so(changes, start):
+    settings = from_config(tiny_config(**changes, multistep_start=0.99))
+    assert sampling_start(settings) == objective_settings(settings).student.start == start
 
 
 def test_forward_mode_takes_attention_that_has_it():

@@ -30,6 +30,7 @@ CASES = [
     ({**TAUGHT, "teacher_share": 1.0}, {"student_steps": (1, 2), "student_weights": (1.0, 2.0)}, {}, "teacher_share=1"),
     (FLOW, {"one_step_share": 0.8}, {"student_weights": ()}, "objective=flow"),
     (FLOW, {"multistep_start": 0.99}, {}, "objective=flow"),
+    ({"rows__self_rows": 0}, {"multistep_start": 0.99}, {}, "rows.self_rows=0"),
     ({"objective": "shortcut"}, {"multistep_start": 0.99}, {}, "objective=shortcut"),
     (FLOW, {"jumps": 4, "shift__low": 0.5, "shift__high": 2.0, "shift__dynamic": 0.5}, {}, "objective=flow"),
     ({"rows__flow_rows": 0}, {"timestep": "logit_normal"}, FLOW, "rows.flow_rows=0"),

@@ -232,9 +232,6 @@ def sampling_grid(
     if spacing is None or spacing == Spacing():
         return times
     several = jnp.asarray(num_steps) > 1  # the one time of a single step is 1, which nothing stretches
-    first = start_of(num_steps, spacing.start)
-    if spacing.kind == "uniform" and not spacing.terminal:
-        return jnp.minimum(times, first)
     last = jnp.where(several, shift_time(1.0 / jnp.asarray(num_steps, jnp.float32), shift), 0.0)
     if spacing.terminal:
         times = jnp.where(several, 1.0 - (1.0 - times) * (1.0 - spacing.terminal) / (1.0 - last), times)
@@ -244,7 +241,7 @@ def sampling_grid(
         times = (1.0 + ramp * (last ** (1 / 7) - 1.0)) ** 7
     elif spacing.kind == "exponential":
         times = jnp.where(several, last, 1.0) ** ramp
-    return jnp.where(k < num_steps, jnp.minimum(times, first), 0.0)
+    return jnp.where(k < num_steps, jnp.minimum(times, start_of(num_steps, spacing.start)), 0.0)
 
 
 def draw_timesteps(key: Array, num_rows: int, kind: str, low: float = 0.0, high: float = 1.0) -> Array:

@@ -155,6 +155,11 @@ class BatchReader:
             ) from error
 
 
+def evenly(total: int, most: int) -> list[int]:
+    """At most so many of `total` places, evenly spread from the first to the last."""
+    return np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
+
+
 def read_many(records: Any, indices: list[int]) -> list[Any]:
     """Several records at once, as fast as the source can."""
     many = getattr(records, "__getitems__", None)

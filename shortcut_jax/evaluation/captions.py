@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shortcut_jax.check_data import check_data
-from shortcut_jax.data.pipeline import Draw, RowMaker, read_many
+from shortcut_jax.data.pipeline import Draw, RowMaker, evenly, read_many
 from shortcut_jax.data.records import DataSettings, data_folder
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.generate import Caption
@@ -70,7 +70,7 @@ class CaptionedSet:
 
         Classes are labels, or captions where the set has none: `ask` tells them from then on.
         """
-        picks = np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int).tolist()
+        picks = evenly(len(self), most)
         records, _ = self._read(picks)
         if "label" not in records[0]:
             names = sorted({record["caption"] for record in records})

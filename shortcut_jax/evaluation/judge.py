@@ -43,13 +43,12 @@ class Cell(NamedTuple):
         return f"{self.label} at {count_label(self.steps)}"
 
 
-def figures(
-    cell: Cell, tally: Tally, reference: Reference, features: Features, pixels: Gaussian | None = None
-) -> dict[str, Any]:
-    """What is known of a cell by itself; None for what cannot be known. `pixels` is the Gaussian of real pictures."""
+def figures(cell: Cell, tally: Tally, reference: Reference, features: Features) -> dict[str, Any]:
+    """What is known of a cell by itself; None for what cannot be known."""
     result: dict[str, Any] = {"label": cell.label, "steps": cell.steps, "images": cell.images}
     result["distance"] = frechet_distance(gaussian_of(tally.moments), reference.gaussian)
     result["distance_std"] = _error(tally, reference.gaussian)
+    pixels = reference.pixels
     result["pixel_distance"] = frechet_distance(gaussian_of(tally.pixels), pixels) if pixels else None
     result["few_images"] = cell.images <= features.size
     result |= dict.fromkeys(("kid", "kid_std", "kid_error", "precision", "precision_std", "recall"))

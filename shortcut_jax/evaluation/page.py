@@ -264,6 +264,11 @@ def picture(image: Image.Image, alt: str) -> str:
     return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
+def definitions(told: dict[str, str]) -> str:
+    """Names and what they stand for, a row each."""
+    return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in told.items()) + "</dl>"
+
+
 def section(title: str, *parts: str) -> str:
     """A card of the page."""
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
@@ -271,10 +276,9 @@ def section(title: str, *parts: str) -> str:
 
 def page(title: str, subtitle: str, facts: dict[str, str], sections: Sequence[str]) -> str:
     """The whole document."""
-    listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main><h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p><dl>{listed}</dl>"
+        f"<body><main><h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>{definitions(facts)}"
         f"{''.join(sections)}</main></body></html>\n"
     )

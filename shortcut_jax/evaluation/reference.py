@@ -42,12 +42,14 @@ class Reference(NamedTuple):
       features: of a sample of them, [S, F], S at most `tally.RESERVOIR`; None where the file has the Gaussian only.
       source: where they come from.
       num_pictures: 0 where that is not known.
+      pixels: of the pictures themselves, where they are looked at too.
     """
 
     gaussian: Gaussian
     features: np.ndarray | None
     source: str
     num_pictures: int
+    pixels: Gaussian | None = None
 
 
 def open_reference(given: str | None, own: CaptionedSet | None, features: Features, cache: Path) -> Reference:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from shortcut_jax.core.paths import PATH_STEPS
 from shortcut_jax.core.schedules import sampling_grid
-from shortcut_jax.core.stats import Gaussian
 from shortcut_jax.evaluation.captions import Asked
 from shortcut_jax.evaluation.judge import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
@@ -134,24 +133,8 @@ def entries_of(subjects: Sequence[Subject], teacher: Subject | None, plan: Plan)
     return result
 
 
-def evaluate(
-    entries: Sequence[Entry],
-    plan: Plan,
-    judges: Judges,
-    reference: Reference,
-    out: Path,
-    pixels: Gaussian | None = None,
-) -> Result:
-    """Makes and judges all pictures, and asks what else there is to know.
-
-    Args:
-      entries: what is judged.
-      plan: at which step counts, and on how many pictures.
-      judges: what looks at each picture.
-      reference: the real pictures in their features.
-      out: folder of the cells that are kept.
-      pixels: the real pictures themselves, where `judges.pixels` looks at them.
-    """
+def evaluate(entries: Sequence[Entry], plan: Plan, judges: Judges, reference: Reference, out: Path) -> Result:
+    """Makes and judges all pictures, and asks what else there is to know."""
     begin = time.perf_counter()
     names = {entry.label: entry.subject for entry in entries}
     subjects = list({id(entry.subject): entry.subject for entry in entries}.values())
@@ -171,7 +154,7 @@ def evaluate(
     teachers: dict[str, tuple[dict[str, Any], Tally]] = {}
     with tqdm(total=total, unit="evaluation", unit_scale=True, **shown) as bar:
         for entry in entries:
-            for row, tally in _judge(entry, plan, judges, (reference, pixels), out, result, bar):
+            for row, tally in _judge(entry, plan, judges, reference, out, result, bar):
                 if entry.teacher:
                     row = against_teacher(row, tally, *teachers[entry.teacher])
                 elif any(other.teacher == entry.label for other in entries):  # which come after it
@@ -183,13 +166,7 @@ def evaluate(
 
 
 def _judge(
-    entry: Entry,
-    plan: Plan,
-    judges: Judges,
-    real: tuple[Reference, Gaussian | None],
-    out: Path,
-    result: Result,
-    bar: tqdm,
+    entry: Entry, plan: Plan, judges: Judges, reference: Reference, out: Path, result: Result, bar: tqdm
 ) -> Iterator[tuple[dict[str, Any], Tally]]:
     """The cells of an entry one after the other; what else is asked of its weights goes into `result`."""
     subject, label = entry.subject, entry.label
@@ -202,8 +179,7 @@ def _judge(
         bar.set_description(str(cell))
         path = out / "cells" / f"{label.replace('/', '-')}-{cell.steps}.npz"
         tally = sample_cell(subject, weights, entry.asks, cell, plan.seed, judges, path, bar)
-        reference, pixels = real
-        row = figures(cell, tally, reference, judges.features, pixels)
+        row = figures(cell, tally, reference, judges.features)
         if jax.process_index() == 0:
             bar.write(f"{cell}: {judges.features.name} {row['distance']:.3g}")
         yield row, tally
