@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import Pipeline, command, convert, sample, train
+from shortcut_jax import Pipeline, command, convert, sample, sources, train
 from shortcut_jax.core.latents import image_ids, patchify, text_ids
 from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.settings import ConfigError
@@ -69,6 +69,11 @@ def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, 
             g = back[module]
             product = lambda x: x.scale * x.up.astype("f") @ x.down.astype("f")
             np.testing.assert_allclose(product(g), product(f), rtol=1e-5, atol=1e-7, err_msg=module)
+    assert "sigmas" not in capfd.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "sampling_start", lambda settings: 0.98)
+        assert convert.main([*source, f"--to={tmp_path}/early.safetensors", "--format=comfy"]) == 0
+    assert "sigmas=[0.985, 0.75, 0.5, 0.25]" in capfd.readouterr().err
     assert convert.main([*source, f"--to={tmp_path}/merged", "--merged"]) == 0
     (merged,) = open_models(tmp_path / "merged")
     (base,) = open_models(trained)

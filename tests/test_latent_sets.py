@@ -217,11 +217,16 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
     load = load_text_encoder(folder, TOKENS, "trimmed")(CAPTIONS[0])[0]
     length = pipeline.text.t5_tokens([CAPTIONS[0]]).length_B[0]
     assert length < TOKENS and not np.any(load[length:]) and np.all(np.any(load[:length] != 0, axis=1))
+    record["sampling"].setdefault("spacing", {})["start"] = 0.98
+    (folder / RECORD).write_text(json.dumps(record))
     assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/d", "--format=diffusers"]) == 0
-    assert "trimmed text states, but diffusers and ComfyUI" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "trimmed text states, but diffusers and ComfyUI" in told and "sigmas=[0.985, 0.75, 0.5, 0.25]" in told
     assert convert.main(["convert", f"--from={folder}", f"--to={tmp_path}/o"]) == 0
-    assert "trimmed text states" not in capfd.readouterr().err
-    assert TextToImage(tmp_path / "o").sampling.text_states == "trimmed"
+    told = capfd.readouterr().err
+    assert "trimmed text states" not in told and "sigmas" not in told
+    sampling = TextToImage(tmp_path / "o").sampling
+    assert sampling.text_states == "trimmed" and sampling.spacing.start == 0.98
 
 
 def test_the_text_states_of_a_run_go_into_what_is_converted(tmp_path, monkeypatch):
