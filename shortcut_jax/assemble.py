@@ -1,12 +1,13 @@
 """From settings and devices to a compiled run: mesh, network, shardings, the jitted step and its initial state."""
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from shortcut_jax.core.latents import PATCH, image_ids, text_ids
 from shortcut_jax.core.tree import flat_paths, path_name
@@ -149,7 +150,7 @@ class Assembly:
     @cached_property
     def state_shapes(self) -> TrainState:
         """The train state as abstract arrays with their shardings."""
-        return self._placed(jax.eval_shape(self._init, jax.random.key(0)))
+        return self._placed(jax.eval_shape(self._start, weight_shapes(self.model), None, None))
 
     @cached_property
     def network_shapes(self) -> Any:
@@ -161,9 +162,6 @@ class Assembly:
     def _placed(self, shapes: Any) -> Any:
         shardings = tree_shardings(self.mesh, shapes, self.settings.mesh.min_shard)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-    def _init(self, key: jax.Array) -> TrainState:
-        return self._start(init_params(self.model, key), None, None)
 
     def _start(self, weights: Any, adapters: Any, teacher: Any) -> TrainState:
         s = self.settings
@@ -209,7 +207,8 @@ class Assembly:
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
         if weights is None:
-            return jax.jit(self._init, out_shardings=shardings)(jax.random.key(self.settings.seed))
+            draw = _random_weights(self.model, self.mesh, self.settings.mesh.min_shard)
+            weights = draw(jax.random.key(self.settings.seed))
         return jax.jit(self._start, out_shardings=shardings, donate_argnums=0)(weights, adapters, teacher)
 
     def freeze(self, weights: Any = None, teacher: Any = None) -> Frozen:
@@ -238,8 +237,19 @@ def init_params(cfg: FluxConfig, key: jax.Array) -> Any:
     inputs = (one(4, cfg.channels), one(), one(1, cfg.text_width), one(cfg.pooled_width))
     # Without constraints: a batch of one row does not divide over a mesh.
     plain = dataclasses.replace(cfg, constrain=no_constraint, per_shard=unsharded, attention="xla")
-    model = Flux(plain)
-    return model.init(key, *inputs, image_ids(4, 4), text_ids(1), *optional)["params"]
+    return Flux(plain).init(key, *inputs, image_ids(4, 4), text_ids(1), *optional)["params"]
+
+
+@lru_cache(maxsize=16)
+def weight_shapes(cfg: FluxConfig) -> Any:
+    """The weights of a network as abstract arrays."""
+    return jax.eval_shape(partial(init_params, cfg), jax.random.key(0))
+
+
+@lru_cache(maxsize=16)
+def _random_weights(cfg: FluxConfig, mesh: Mesh, min_shard: int) -> Callable[[jax.Array], Any]:
+    """Key -> weights, each device its own shards; compiled once for all runs of such a network."""
+    return jax.jit(partial(init_params, cfg), out_shardings=tree_shardings(mesh, weight_shapes(cfg), min_shard))
 
 
 def fresh_embeddings(model: FluxConfig, names: list[str]) -> dict[str, Any]:
@@ -248,7 +258,7 @@ def fresh_embeddings(model: FluxConfig, names: list[str]) -> dict[str, Any]:
     They are the same for every run and on all hardware, bit for bit and also in bfloat16 (multiples of 2^-12, of
     standard deviation 0.018): adapters that were trained on them fit again.
     """
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = weight_shapes(model)
 
     def draw(path: Any, shape: Any) -> jax.Array:
         if path_name(path) != "in_layer/kernel":

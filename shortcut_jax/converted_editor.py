@@ -1,16 +1,18 @@
 """FlowEdit with a converted pipeline: pictures through its autoencoder, edited, and back."""
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Array
 from shortcut_jax.encoders import split_rows
 from shortcut_jax.generate import Draws, bound_of, draw_arrays, numbered
+from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.editing import make_editor, make_plan
 
 if TYPE_CHECKING:
@@ -82,11 +84,15 @@ class Editor:
 
     @cached_property
     def _edit(self) -> Callable[..., Array]:
-        """Compiled once for each size, number of pictures and bound of the step count."""
-        cfg, spacing = self._pipeline.models["flux"].config, self._pipeline.sampling.spacing
+        return _edit_program(self._pipeline.models["flux"].config, self._pipeline.sampling.spacing)
 
-        @partial(jax.jit, static_argnames=("size", "bound"))
-        def edit(params: Any, shift: Array, *rest: Any, size: tuple[int, int], bound: int) -> Array:
-            return make_editor(cfg, *size, bound, shift, bound, spacing)(params, *rest)
 
-        return edit
+@lru_cache(maxsize=16)
+def _edit_program(cfg: FluxConfig, spacing: Spacing) -> Callable[..., Array]:
+    """Compiled once for each size, number of pictures and bound of the step count."""
+
+    @partial(jax.jit, static_argnames=("size", "bound"))
+    def edit(params: Any, shift: Array, *rest: Any, size: tuple[int, int], bound: int) -> Array:
+        return make_editor(cfg, *size, bound, shift, bound, spacing)(params, *rest)
+
+    return edit

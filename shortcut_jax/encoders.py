@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.core.types import Array
 from shortcut_jax.data.records import to_latents, to_pixels
-from shortcut_jax.models.clip import ClipText
-from shortcut_jax.models.t5 import T5Encoder
-from shortcut_jax.models.vae import Autoencoder, Moments, latents_from
+from shortcut_jax.models.clip import ClipConfig, ClipText
+from shortcut_jax.models.t5 import T5Config, T5Encoder
+from shortcut_jax.models.vae import Autoencoder, Moments, VaeConfig, latents_from
 from shortcut_jax.pipeline_folder import PipelineParts, open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.placing import place
@@ -128,17 +128,7 @@ class TextEncoders:
 
     @cached_property
     def _encode(self) -> Callable[..., tuple[Array, Array]]:
-        t5, clip = T5Encoder(self.models["t5"].config), ClipText(self.models["clip"].config)
-
-        def encode(
-            t5_params: Any, clip_params: Any, t5_ids_BM: Array, clip_ids_BM: Array, length_B: Array
-        ) -> tuple[Array, Array]:
-            txt_BMT: Any = t5.apply({"params": t5_params}, t5_ids_BM)
-            output: Any = clip.apply({"params": clip_params}, clip_ids_BM)
-            kept_BM = jnp.arange(txt_BMT.shape[1]) < length_B[:, None]
-            return jnp.where(kept_BM[..., None], txt_BMT, 0), output.pooled_BD
-
-        return jax.jit(encode)
+        return _text_program(self.models["t5"].config, self.models["clip"].config)
 
 
 class Halves:
@@ -193,16 +183,7 @@ class Halves:
 
     @cached_property
     def _functions(self) -> dict[str, Callable[..., Any]]:
-        vae = Autoencoder(self.model.config)
-
-        def encode(params: Any, pixels_BhwC: Array) -> Any:
-            return vae.apply({"params": params}, to_latents(pixels_BhwC), method="encode")
-
-        def decode(params: Any, latents_BhwC: Array) -> Any:
-            return vae.apply({"params": params}, latents_BhwC, method="decode")
-
-        whole = replicated(self._mesh)
-        return {"encoder": jax.jit(encode, out_shardings=whole), "decoder": jax.jit(decode, out_shardings=whole)}
+        return _halves_programs(self.model.config, self._mesh)
 
 
 def load_halves(folder: str | Path) -> Halves:
@@ -252,3 +233,35 @@ def load_text_encoder(
         return txt_1MT[0].astype(ml_dtypes.bfloat16), vec_1V[0]
 
     return encode
+
+
+@lru_cache(maxsize=16)
+def _text_program(t5_config: T5Config, clip_config: ClipConfig) -> Callable[..., tuple[Array, Array]]:
+    """Both text encoders, compiled once for all pipelines that have such ones."""
+    t5, clip = T5Encoder(t5_config), ClipText(clip_config)
+
+    @jax.jit
+    def encode(
+        t5_params: Any, clip_params: Any, t5_ids_BM: Array, clip_ids_BM: Array, length_B: Array
+    ) -> tuple[Array, Array]:
+        txt_BMT: Any = t5.apply({"params": t5_params}, t5_ids_BM)
+        output: Any = clip.apply({"params": clip_params}, clip_ids_BM)
+        kept_BM = jnp.arange(txt_BMT.shape[1]) < length_B[:, None]
+        return jnp.where(kept_BM[..., None], txt_BMT, 0), output.pooled_BD
+
+    return encode
+
+
+@lru_cache(maxsize=16)
+def _halves_programs(config: VaeConfig, mesh: Mesh) -> dict[str, Callable[..., Any]]:
+    """The two halves of an autoencoder, compiled once for all that are like it."""
+    vae = Autoencoder(config)
+
+    def encode(params: Any, pixels_BhwC: Array) -> Any:
+        return vae.apply({"params": params}, to_latents(pixels_BhwC), method="encode")
+
+    def decode(params: Any, latents_BhwC: Array) -> Any:
+        return vae.apply({"params": params}, latents_BhwC, method="decode")
+
+    whole = replicated(mesh)
+    return {"encoder": jax.jit(encode, out_shardings=whole), "decoder": jax.jit(decode, out_shardings=whole)}

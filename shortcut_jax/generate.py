@@ -1,11 +1,12 @@
 """Captions to pictures, in batches of one compiled shape on any mesh: what sample grids, reports and `sample` share."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.bounds import brief, check_seed, check_whole, is_unguided
@@ -13,6 +14,7 @@ from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import EncodeText
 from shortcut_jax.data.records import fold, stride_of, to_latents, to_pixels, unfold
+from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.resolve import sampling_start
 from shortcut_jax.runtime.sharding import batch_sharding, replicated
 from shortcut_jax.steps.editing import EditPlan, make_editor
@@ -55,6 +57,45 @@ def pixel_ends(assembly: Assembly) -> Ends:
     return Ends(text_encoder(assembly.settings, assembly.model), decode, latents)
 
 
+@lru_cache(maxsize=16)
+def _sample_program(
+    cfg: FluxConfig, size: tuple[int, int], finest: int, spacing: Spacing, mesh: Mesh
+) -> Callable[..., Any]:
+    """Compiled once for each method, with and without classifier-free guidance, and for trajectories.
+
+    All generators of networks of one kind share it, such as those of several runs that are compared.
+    """
+
+    @partial(jax.jit, static_argnames=("method", "bound", "trajectory"), out_shardings=replicated(mesh))
+    def sample(
+        params: Any,
+        seed_B: Any,
+        index_B: Any,
+        shift: Any,
+        *rest: Any,
+        method: str,
+        bound: int,
+        trajectory: bool,
+    ) -> Any:
+        sampler = make_sampler(cfg, *size, bound, shift, finest, method, trajectory, spacing)
+        return sampler(params, noise_rows(seed_B, index_B, cfg, *size), *rest)
+
+    return sample
+
+
+@lru_cache(maxsize=16)
+def _edit_program(
+    cfg: FluxConfig, size: tuple[int, int], max_steps: int, finest: int, spacing: Spacing, mesh: Mesh
+) -> Callable[..., Any]:
+    """Compiled once, and once more with classifier-free guidance."""
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def edit(params: Any, shift: Any, *rest: Any) -> Any:
+        return make_editor(cfg, *size, max_steps, shift, finest, spacing)(params, *rest)
+
+    return edit
+
+
 class Generator:
     """Samples pictures for captions from a tree of weights."""
 
@@ -75,38 +116,13 @@ class Generator:
 
     @cached_property
     def _sample(self) -> Callable[..., Any]:
-        """Compiled once for each method, with and without classifier-free guidance, and for trajectories."""
-        cfg, size = self._assembly.model, self._assembly.latent_size
-
-        @partial(
-            jax.jit, static_argnames=("method", "bound", "trajectory"), out_shardings=replicated(self._assembly.mesh)
-        )
-        def sample(
-            params: Any,
-            seed_B: Any,
-            index_B: Any,
-            shift: Any,
-            *rest: Any,
-            method: str,
-            bound: int,
-            trajectory: bool,
-        ) -> Any:
-            sampler = make_sampler(cfg, *size, bound, shift, self._finest, method, trajectory, self.spacing)
-            return sampler(params, noise_rows(seed_B, index_B, cfg, *size), *rest)
-
-        return sample
+        a = self._assembly
+        return _sample_program(a.model, a.latent_size, self._finest, self.spacing, a.mesh)
 
     @cached_property
     def _edit(self) -> Callable[..., Any]:
-        """Compiled once, and once more with classifier-free guidance."""
-        cfg, size = self._assembly.model, self._assembly.latent_size
-
-        @partial(jax.jit, out_shardings=replicated(self._assembly.mesh))
-        def edit(params: Any, shift: Any, *rest: Any) -> Any:
-            editor = make_editor(cfg, *size, self.max_steps, shift, self._finest, self.spacing)
-            return editor(params, *rest)
-
-        return edit
+        a = self._assembly
+        return _edit_program(a.model, a.latent_size, self.max_steps, self._finest, self.spacing, a.mesh)
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ from shortcut_jax.bounds import (
 )
 from shortcut_jax.converted_editor import Editor
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.generate import Draws, bound_of, draw_arrays, full_batches, numbered
 from shortcut_jax.local_path import local_path
 from shortcut_jax.models.attention import choose_backend
+from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.distributed import say
@@ -350,30 +352,34 @@ class TextToImage:
 
     @cached_property
     def _sample(self) -> Callable[..., Array]:
-        """Compiled once for each size, bound of the step count and method."""
-        cfg, spacing = self.models["flux"].config, self.sampling.spacing
-
-        @partial(jax.jit, static_argnames=("size", "bound", "method", "trajectory"))
-        def sample(
-            params: Any,
-            noise_BNC: Array,
-            condition: Condition,
-            negative: Condition | None,
-            steps: Array,
-            shift: Array,
-            scale: Array,
-            size: tuple[int, int],
-            bound: int,
-            method: str,
-            trajectory: bool,
-        ) -> Array:
-            # A shortcut model is told its step size at every step count: the record does not say which it knows.
-            sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory, spacing)
-            return sampler(params, noise_BNC, condition, steps, negative, scale)
-
-        return sample
+        return _sample_program(self.models["flux"].config, self.sampling.spacing)
 
     @cached_property
     def edit(self) -> Editor:
         """Changes pictures: a function (pictures, source_prompt, prompt, ...) -> pictures."""
         return Editor(self)
+
+
+@lru_cache(maxsize=16)
+def _sample_program(cfg: FluxConfig, spacing: Spacing) -> Callable[..., Array]:
+    """Compiled once for each size, bound of the step count and method, for all pipelines of such a network."""
+
+    @partial(jax.jit, static_argnames=("size", "bound", "method", "trajectory"))
+    def sample(
+        params: Any,
+        noise_BNC: Array,
+        condition: Condition,
+        negative: Condition | None,
+        steps: Array,
+        shift: Array,
+        scale: Array,
+        size: tuple[int, int],
+        bound: int,
+        method: str,
+        trajectory: bool,
+    ) -> Array:
+        # A shortcut model is told its step size at every step count: the record does not say which it knows.
+        sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory, spacing)
+        return sampler(params, noise_BNC, condition, steps, negative, scale)
+
+    return sample

@@ -1,5 +1,6 @@
 """Meshes and shardings: two tables, one for parameters by path and one for activations by logical axis."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
+@functools.cache
 def make_constrain(mesh: Mesh, min_shard: int = 0) -> Constrain:
     """The function by which models reach the activation table: constrain(x, logical names) -> x.
 
@@ -145,6 +147,7 @@ def make_constrain(mesh: Mesh, min_shard: int = 0) -> Constrain:
     return constrain
 
 
+@functools.cache
 def make_per_shard(mesh: Mesh) -> PerShard:
     """Wraps a kernel of q, k, v [B, L, H, K] so that each device runs it on its own rows and heads."""
     spec = P(BATCH_AXES, None, "tensor", None)

@@ -1,5 +1,6 @@
 """Validation: the flow-matching loss at fixed times with fixed noise, so that it compares between runs and steps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Validated(NamedTuple):
     count_T: Array
 
 
+@functools.lru_cache(maxsize=16)
 def make_validation(cfg: FluxConfig, rule: str, seed: int, guidance: float) -> Callable[..., Validated]:
     """A function (params, batch, index_B) -> `Validated`.
 

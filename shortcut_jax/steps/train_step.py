@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import chex
@@ -53,6 +53,7 @@ class StepSettings:
     spikes: SpikeSettings
 
 
+@lru_cache(maxsize=16)
 def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Composes objective, optimizer and averages. Jit, shardings and donation are the caller's.
 

@@ -4,6 +4,7 @@ The only file that knows whether all weights are trained, or adapters on a froze
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -98,18 +99,21 @@ def collections(weights: Weights) -> dict[str, Any]:
     return {"params": weights}
 
 
+@functools.lru_cache(maxsize=64)
+def _traced_once(cfg: FluxConfig) -> Callable[..., Any]:
+    """The network, traced once for all passes and programs that have the same shapes."""
+    return jax.jit(Flux(cfg).apply)
+
+
 def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
     """Velocity functions for latents of `height` x `width`.
 
     The returned v(x, t, d) hands d only to a model with a step-size input; other models ignore it.
     """
-    img_ids_N3 = image_ids(height, width)
-    applies = {  # each traced once for all passes of a step that have the same shapes
-        forward: jax.jit(Flux(dataclasses.replace(cfg, forward_mode=forward)).apply) for forward in (False, True)
-    }
 
     def velocity_of(weights: Weights, condition: Condition, forward: bool = False) -> StepVelocity:
-        apply, txt_ids_M3 = applies[forward], text_ids(condition.txt_BMT.shape[1])
+        apply = _traced_once(dataclasses.replace(cfg, forward_mode=forward))
+        img_ids_N3, txt_ids_M3 = image_ids(height, width), text_ids(condition.txt_BMT.shape[1])
 
         def velocity(x_BNC: Array, t_B: Array, d_B: Array | None = None) -> Array:
             out_BNC = apply(
