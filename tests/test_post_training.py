@@ -21,9 +21,17 @@ STILL = {"optimizer__learning_rate": 1e-30}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, arguments):
-    """A run of the same kind as the base with other weights."""
+    """A run of the same kind as the base with other weights: fewer steps of the same training."""
     workdir = tmp_path_factory.mktemp("other") / "run"
-    train_on_one_device(arguments(workdir, "--stop_at=1", seed=9, **BOTH_BLOCKS))
+    train_on_one_device(arguments(workdir, "--stop_at=1", **BOTH_BLOCKS))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, post_arguments):
+    """The run of `distilled`, stopped after two of its four steps."""
+    workdir = tmp_path_factory.mktemp("begun") / "run"
+    train_on_one_device(post_arguments(workdir, "--stop_at=2"))
     return workdir
 
 
@@ -45,13 +53,15 @@ def test_a_checkpoint_holds_the_adapters_and_says_where_the_base_is(distilled, t
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"train": "all"}], ids=["lora", "all"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    distilled, tmp_path, post_arguments, one_device, changes
+    distilled, begun, tmp_path, post_arguments, one_device, changes
 ):
     expected = distilled
     if changes:
         expected = tmp_path / "whole"
         assert train.main(post_arguments(expected, **changes)) == 0
-    assert train.main(post_arguments(tmp_path / "run", "--stop_at=2", **changes)) == 0
+        assert train.main(post_arguments(tmp_path / "run", "--stop_at=2", **changes)) == 0
+    else:
+        shutil.copytree(begun, tmp_path / "run")
     assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
     one, two = (_stored(w) for w in (expected, tmp_path / "run"))
     assert one.keys() == two.keys()
@@ -66,36 +76,36 @@ def _stored(workdir, step=4):
 
 
 @pytest.fixture
-def copied(distilled, trained, tmp_path):
-    """The distilled run, whose base has gone; a copy of the base stands elsewhere."""
-    meta = json.loads((distilled / "checkpoints/4/meta/metadata").read_text())
-    shutil.copytree(distilled, tmp_path / "run")
+def copied(begun, trained, tmp_path):
+    """A run whose base has gone; a copy of the base stands elsewhere."""
+    meta = json.loads((begun / "checkpoints/2/meta/metadata").read_text())
+    shutil.copytree(begun, tmp_path / "run")
     shutil.copytree(trained, tmp_path / "base")
     meta["base"]["path"] = str(tmp_path / "gone")
-    (tmp_path / "run/checkpoints/4/meta/metadata").write_text(json.dumps(meta))
+    (tmp_path / "run/checkpoints/2/meta/metadata").write_text(json.dumps(meta))
     return tmp_path / "run", tmp_path / "base"
 
 
 def test_a_base_that_moved_is_named_by_base_in_whatever_format(copied, post_arguments, one_device, tmp_path):
     workdir, base = copied
     with pytest.raises(ConfigError, match="the base has moved: name its new place with --base"):
-        train.main(post_arguments(workdir, steps=5))
+        train.main(post_arguments(workdir, "--stop_at=3"))
     with pytest.raises(ConfigError, match="gone is not there: name its new place with --base"):
         Pipeline(workdir)
     # The same weights in another format are the same base.
     assert convert.main(["convert", f"--from={base}", f"--to={tmp_path}/converted"]) == 0
-    assert train.main(post_arguments(workdir, f"--base={tmp_path}/converted", steps=5)) == 0
+    assert train.main(post_arguments(workdir, f"--base={tmp_path}/converted", "--stop_at=3")) == 0
     assert stored_meta(workdir / "checkpoints")["base"]["path"] == str(tmp_path / "converted")
 
 
-def test_a_changed_base_is_refused_when_resumed_or_sampled(distilled, other, tmp_path, post_arguments, one_device):
+def test_a_changed_base_is_refused_when_resumed_or_sampled(begun, other, tmp_path, post_arguments, one_device):
     with pytest.raises(
         ConfigError, match=r"has content [0-9a-f]{16}, but this run was trained on [0-9a-f]{16} \(then at"
     ):
-        Pipeline(distilled, base=other)
-    shutil.copytree(distilled, tmp_path / "run")
+        Pipeline(begun, base=other)
+    shutil.copytree(begun, tmp_path / "run")
     with pytest.raises(ConfigError, match="the base has changed"):
-        train.main(post_arguments(tmp_path / "run", f"--base={other}", steps=5))
+        train.main(post_arguments(tmp_path / "run", f"--base={other}", "--stop_at=3"))
 
 
 @pytest.mark.slow
