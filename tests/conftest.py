@@ -100,6 +100,17 @@ SMALL_RUN = {
 
 
 @pytest.fixture
+def own_programs():
+    """Samplers are compiled anew, for tests that count them; others take what an earlier test has compiled."""
+    from shortcut_jax import converted_editor, generate, text_to_image
+
+    for module in (generate, converted_editor, text_to_image):
+        for name in ("_sample_program", "_edit_program"):
+            if program := getattr(module, name, None):
+                program.cache_clear()
+
+
+@pytest.fixture
 def one_device(monkeypatch):
     """Mains take all devices; these tests give them one."""
     device = jax.devices()[:1]

@@ -48,9 +48,11 @@ def _reference(workdir, batch_size=FEW, **options):
 
 
 def _programs(run):
-    return [g._sample._cache_size() for g in run._generators.values()]
+    """The compiled samplers of all its generators, which share them."""
+    return sum(sampler._cache_size() for sampler in {g._sample for g in run._generators.values()})
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
     run = TrainedRun(trained)
     assert reads == ["slow"] and run.offer.views == ("slow", "online", "fast") and run.offer.height == 8
@@ -62,7 +64,7 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
             assert run.load(request) == (view != "slow" and view not in pictures)
             drawn = run.pictures(request, 2)
             assert len(drawn) == num and _close(drawn, pictures.setdefault(view, drawn)[:num])
-    assert reads == ["slow", "params", "fast"] and _programs(run) == [1, 1]
+    assert reads == ["slow", "params", "fast"] and _programs(run) == 2  # for one picture and for a few
     expected = _reference(trained)
     for view, drawn in pictures.items():
         weights = Pipeline(trained, view=view).params
@@ -73,6 +75,7 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
     assert run.program(asked()) != run.program(asked(guidance=4.0)) != run.program(asked(num=1))
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, reads):
     references = {scale: _reference(distilled, lora_scale=scale) for scale in (1.0, 0.0, 1.5)}
     run = TrainedRun(distilled, views=["slow"])
@@ -82,11 +85,12 @@ def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, 
         assert not run.load(request)
         expected = references[1.0].generate(reference.params, [SEVEN] * 2, 2)
         assert _close(run.pictures(request, 2), expected), scale
-    assert len(reads) == before and sum(_programs(run)) == 1
+    assert len(reads) == before and _programs(run) == 1
     assert run.offer.adapters and run.offer.views == ("slow",)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_programs")
 def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted_folder, tmp_path):
     shapes = param_shapes("flux", TextToImage(converted_folder).models["flux"].config)
     some = random_modules(shapes, rank=2, alpha=1.5, keep=lambda name: "to_q" in name)
@@ -183,6 +187,7 @@ def test_words_that_the_run_never_saw_are_told_of_both_prompts_of_an_edit(traine
     assert "'dog'" in run.notes(request)[0]
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_pictures_side_by_side_start_from_the_same_noise(trained):
     studio = Studio(TrainedRun(trained))
     request = make_request(studio.offer, {"prompt": SEVEN, "seed": 3, "steps": 4})

@@ -127,7 +127,8 @@ def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch
 @pytest.mark.slow
 def test_of_two_runs_in_one_workdir_the_second_is_refused_in_one_line(tmp_path, arguments):
     workdir = tmp_path / "run"
-    line = [sys.executable, "-m", "shortcut_jax.train", *arguments(workdir, **NO_REPORT, objective="flow", steps=1_000_000)[1:]]
+    argv = arguments(workdir, **NO_REPORT, objective="flow", steps=1_000_000)
+    line = [sys.executable, "-m", "shortcut_jax.train", *argv[1:]]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     told = dict(env={**os.environ, "XLA_FLAGS": flags}, text=True)
     with (tmp_path / "first.txt").open("w") as errors:

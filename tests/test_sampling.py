@@ -173,6 +173,7 @@ LINES = [
 ]
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings(trained, tmp_path, capfd):
     model = RunModel(_options(trained), pictures=2)
     (tmp_path / "00006.png").write_bytes(b"")
@@ -237,6 +238,7 @@ def grey(tmp_path_factory):
     return path, pixels
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_an_edit_between_equal_prompts_is_the_picture_and_otherwise_changes_it(trained, grey, tmp_path):
     path, pixels = grey
     out = tmp_path / "edited.png"
