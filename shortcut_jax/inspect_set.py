@@ -12,7 +12,7 @@ from shortcut_jax.command import UsageError
 from shortcut_jax.data.format import VAE, PreparedSet, SetInfo, num_bytes
 from shortcut_jax.runtime.shared_folder import check_place
 
-SAMPLE = {"pixels": 20_000, "latents": 1_000}
+SAMPLE = {"pixels": 20_000, "latents": 1_000, "captions": 1_000}
 """Records that histograms are made of: those of latents are about 2 MB each."""
 SHEET_BUCKETS, SHEET_COLUMNS, TILE = 12, 4, 192
 _BARS = 8
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
     Attributes:
       words: of each caption.
-      sizes: height and width of each original.
+      sizes: height and width of each original; none of captions alone.
       tokens: stored text states of each caption; None where all have the same number.
       of: records that they were drawn from.
     """
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 
 def inspect(folder: Path, out: Path | None) -> list[str]:
-    """Writes the sheet of a set, and returns what is to be said of it, a line each.
+    """Writes the sheet of a set with pictures, and returns what is to be said of it, a line each.
 
     Args:
       folder: of the set.
@@ -43,13 +43,17 @@ def inspect(folder: Path, out: Path | None) -> list[str]:
 
     Raises:
       DataError: there is no set, or it is damaged.
-      UsageError: the PNG cannot be written there.
+      UsageError: the PNG cannot be written there, or there is nothing to show in it.
     """
+    prepared = PreparedSet(folder)
+    if prepared.info.store == "captions":
+        if out is not None:
+            raise UsageError(f"--out={out}: {folder} is a set of captions alone, which has no pictures to show")
+        return statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
     out = out or Path(f"{folder.expanduser().resolve().name}-inspect.png")
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise UsageError(f"--out={out}: name a .png in a folder that is there")
     check_place(out, "--out", folder=False)
-    prepared = PreparedSet(folder)
     lines = statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
     sheet(prepared).save(out)
     return [*lines, f"pictures: {out}"]
@@ -67,7 +71,8 @@ def draw_sample(prepared: PreparedSet, most: int | None = None, seed: int = 0) -
     words, sizes, tokens = [], [], []
     for record in _read(records, chosen):
         words.append(len(_text(record["caption"]).split()))
-        sizes.append((int(record["height"]), int(record["width"])))
+        if info.store != "captions":
+            sizes.append((int(record["height"]), int(record["width"])))
         tokens.append(len(record["txt"]) if "txt" in record else 0)
     trimmed = info.text is not None and info.text.states == "trimmed"
     return Sample(words, sizes, tokens if trimmed else None, total)
@@ -77,13 +82,13 @@ def statistics(info: SetInfo, sample: Sample, size: int) -> list[str]:
     """What a set of `size` bytes holds, in lines."""
     lines = [f"store: {info.store}"]
     lines += [f"{split}: {info.num_records(split):,} records" for split in info.counts]
-    for i, (h, w) in enumerate(info.buckets):
+    for i, (h, w) in enumerate(info.buckets if sample.sizes else ()):
         count = sum(numbers[i] for numbers in info.counts.values())
         lines.append(f"  {h}x{w}: {count:,} ({count / info.total:.1%})")
     drawn = len(sample.words)
     if drawn < sample.of:
         lines.append(f"of {drawn:,} records, drawn from {sample.of:,} at random:")
-    for name, values in (("height", [h for h, _ in sample.sizes]), ("width", [w for _, w in sample.sizes])):
+    for name, values in zip(("height", "width"), zip(*sample.sizes, strict=True), strict=False):
         lines.append(f"{name} of originals: {min(values)} to {max(values)}, median {np.median(values):g}")
     lines += histogram("words of captions", sample.words)
     lines += histogram("tokens of captions", sample.tokens) if sample.tokens else []

@@ -15,6 +15,7 @@ from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.data.format import TEXT_DTYPES, VAE, DataError, LatentInfo, Size, TextInfo, pack_text
 from shortcut_jax.data.pictures import Picture
+from shortcut_jax.data.units import Record, Unit
 from shortcut_jax.encoders import Halves, TextEncoders, local_mesh, on_mesh
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.exported import write_component
@@ -57,7 +58,7 @@ class SetMaker:
         return {**told, "prompts": self.prompts, "complete": self.complete, "request": asked | request}
 
     def bytes_per_record(self, size: Size) -> int:
-        """About the least that a record of a bucket takes on the disk."""
+        """About the least that a record of a bucket takes on the disk; (0, 0) is one without a picture."""
         info, stride = self.text_info, self.latents.stride
         tokens = info.tokens if info.states == "full" else min(4, info.tokens)
         moments = 2 * 2 * math.prod(size) // stride**2 * self.latents.channels
@@ -103,6 +104,58 @@ class SetMaker:
             yield fields | {"vec": vec_BV[i]}, sums
 
 
+def _open_encoders(checkpoint: str | Path, states: str, why: str) -> tuple[TextEncoders, Halves, int]:
+    """Text encoders and autoencoder of a converted pipeline on this process's devices, and how many those are.
+
+    Raises:
+      ConvertedError: a model is missing, or cannot be read.
+    """
+    mesh, dtype = local_mesh()
+    parts = open_pipeline(Path(checkpoint).expanduser(), ("vae", "t5", "clip"), why)
+    parts = parts._replace(models={kind: on_mesh(model, mesh, dtype) for kind, model in parts.models.items()})
+    return TextEncoders(parts, mesh, states), Halves(parts.models["vae"], mesh), mesh.devices.size
+
+
+class CaptionEncoder(SetMaker):
+    """Unit -> its records: captions with their text states, and no pictures.
+
+    The autoencoder lies beside them, for what is sampled on them is to be seen.
+
+    Attributes:
+      units: each of so many captions.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        captions: Sequence[str],
+        states: str = "full",
+        text_tokens: int = 256,
+        text_dtype: str = "bfloat16",
+        per_device: int = 8,
+        unit: int = 4096,
+    ):
+        """Opens a converted pipeline; the arguments are those of `LatentEncoder`, and captions a unit."""
+        text, halves, devices = _open_encoders(checkpoint, states, "captions need")
+        super().__init__(text, halves, text_tokens, text_dtype, per_device * devices)
+        self._captions, self._unit = captions, unit
+        starts = range(0, len(captions), unit)
+        self.units = [
+            Unit(i, f"captions {first} to {min(first + unit, len(captions)) - 1}", min(unit, len(captions) - first))
+            for i, first in enumerate(starts)
+        ]
+
+    def __call__(self, unit: Unit) -> Iterator[Record]:
+        """The records of a unit. Raises DataError where states are not finite."""
+        start = unit.index * self._unit
+        for first in range(start, min(start + self._unit, len(self._captions)), self.batch_size):
+            chunk = self._captions[first : min(first + self.batch_size, start + self._unit)]
+            encoded = self.text.encode(padded(chunk, self.batch_size), self.text_info.tokens)
+            texts = self.text_fields(chunk, *(x[: len(chunk)] for x in encoded))
+            for i, (caption, (fields, sums)) in enumerate(zip(chunk, texts, strict=True), start=first):
+                yield Record(0, {"key": f"{i:08d}", "caption": caption, **fields}, sums)
+
+
 class LatentEncoder(SetMaker):
     """Captioned pictures to latents and text states, on all devices of this process: an `Encode`.
 
@@ -129,11 +182,8 @@ class LatentEncoder(SetMaker):
         Raises:
           ConvertedError: a model is missing, or cannot be read.
         """
-        mesh, dtype = local_mesh()
-        parts = open_pipeline(Path(checkpoint).expanduser(), ("vae", "t5", "clip"), "latents need")
-        parts = parts._replace(models={kind: on_mesh(model, mesh, dtype) for kind, model in parts.models.items()})
-        text, halves = TextEncoders(parts, mesh, states), Halves(parts.models["vae"], mesh)
-        super().__init__(text, halves, text_tokens, text_dtype, per_device * mesh.devices.size)
+        text, halves, devices = _open_encoders(checkpoint, states, "latents need")
+        super().__init__(text, halves, text_tokens, text_dtype, per_device * devices)
 
     def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
         """See `Encode`. Raises DataError where latents or states are not finite as they are stored."""

@@ -25,19 +25,20 @@ from shortcut_jax.data.inputs import NAMES, Source, SourceOptions, open_source
 from shortcut_jax.data.job import Job, Produce
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
+from shortcut_jax.data.records import STORES
 from shortcut_jax.data.writing import already_written, captions_hash, units_done, write_units
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.claim import Claim, Member, Times
 from shortcut_jax.runtime.shared_folder import check_place
 
-STORES = ("pixels", "latents")
 DEFAULT_UNIT = 4096
 PIXEL_MULTIPLE = 2
 """Sides of a picture that is trained on as pixels: a token is 2 x 2 of them."""
 USAGE = (
     "usage: python -m shortcut_jax.prepare --source=FOLDER|TARS|tfds:NAME --out=DIR "
     "[--store=pixels|latents --checkpoint=CONVERTED] [--resolution=64] [--buckets=square|aspect|published|64x64,48x80]"
-    "; or --from_teacher=CONVERTED --prompts=FILE --per_bucket=N --out=DIR; or --inspect=SET"
+    "; or --from_teacher=CONVERTED --prompts=FILE --per_bucket=N --out=DIR; or --store=captions --prompts=FILE "
+    "--checkpoint=CONVERTED --out=DIR; or --inspect=SET"
 )
 
 
@@ -69,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
     processes = join("latents" if options.from_teacher else options.store)
     with claim(Path(options.out), processes):
         pass  # a set that another command makes is refused before anything is opened
-    return (prepare_from_teacher if options.from_teacher else prepare)(options, processes)
+    if options.from_teacher:
+        return prepare_from_teacher(options, processes)
+    return (prepare_captions if options.store == "captions" else prepare)(options, processes)
 
 
 def define_flags() -> Any:
@@ -152,9 +155,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
     named = {n: getattr(options, n) for n in ("per_bucket", "steps", "guidance", "seed", "text_tokens", "text_dtype")}
     settings = TeacherSettings(prompts, buckets, per_device=options.batch or 1, unit=options.unit or 512, **named)
     teacher = TeacherData(options.from_teacher, settings, loras)
-    cuts = teacher.text.cuts(prompts, options.text_tokens)
-    for line in (*cuts[:3], *([f"{len(cuts):,} prompts are cut in all"] if len(cuts) > 3 else ())):
-        distributed.say(line)
+    tell_cuts(teacher, prompts)
     distributed.say(f"{teacher.pipeline.guidance(options.guidance)}; {options.steps} steps")
     job = Job(
         out=Path(options.out),
@@ -171,6 +172,39 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
         ),
     )
     return write(job, teacher, processes)
+
+
+def prepare_captions(options: types.SimpleNamespace, processes: Processes) -> int:
+    """Prepares a set of captions with their text states, without pictures; says what came of it."""
+    from shortcut_jax.latent_encoder import CaptionEncoder
+
+    drawn = read_prompts("eval_prompts", options.eval_prompts)
+    captions = read_prompts("prompts", options.prompts) or ()
+    text = options.text_states, options.text_tokens, options.text_dtype
+    unit = options.unit or DEFAULT_UNIT
+    encoder = CaptionEncoder(options.checkpoint, captions, *text, options.batch or 8, unit)
+    tell_cuts(encoder, captions)
+    asked = {"prompts": captions_hash(captions), "store": "captions", "unit": unit}
+    job = Job(
+        out=Path(options.out),
+        store="captions",
+        buckets=((1, 1),),
+        units=encoder.units,
+        num_items=len(captions),
+        bytes_per_record=encoder.bytes_per_record((0, 0)),
+        validation=options.validation,
+        max_skipped=options.max_skipped,
+        eval_prompts=drawn,
+        **encoder.job_fields(**asked, validation=options.validation, eval_prompts=captions_hash(drawn)),
+    )
+    return write(job, encoder, processes)
+
+
+def tell_cuts(maker: Any, captions: Sequence[str]) -> None:
+    """Says which captions are too long for the text encoders."""
+    cuts = maker.text.cuts(captions, maker.text_info.tokens)
+    for line in (*cuts[:3], *([f"{len(cuts):,} captions are cut in all"] if len(cuts) > 3 else ())):
+        distributed.say(line)
 
 
 def write(job: Job, produce: Produce, processes: Processes) -> int:
@@ -222,15 +256,24 @@ def check_options(options: types.SimpleNamespace) -> None:
     Raises:
       UsageError: there is one.
     """
-    needed = ("out", "prompts", "per_bucket") if options.from_teacher else ("source", "out")
-    if options.from_teacher is None and options.store == "latents":
-        needed = (*needed, "checkpoint")
+    if options.from_teacher:
+        needed: tuple[str, ...] = ("out", "prompts", "per_bucket")
+    else:
+        needed = {
+            "pixels": ("source", "out"),
+            "latents": ("source", "out", "checkpoint"),
+            "captions": ("out", "prompts", "checkpoint"),
+        }[options.store]
     for name in needed:
         if getattr(options, name) is None:
             raise UsageError(f"--{name} is missing; {USAGE}")
     of_sources = ("source", "checkpoint", "where", "caption_field", "template", "layout")
     if options.from_teacher and (any(getattr(options, n) for n in of_sources) or options.text_states != "full"):
         raise UsageError(f"--{', --'.join(of_sources)} and --text_states do not go with --from_teacher")
+    if options.from_teacher and options.store == "captions":
+        raise UsageError("--store=captions has no pictures to sample: give --checkpoint in place of --from_teacher")
+    if options.store == "captions" and options.source:
+        raise UsageError("--source does not go with --store=captions: name a file of captions with --prompts")
     for name in ("validation", "max_skipped"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageError(f"--{name} is {getattr(options, name):g}, but is a share, from 0 to 1")
@@ -252,6 +295,8 @@ def note_unused(options: types.SimpleNamespace) -> None:
         command.note_unused(
             options, "--from_teacher", (*OF_A_SOURCE, *(["store"] if options.store == "pixels" else []))
         )
+    elif options.store == "captions":
+        command.note_unused(options, "--store=captions", (*OF_A_SOURCE, *OF_A_TEACHER[1:], "buckets", "resolution"))
     else:
         command.note_unused(options, "--source, without --from_teacher", OF_A_TEACHER)
         command.note_unused(options, f"--store={options.store}", OF_LATENTS if options.store == "pixels" else ())

@@ -18,6 +18,8 @@ from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.data.format import VAE, DataError, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
 from shortcut_jax.data.pictures import Picture
 from shortcut_jax.data.progress import summary
+from shortcut_jax.data.records import DataSettings
+from shortcut_jax.data.training import open_set
 from shortcut_jax.encoders import load_decoder, load_text_encoder
 from shortcut_jax.latent_encoder import LatentEncoder, as_half
 from shortcut_jax.models.vae import Autoencoder
@@ -277,6 +279,38 @@ def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_
         assert relative(record["mean"].astype(np.float32), records[key]["mean"].astype(np.float32)) < 1e-3
 
 
+def _captions(converted_folder, out, prompts, **changes):
+    options = {"store": "captions", "prompts": prompts, "checkpoint": converted_folder, "out": out, "unit": 3}
+    options |= {"text_tokens": TOKENS, "validation": 0} | changes
+    return ["prepare", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.mark.slow
+def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(converted_folder, tmp_path, capfd):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([*CAPTIONS, "a red cat " * 20]) + "\n")
+    assert prepare.main([*_captions(converted_folder, tmp_path / "set", prompts), "--resolution=32"]) == 0
+    err = capfd.readouterr().err
+    assert "reads 12 tokens of 'a red cat" in err and "unused with --store=captions: --resolution" in err
+    prepared, captions = PreparedSet(tmp_path / "set"), prompts.read_text().splitlines()
+    assert (prepared.info.store, prepared.info.text.cut) == ("captions", 1)
+    assert set(prepared.info.encoders) == {"vae", "t5", "clip"} and (tmp_path / "set" / VAE).is_dir()
+    records = _records(tmp_path / "set")
+    assert [records[key]["caption"].decode().strip() for key in sorted(records)] == [c.strip() for c in captions]
+    assert all(record.keys() == {"key", "caption", "txt", "txt_exponent", "vec"} for record in records.values())
+    txt_BMT, vec_BV = TextToImage(converted_folder).text.encode(captions, TOKENS)
+    for i, key in enumerate(sorted(records)):
+        assert relative(unpack_text(records[key], prepared.info.text).astype(np.float32), txt_BMT[i]) < 4e-3
+        assert relative(records[key]["vec"], vec_BV[i]) < 1e-5
+    lines = inspect_set.inspect(tmp_path / "set", None)
+    assert "store: captions" in lines and f"train: {len(captions)} records" in lines
+    assert not any("originals" in line or "pictures:" in line for line in lines)
+    with pytest.raises(command.UsageError, match="captions alone, which has no pictures to show"):
+        inspect_set.inspect(tmp_path / "set", tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"holds captions, but data\.store is 'latents': set it to 'captions'"):
+        open_set(DataSettings(dir=str(tmp_path), name="set", store="latents"), "set")
+
+
 def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("shortcut_jax.encoders.place_on", lambda *args: pytest.fail("weights were read"))
     prompts, latin = tmp_path / "prompts.txt", tmp_path / "latin.txt"
@@ -303,6 +337,11 @@ def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_f
     fails(_arguments(source, converted_folder, out, buckets="18x16"), "18x16 is not in multiples of 4; the nearest is")
     fails(_arguments(source, source, out), "is no converted folder")
     fails(_arguments(source, converted_folder, out, batch=0), "--batch is 0")
+    captions = _captions(converted_folder, out, prompts)
+    fails([flag for flag in captions if "checkpoint" not in flag], "--checkpoint is missing")
+    fails([flag for flag in captions if "prompts" not in flag], "--prompts is missing")
+    fails([*captions, f"--source={source}"], "--source does not go with --store=captions")
+    fails(_teacher(converted_folder, out, prompts, store="captions"), "--store=captions has no pictures to sample")
     assert not out.exists()
 
 

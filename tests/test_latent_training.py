@@ -51,7 +51,7 @@ def prepared(folder, converted_folder):
 def _settings(prepared, **changes):
     data = dict(data__name=str(prepared), data__store="latents", data__stride=2, data__text_encoder="stored")
     size = dict(data__height=32, data__width=32, data__text_tokens=TOKENS)
-    return from_config(tiny_config(**data, **size, **{"model__preset": "tiny-flux", "batch_size": 8, **changes}))
+    return from_config(tiny_config(**{**data, **size, "model__preset": "tiny-flux", "batch_size": 8, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,21 @@ def test_a_run_is_evaluated_with_its_stored_states_and_a_pipeline_teaches_it_on_
     # The run's own validation set, the same as in training.
     logged = read_metrics(trained_on_latents / "metrics.jsonl")[4]["validation/mlperf/slow"]
     assert record["validation"]["slow"]["mlperf loss"] == pytest.approx(logged, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_stored_captions_alone(trained_on_latents, converted_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    options = dict(store="captions", prompts=tmp_path / "prompts.txt", out=tmp_path / "set")
+    options |= dict(checkpoint=converted_folder, text_tokens=TOKENS, validation=0)
+    assert prepare.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    rows = dict(rows__self_rows=0, rows__flow_rows=0, rows__rolled_rows=1, init_from=str(trained_on_latents))
+    settings = _settings(tmp_path / "set", data__store="captions", log_every=1, steps=2, **rows)
+    assert train.train(Assembly(settings), tmp_path / "run") == 0
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(metrics[step]["loss/rolled"] == metrics[step]["loss"] > 0 for step in (1, 2))
+    with Image.open(tmp_path / "run" / "samples" / "step_00000002.png") as grid:  # by the set's own decoder
+        assert grid.size[0] > 4 * 32 and np.asarray(grid).std() > 0
 
 
 def test_encoders_give_the_states_that_the_set_has_stored(prepared, converted_folder):

@@ -25,6 +25,8 @@ from tests.flux_pipeline import convert_pipeline, make_pipeline
 from tests.helpers import relative
 from tests.weights.lora_cases import random_modules
 
+EIGHT_DEVICES = jax.devices()
+pytestmark = pytest.mark.usefixtures("one_device_of_module")
 PROMPTS = ["a red cat with a small dog", "a photo of zebras"]
 HEIGHT, WIDTH, STEPS, TEXT_TOKENS = 24, 40, 4, 32
 TOLERANCE = 1e-4
@@ -204,7 +206,7 @@ def test_an_edit_is_guided_where_either_side_asks_for_it(schnell, monkeypatch):
 
 @pytest.mark.slow
 def test_eight_devices_with_padded_rows_equal_one(dev, converted_folder, highest_precision):
-    eight = TextToImage(converted_folder)
+    eight = TextToImage(converted_folder, devices=EIGHT_DEVICES)
     assert eight.mesh.shape["fsdp"] == 8
     prompts = [*PROMPTS, "seven"]
     actual, expected = (

@@ -54,7 +54,7 @@ _TEXT = {
 _LATENTS = {"channels": _size, "stride": _size, "scale": _number, "shift": _number}
 _or_none = lambda check: lambda x: x is None or check(x)
 _FIELDS: dict[str, Check] = {
-    "store": _one_of("pixels", "latents"),
+    "store": _one_of("pixels", "latents", "captions"),
     "buckets": lambda x: _list_of(lambda size: _list_of(_size)(size) and len(size) == 2)(x) and bool(x),
     "counts": _mapping_to(_list_of(_whole(most=2**53))),
     "request": lambda x: isinstance(x, dict),
@@ -88,5 +88,5 @@ def check_info(stored: Any) -> None:
         raise ValueError(f"its counts are not of {len(stored['buckets'])} buckets each")
     if not sum(map(sum, stored["counts"].values())):
         raise ValueError("it counts no records")
-    if stored["store"] == "latents" and not (stored["text"] and stored["latents"]):
-        raise ValueError("a set of latents has text and latents")
+    if stored["store"] != "pixels" and not (stored["text"] and stored["latents"]):
+        raise ValueError(f"a set of {stored['store']} has text and latents")

@@ -86,15 +86,15 @@ class SetInfo:
     """What a set is (`set.json`).
 
     Attributes:
-      store: `pixels` or `latents`.
-      buckets: the sizes of its pictures; a record is of exactly one of them.
+      store: `pixels`, `latents`, or `captions` without pictures.
+      buckets: the sizes of its pictures; a record is of exactly one of them. Of captions alone (1, 1).
       counts: split -> records in each bucket.
       request: the arguments that it was made with, as they are compared when it is made again.
       skipped: reason -> records left out.
       enlarged: pictures that were smaller than their bucket.
       unused: what else the source had, of which nothing was made -> how many.
       text: of a set with text states.
-      latents: of a set of latents.
+      latents: of a set of latents, or those that are sampled for the captions of one.
       encoders: model -> what it was made with: `origin` in words and `content`, a hash.
       eval_prompts: captions whose text states are stored (of a set without text states, the captions alone).
       format_version: of this layout.
@@ -147,7 +147,7 @@ def set_features(store: str, text: TextInfo | None = None, latents: LatentInfo |
 
     `key`, `caption`, and the `height` and `width` that the picture had before it was resized; then `image` (an encoded
     picture), or `mean` and `std` [h, w, c] float16 of the latents' Gaussian, `txt` [M, T] (trimmed: [length, T]),
-    `txt_exponent` (what is stored is txt / 2^exponent) and `vec` [V] float32.
+    `txt_exponent` (what is stored is txt / 2^exponent) and `vec` [V] float32. Captions alone have nothing of a picture.
     """
     from tensorflow_datasets import features as tf
 
@@ -155,14 +155,15 @@ def set_features(store: str, text: TextInfo | None = None, latents: LatentInfo |
     if store == "pixels":
         return tf.FeaturesDict(fields | {"image": tf.Image(shape=(None, None, 3), encoding_format="png")})
     if text is None or latents is None:
-        raise ValueError("a set of latents has text states and latents")
-    moments = lambda: tf.Tensor(shape=(None, None, latents.channels), dtype=np.float16, encoding="bytes")
+        raise ValueError(f"a set of {store} has text states and latents")
     length = text.tokens if text.states == "full" else None
     txt = tf.Tensor(shape=(length, text.width), dtype=TEXT_DTYPES[text.dtype], encoding="bytes")
     vec = tf.Tensor(shape=(text.pooled_width,), dtype=np.float32, encoding="bytes")
-    return tf.FeaturesDict(
-        fields | {"mean": moments(), "std": moments(), "txt": txt, "txt_exponent": np.int32, "vec": vec}
-    )
+    states = {"txt": txt, "txt_exponent": np.int32, "vec": vec}
+    if store == "captions":
+        return tf.FeaturesDict({"key": tf.Text(), "caption": tf.Text(), **states})
+    moments = lambda: tf.Tensor(shape=(None, None, latents.channels), dtype=np.float16, encoding="bytes")
+    return tf.FeaturesDict(fields | {"mean": moments(), "std": moments(), **states})
 
 
 def pack_text(txt_MT: np.ndarray, text: TextInfo, length: int) -> tuple[dict[str, Any], float, float]:
@@ -256,12 +257,13 @@ def write_set(
         lengths, size = [len(s.buckets) for s in shards[split]], sum(s.num_bytes for s in shards[split])
         return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
 
+    what = "Captions" if info.store == "captions" else f"Captioned images as {info.store}"
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=set_features(info.store, info.text, info.latents),
         split_infos=[split_info(split) for split in shards],
         check_data=False,
-        description=f"Captioned images as {info.store}, prepared by shortcut_jax.",
+        description=f"{what}, prepared by shortcut_jax.",
     )
     if prompts is not None:
         save_file({k: np.ascontiguousarray(v) for k, v in prompts.items()}, folder / PROMPTS)
@@ -299,7 +301,7 @@ class PreparedSet:
 
         from shortcut_jax.data.stored import open_records
 
-        decoders = None if decode or self.info.store == "latents" else {"image": tfds.decode.SkipDecoding()}
+        decoders = None if decode or self.info.store != "pixels" else {"image": tfds.decode.SkipDecoding()}
         self.check_split(split)
         try:
             builder = tfds.builder_from_directory(self.folder)

@@ -23,13 +23,13 @@ class Job:
     Attributes:
       out: its folder.
       request: what determines its content, as JSON: a set that is there already has to agree with it.
-      store: `pixels` or `latents`.
+      store: see `SetInfo`.
       buckets: the sizes of its pictures.
       units: what it is made of.
       num_items: records and what is left out, where that is known.
       bytes_per_record: about the least that a record takes.
       text: of a set with text states.
-      latents: of a set of latents.
+      latents: see `SetInfo`.
       encoders: see `SetInfo`.
       validation: share of the validation split.
       max_skipped: the largest share that may be left out.

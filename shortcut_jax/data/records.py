@@ -102,7 +102,8 @@ def with_images(settings: DataSettings) -> DataSettings | None:
     folder = data_folder(settings)
     if is_text(settings):
         return None
-    return replace(settings, store=PreparedSet(folder).info.store if is_prepared(folder) else "pixels")
+    store = PreparedSet(folder).info.store if is_prepared(folder) else "pixels"
+    return None if store == "captions" else replace(settings, store=store)
 
 
 def check_available(settings: DataSettings) -> None:
@@ -130,7 +131,7 @@ def check_present(settings: DataSettings, name: str) -> None:
         f"the data set {name!r} is not prepared: {folder} "
         + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not there. ")
         + (
-            "Write a text file with a caption a line, or prepare a set of images; "
+            "Write a text file with a caption a line, or prepare a set (of --store=captions, or of images); "
             if settings.store == "captions"
             else f"Make it with python -m shortcut_jax.prepare --store={settings.store} --source=... --out={folder}; "
         )

@@ -117,7 +117,8 @@ class TrainingData:
     def _check_mix(self) -> None:
         first, *others = self.sets
         facts = lambda s: (s.info.latents, s.info.text and _states(s.info.text), s.info.encoders_content)
-        for other in others if "latents" in (self.settings.store, first.info and first.info.store) else ():
+        captions, stored = self.settings.store == "captions", self.settings.text_encoder == "stored"
+        for other in others if self.settings.store == "latents" or (captions and stored) else ():
             if facts(other) != facts(first):
                 raise DataError(
                     f"the sets {first.name!r} and {other.name!r} cannot be mixed: their latents or text states are not "
