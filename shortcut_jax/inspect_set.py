@@ -45,18 +45,19 @@ def inspect(folder: Path, out: Path | None) -> list[str]:
       DataError: there is no set, or it is damaged.
       UsageError: the PNG cannot be written there, or there is nothing to show in it.
     """
+    png = out or Path(f"{folder.expanduser().resolve().name}-inspect.png")
+    if png.suffix.lower() != ".png" or not png.absolute().parent.is_dir():
+        raise UsageError(f"--out={png}: name a .png in a folder that is there")
+    check_place(png, "--out", folder=False)
     prepared = PreparedSet(folder)
-    if prepared.info.store == "captions":
-        if out is not None:
-            raise UsageError(f"--out={out}: {folder} is a set of captions alone, which has no pictures to show")
-        return statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
-    out = out or Path(f"{folder.expanduser().resolve().name}-inspect.png")
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
-        raise UsageError(f"--out={out}: name a .png in a folder that is there")
-    check_place(out, "--out", folder=False)
+    pictures = prepared.info.store != "captions"
+    if out and not pictures:
+        raise UsageError(f"--out={out}: {folder} is a set of captions alone, which has no pictures to show")
     lines = statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
-    sheet(prepared).save(out)
-    return [*lines, f"pictures: {out}"]
+    if not pictures:
+        return lines
+    sheet(prepared).save(png)
+    return [*lines, f"pictures: {png}"]
 
 
 def draw_sample(prepared: PreparedSet, most: int | None = None, seed: int = 0) -> Sample:
