@@ -23,6 +23,7 @@ STEPS, EVERY = 12, 4
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 CONFIG = {
     "model.preset": "tiny",
+    "model.double_blocks": 0,
     "batch_size": 32,
     "steps": STEPS,
     "student_steps": "(1,2,4)",
@@ -59,6 +60,7 @@ class Fault:
 
 
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
+KEEP_ONE = ("--config.keep=1",)
 FAULTS = (
     Fault("SIGTERM to process 0 only", signals=(TERM, None)),
     Fault("SIGTERM to process 1 only", signals=(None, TERM)),
@@ -74,7 +76,7 @@ FAULTS = (
         "kill -9 while saving step 8, keep=1: before step 4 goes",
         ("slow save-delete:8", "slow"),
         codes=(-9, 75),
-        config=("--config.keep=1",),
+        config=KEEP_ONE,
     ),
     Fault("process 1 fails of an error of its own in step 6", ("slow", "slow fail:6"), codes=(75, 1)),
     Fault("the batch of step 6 never comes in process 1", ("slow", "slow hang:6")),
@@ -84,8 +86,9 @@ FAULTS = (
         (None, None),
         (0, 0),
         False,
+        KEEP_ONE,
     ),
-    Fault("the folder is gone while saving step 8 (keep=1)", ("away:8", "none"), (None, None), (0, 0), False),
+    Fault("the folder is gone while saving step 8 (keep=1)", ("away:8", "none"), (None, None), (0, 0), False, KEEP_ONE),
     Fault("disk full while saving the last step", ("full:12 patience:15", "full:12 patience:15"), codes=(1, 1)),
     Fault(
         "a batch 1,000 times too large in step 8 (spikes.factor=3)",
@@ -143,8 +146,7 @@ def strike(fault: Fault, folder: Path, data: Path, reference: Path) -> dict[str,
 
     workdir, logs = folder / "run", folder
     folder.mkdir(parents=True)
-    extra = (*fault.config, *(("--config.keep=1",) if "keep=1" in fault.name else ()))
-    argv = command_line(workdir, data, *extra)
+    argv = command_line(workdir, data, *fault.config)
     pair = start_two(argv, logs, fault.faults)
     if any(fault.signals):
         wait_for(lambda: max(losses(workdir), default=0) >= 5 if (workdir / "metrics.jsonl").exists() else False)
