@@ -43,7 +43,8 @@ def test_a_run_is_resumed_by_its_own_config(stored, data_dir, tmp_path, capfd):
 
 def test_a_converted_pipeline_has_the_weights_of_its_run(stored, tmp_path):
     for name in ("run", "converted"):
-        assert convert.main(["convert", f"--from={stored}/{name}", f"--to={tmp_path}/{name}.safetensors"]) == 0
+        argv = ["convert", f"--from={stored}/{name}", "--format=bfl", f"--to={tmp_path}/{name}.safetensors"]
+        assert convert.main(argv) == 0
     run, converted = (load_file(tmp_path / f"{name}.safetensors") for name in ("run", "converted"))
     assert run.keys() == converted.keys() and len(run) > 30
     assert all(np.array_equal(value, converted[name]) for name, value in run.items())
