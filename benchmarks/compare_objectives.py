@@ -32,6 +32,7 @@ from shortcut_jax import command
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.config_file import load_config
 from shortcut_jax.core.json_text import to_json
+from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation.subject import RunSubject
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say
@@ -184,12 +185,10 @@ def main(argv: Sequence[str]) -> int:
     options = command.parse(values, argv, USAGE)
     for method in options.methods:
         if method not in METHODS:
-            raise command.UsageError(f"there is no method {method!r}: choose of {', '.join(METHODS)}")
+            raise UsageError(f"there is no method {method!r}: choose of {', '.join(METHODS)}")
     for change in options.vary:
         if not change.split() or not all("=" in one for one in change.split()):
-            raise command.UsageError(
-                f"--vary={change} is not FIELD=VALUE, such as --vary=optimizer.learning_rate=0.003"
-            )
+            raise UsageError(f"--vary={change} is not FIELD=VALUE, such as --vary=optimizer.learning_rate=0.003")
     for seed in command.whole_numbers("seeds", options.seeds, 0, 2**32 - 1):  # a seed of all methods, then the next
         for change in () if options.table else options.vary or [""]:
             for method in options.methods:
@@ -252,7 +251,7 @@ def teacher_of(run: Run, runs: Path) -> Path:
     teacher = Run(run.set, "flow", "", run.teacher_steps, run.seed)
     workdir = runs / run.set / teacher.path.stem
     if not (workdir / "checkpoints").is_dir():
-        raise command.UsageError(
+        raise UsageError(
             f"{run.label} learns from {workdir}, which is not there: make it with --methods=flow --seeds={run.seed} "
             f"--steps={run.teacher_steps} (and without {teacher.path.name}, if that is there)"
         )
@@ -265,7 +264,7 @@ def equal_steps(run: Run) -> int:
     Raises UsageError for one that learns from a teacher, whose steps and network are others.
     """
     if run.distils:
-        raise command.UsageError(f"--equal_compute is for methods that train from scratch, which {run.method} does not")
+        raise UsageError(f"--equal_compute is for methods that train from scratch, which {run.method} does not")
 
     def flops(one: Run) -> float:
         config = load_config(one.config, {key: str(value) for key, value in one.changes.items()})

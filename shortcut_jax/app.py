@@ -22,7 +22,7 @@ from shortcut_jax.app_guard import MAX_UPLOAD, Guard, Hosts, hosts_of
 from shortcut_jax.app_models import ConvertedPipeline, Model, TrainedRun
 from shortcut_jax.app_request import SIZE_UNIT, make_request
 from shortcut_jax.app_studio import Studio
-from shortcut_jax.command import UsageError
+from shortcut_jax.errors import UsageError
 from shortcut_jax.runtime.compiling import keep_programs
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.joining import find_place

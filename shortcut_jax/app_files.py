@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from shortcut_jax.app_guard import MAX_UPLOAD
-from shortcut_jax.app_request import RequestError
 from shortcut_jax.data.images import BadImage, decode, fit
+from shortcut_jax.errors import RequestError
 from shortcut_jax.pictures_out import IMAGE, Record, layout_of, save_picture, to_image
 
 DISPLAYED = 256

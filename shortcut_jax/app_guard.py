@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from shortcut_jax.command import UsageError
+from shortcut_jax.errors import UsageError
 
 MAX_UPLOAD = 32 * 2**20
 """Bytes of an uploaded image."""

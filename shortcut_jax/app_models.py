@@ -12,13 +12,13 @@ import numpy as np
 from shortcut_jax.app_request import MAX_STEPS, SIZE_UNIT, Offer, Request
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.data.datasets import EMBEDDED, captions
-from shortcut_jax.data.format import DataError, PreparedSet
+from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.data.records import data_folder, is_prepared
+from shortcut_jax.errors import ConvertedError, DataError
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import rescaled
 from shortcut_jax.pictures_out import Record
 from shortcut_jax.pipeline import Pipeline
-from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.distributed import tell
 from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import tree_shardings

@@ -23,13 +23,12 @@ from shortcut_jax.app_request import (
     SIZE_UNIT,
     Offer,
     Request,
-    RequestError,
     make_edit,
     make_request,
 )
 from shortcut_jax.app_studio import COMPARED, REPEATS, SHORT, Answer, Studio
-from shortcut_jax.command import EXPECTED_ERRORS
 from shortcut_jax.core.flow import METHODS
+from shortcut_jax.errors import UserError
 from shortcut_jax.report import count_label
 from shortcut_jax.runtime.distributed import say
 
@@ -40,9 +39,6 @@ KEPT = (60, 1200)
 """Seconds between looks at old pictures, and the age at which their files are deleted."""
 
 RANDOM_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
-
-TOLD: tuple[type[Exception], ...] = (RequestError, *EXPECTED_ERRORS)
-"""Errors whose text is for the visitor."""
 
 Controls = dict[str, Any]
 """The component of each field of a request."""
@@ -287,7 +283,7 @@ def told() -> Iterator[None]:
     """
     try:
         yield
-    except TOLD as error:
+    except UserError as error:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
     except Exception as error:
         say(traceback.format_exc())

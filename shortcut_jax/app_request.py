@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shortcut_jax.core.flow import METHODS
+from shortcut_jax.errors import RequestError
 
 MAX_STEPS = 64
 MAX_PICTURES = 16
@@ -43,10 +44,6 @@ EDIT_FIELDS = {
     "skip": "first steps that are left out: the more, the closer to the image",
 }
 """The fields that an edit adds, or that mean something else in it."""
-
-
-class RequestError(ValueError):
-    """A request that is not answered: one line that says what is wrong, and what would do."""
 
 
 class Offer(NamedTuple):

@@ -11,7 +11,8 @@ import numpy as np
 
 from shortcut_jax import __version__
 from shortcut_jax.app_models import Model
-from shortcut_jax.app_request import Offer, Request, RequestError
+from shortcut_jax.app_request import Offer, Request
+from shortcut_jax.errors import RequestError
 from shortcut_jax.pictures_out import Record
 
 COMPARED = (1, 2, 4, 32)

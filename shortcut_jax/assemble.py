@@ -16,6 +16,7 @@ from shortcut_jax.data.format import PreparedSet, Size
 from shortcut_jax.data.records import data_folder, is_prepared, latent_size
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.data.words import encode_words
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.models.attention import unsharded
 from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import Flux, FluxConfig
@@ -40,7 +41,7 @@ from shortcut_jax.runtime.sharding import (
     replicated,
     tree_shardings,
 )
-from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.settings import Settings
 from shortcut_jax.steps.objectives import OBJECTIVES, row_group
 from shortcut_jax.steps.optim import make_optimizer
 from shortcut_jax.steps.state import TrainState, init_state

@@ -16,8 +16,8 @@ import numpy as np
 from shortcut_jax import command
 from shortcut_jax.bench_sampling import bench_sampling
 from shortcut_jax.check_training import assemble_training
-from shortcut_jax.command import UsageError
 from shortcut_jax.config_file import set_field
+from shortcut_jax.errors import UsageError
 from shortcut_jax.fields import unknown
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.distributed import say

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import jax
 
 from shortcut_jax.assemble import Assembly
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.generate import Generator
 from shortcut_jax.report import count_label, markdown
 from shortcut_jax.runtime.compiling import CompileClock
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.settings import Settings
 from shortcut_jax.steps.views import whole
 
 _STRETCH = 0.2

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from shortcut_jax.errors import UserError
+from shortcut_jax.errors import BoundsError
 from shortcut_jax.steps.sampling import seed_bits
 
 MAX_STEPS = 1000
@@ -13,10 +13,6 @@ MAX_IMAGES = 100_000
 MAX_BATCH = 65_536
 MAX_TOKENS = 4096
 """Bounds of steps, pixels a side, images a prompt, images at once, and tokens of a prompt."""
-
-
-class BoundsError(UserError):
-    """A number, a seed or a prompt that no model can be asked for."""
 
 
 def check_whole(name: str, value: Any, most: int, least: int = 1) -> int:

@@ -6,9 +6,10 @@ from shortcut_jax.core.latents import PATCH
 from shortcut_jax.data.format import Size, TextInfo
 from shortcut_jax.data.records import stride_of
 from shortcut_jax.data.training import OpenSet, TrainingData
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import PRESETS
-from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.settings import Settings
 
 
 def check_data(s: Settings, cfg: FluxConfig, data: TrainingData) -> None:

@@ -1,6 +1,7 @@
 """Settings of what a run survives: spikes, hangs, lost processes."""
 
-from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.errors import ConfigError
+from shortcut_jax.settings import Settings
 
 
 def check_faults(s: Settings) -> None:

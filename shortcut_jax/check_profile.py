@@ -1,7 +1,8 @@
 """The window of steps that a run profiles, checked before anything is compiled."""
 
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.runtime.profiling import parse_steps
-from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.settings import Settings
 
 
 def check_profile(s: Settings) -> None:

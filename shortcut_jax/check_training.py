@@ -6,7 +6,8 @@ from typing import Any
 
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.settings import ConfigError, Settings
+from shortcut_jax.errors import ConfigError
+from shortcut_jax.settings import Settings
 from shortcut_jax.steps.optim import OptimizerSettings
 
 

@@ -18,29 +18,14 @@ from absl import flags, logging
 
 from shortcut_jax import __version__
 from shortcut_jax.config_file import load_config
-from shortcut_jax.data.format import DataError
-from shortcut_jax.errors import UserError
+from shortcut_jax.errors import (
+    UsageError,
+    UserError,
+)
 from shortcut_jax.fields import field_help
 from shortcut_jax.local_path import local_path
 from shortcut_jax.runtime import failures
-from shortcut_jax.runtime.agreement import AgreementError
-from shortcut_jax.runtime.checkpoint import CheckpointError
-from shortcut_jax.runtime.converted import ConvertedError
-from shortcut_jax.runtime.lobby import JoinError
-from shortcut_jax.runtime.safetensors import SafetensorsError
-from shortcut_jax.runtime.shared_folder import FolderError
-from shortcut_jax.runtime.targets import TargetError
-from shortcut_jax.settings import ConfigError, Settings, known_fields
-from shortcut_jax.weights.rules import ConversionError
-
-
-class UsageError(UserError):
-    """A command line that cannot be run."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: weights or losses are not finite."""
-
+from shortcut_jax.settings import Settings, known_fields
 
 PATH_FLAGS = (
     *("workdir", "checkpoint", "base", "encoders", "lora", "teacher", "from_teacher", "inception", "clip"),
@@ -51,23 +36,6 @@ PATH_FLAGS = (
 
 _LONGEST_LINE = 400
 """Characters of what the parser of flags says: it repeats a value, however long."""
-
-EXPECTED_ERRORS: tuple[type[Exception], ...] = (
-    UserError,
-    TrainingError,
-    ConfigError,
-    DataError,
-    CheckpointError,
-    ConversionError,
-    TargetError,
-    ConvertedError,
-    SafetensorsError,
-    JoinError,
-    AgreementError,
-    FolderError,
-    flags.Error,
-)
-"""Errors that are told as one line, without a traceback; the exit code is 1, or what their `exit_code` says."""
 
 
 def new_flags() -> flags.FlagValues:
@@ -309,14 +277,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:
-    """Runs a main and exits: its code, or 1 with one line for an expected error, or 130 for Ctrl-C.
+    """Runs a main and exits with its code; with 1, or the error's `exit_code`, and one line for a UserError.
 
-    Where it is one of several processes, an error ends the others too.
+    Ctrl-C is code 130. Where this is one of several processes, an error ends the others too.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is meant
     try:
         code = main(sys.argv if argv is None else argv) or 0
-    except EXPECTED_ERRORS as error:
+    except (UserError, flags.Error) as error:
         line, code = _one_line(error), getattr(error, "exit_code", 1)
         failures.fail(line, code, code)
         print(f"error: {line}", file=sys.stderr, flush=True)

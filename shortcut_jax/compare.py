@@ -14,6 +14,7 @@ import numpy as np
 
 from shortcut_jax import command
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.errors import UsageError
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.report import Score, cell, count_label, grid_captions, markdown, reference_of, score
 from shortcut_jax.runtime.distributed import say
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     data = dataclasses.replace(data, dir=options.data_dir or data.dir, mix=(), weights=())
     reference = reference_of(TrainingData(data))
     if isinstance(reference, str):
-        raise command.UsageError(f"{options.workdir[0]} cannot be compared in pixels: {reference}")
+        raise UsageError(f"{options.workdir[0]} cannot be compared in pixels: {reference}")
     scores: dict[str, list[Score]] = {}
     for name, pipeline in zip(names, pipelines, strict=True):
         scores[name] = []

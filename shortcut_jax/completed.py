@@ -8,8 +8,8 @@ import numpy as np
 from shortcut_jax.assemble import BASE_DTYPE, FRESH_INPUTS, fresh_embeddings
 from shortcut_jax.core.fingerprint import fingerprint_of
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConvertedError
 from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.weights.params import Cast, Params, Spec, shapes_of, spec_of
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from shortcut_jax.errors import UserError
+from shortcut_jax.errors import ConfigError, UserError
 from shortcut_jax.fields import unknown
-from shortcut_jax.settings import ConfigError, complete, known_fields, parse_field
+from shortcut_jax.settings import complete, known_fields, parse_field
 
 _LOCKED = re.compile(r"Key \\*\"(\w+)\\*\" does not exist and cannot be added")
 _LONGEST_REASON = 300

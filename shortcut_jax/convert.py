@@ -17,15 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from shortcut_jax import command
-from shortcut_jax.command import UsageError
 from shortcut_jax.core.schedules import start_of
+from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
 from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.converted import (
     RECORD,
-    ConvertedError,
     LoraInfo,
     Sampling,
     Stored,
@@ -57,7 +56,6 @@ from shortcut_jax.weights.finite import Finite
 from shortcut_jax.weights.lora import Merged, Modules, check_values, record_of, stack
 from shortcut_jax.weights.lora_files import kohya_notes, to_kohya, to_peft
 from shortcut_jax.weights.params import Cast, shapes_of
-from shortcut_jax.weights.rules import ConversionError
 
 FORMATS = ("orbax", "diffusers", "bfl", "comfy")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

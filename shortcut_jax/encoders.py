@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.core.types import Array
 from shortcut_jax.data.records import to_latents, to_pixels
+from shortcut_jax.errors import ConvertedError
 from shortcut_jax.models.clip import ClipConfig, ClipText
 from shortcut_jax.models.t5 import T5Config, T5Encoder
 from shortcut_jax.models.vae import Autoencoder, Moments, VaeConfig, latents_from
 from shortcut_jax.pipeline_folder import PipelineParts, open_pipeline
-from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import (
     MeshShape,

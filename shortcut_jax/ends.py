@@ -9,8 +9,8 @@ from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.data.format import VAE
 from shortcut_jax.data.records import data_folder, is_prepared
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.generate import Ends, pixel_ends
-from shortcut_jax.settings import ConfigError
 
 
 def training_ends(assembly: Assembly, data: TrainingData) -> Ends:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax import command
-from shortcut_jax.command import UsageError
 from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.format import Size
 from shortcut_jax.data.pipeline import evenly, read_many
 from shortcut_jax.data.resize import RESIZES
+from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
 from shortcut_jax.evaluation.reference import open_reference, save_reference

@@ -11,18 +11,18 @@ import numpy as np
 from shortcut_jax.assemble import FRESH_INPUTS, Assembly, fresh_embeddings
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConfigError, ConversionError
 from shortcut_jax.local_path import download_hint, local_path
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.runtime.distributed import say, tell
 from shortcut_jax.runtime.placing import place
-from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import Model, base_of, holds_lora, open_lora, open_models, param_shapes, sampling_of
 from shortcut_jax.steps.state import TrainState
 from shortcut_jax.steps.views import Frozen
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack
-from shortcut_jax.weights.rules import ConversionError, nest
+from shortcut_jax.weights.rules import nest
 
 GEOMETRY = (
     *("double_blocks", "single_blocks", "width", "heads", "axes", "channels", "text_width", "pooled_width"),

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.format import VAE, PreparedSet, SetInfo, num_bytes
+from shortcut_jax.errors import UsageError
 from shortcut_jax.runtime.shared_folder import check_place
 
 SAMPLE = {"pixels": 20_000, "latents": 1_000, "captions": 1_000}

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from shortcut_jax import command
+from shortcut_jax.errors import UsageError, UserError
 from shortcut_jax.painting import paint
 from shortcut_jax.pictures_out import Output
 from shortcut_jax.runtime.distributed import say
@@ -55,7 +55,7 @@ def interact(
                 wanted = _set(model, wanted, line)
             elif line:
                 _answer(model, dataclasses.replace(wanted, prompts=(line,)), output, trajectory)
-        except command.EXPECTED_ERRORS as error:
+        except UserError as error:
             say(f"error: {error}")
         except KeyboardInterrupt:
             say("interrupted")
@@ -68,11 +68,11 @@ def _set(model: SampleModel, wanted: Wanted, line: str) -> Wanted:
         say(HELP)
         return wanted
     if name not in _READ:
-        raise command.UsageError(f"there is no setting :{name}; :help tells those there are")
+        raise UsageError(f"there is no setting :{name}; :help tells those there are")
     try:
         changed = dataclasses.replace(wanted, **_READ[name](text.strip()))  # type: ignore[arg-type]
     except ValueError as error:
-        raise command.UsageError(f":{name} {text}: cannot be read; :help shows an example") from error
+        raise UsageError(f":{name} {text}: cannot be read; :help shows an example") from error
     changed.check()
     model.check(changed)
     return changed

@@ -13,10 +13,11 @@ import numpy as np
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.data.format import TEXT_DTYPES, VAE, DataError, LatentInfo, Size, TextInfo, pack_text
+from shortcut_jax.data.format import TEXT_DTYPES, VAE, LatentInfo, Size, TextInfo, pack_text
 from shortcut_jax.data.pictures import Picture
 from shortcut_jax.data.units import Record, Unit
 from shortcut_jax.encoders import Halves, TextEncoders, local_mesh, on_mesh
+from shortcut_jax.errors import DataError
 from shortcut_jax.pipeline_folder import open_pipeline
 from shortcut_jax.runtime.exported import write_component
 

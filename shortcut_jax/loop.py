@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from shortcut_jax import command
 from shortcut_jax.assemble import Assembly, mean_flops, text_encoder
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.data.pipeline import BatchReader, ahead, batches
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.errors import CheckpointError, TrainingError
 from shortcut_jax.initial import BaseRecord
 from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints
+from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.heartbeat import Progress
 from shortcut_jax.runtime.logs import LOGGER
@@ -33,7 +33,7 @@ from shortcut_jax.validation import Validation
 from shortcut_jax.workdir import meta_of, remedy
 
 
-class DivergedError(command.TrainingError):
+class DivergedError(TrainingError):
     """More steps in a row were skipped than the run bears."""
 
     def __init__(self, message: str, skipped: int):
@@ -152,12 +152,10 @@ def finite_kept(
         try:
             with busy(outputs, "saving", step):
                 save(step, assembly, outputs, state, metrics, last=True, stopped=stop.skipped)
-        except (CheckpointError, command.TrainingError) as error:
-            raise command.TrainingError(f"{stop}; {error}") from stop
+        except (CheckpointError, TrainingError) as error:
+            raise TrainingError(f"{stop}; {error}") from stop
         outputs.progress.note()
-        raise command.TrainingError(
-            f"{stop}; saved step {step} in {where}: {remedy(outputs.workdir, stop.skipped)}"
-        ) from stop
+        raise TrainingError(f"{stop}; saved step {step} in {where}: {remedy(outputs.workdir, stop.skipped)}") from stop
 
 
 @contextlib.contextmanager
@@ -235,7 +233,7 @@ def save(
     was `stopped` by so many skipped steps says so in what is stored.
     """
     if not np.isfinite(float(metrics["param_norm"])):
-        raise command.TrainingError(f"step {step}: the weights are not finite, so they were not saved")
+        raise TrainingError(f"step {step}: the weights are not finite, so they were not saved")
     if step in outputs.checkpoints.steps():
         return
     try:

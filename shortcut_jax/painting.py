@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, fit
+from shortcut_jax.errors import UsageError
 from shortcut_jax.pictures_out import IMAGE, Output, layout_of
 from shortcut_jax.runtime.compiling import CompileClock
 from shortcut_jax.runtime.distributed import say

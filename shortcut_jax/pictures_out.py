@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shortcut_jax.command import UsageError
+from shortcut_jax.errors import UsageError
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.runtime.shared_folder import check_place

@@ -15,13 +15,14 @@ from shortcut_jax.data.datasets import EMBEDDED, captions
 from shortcut_jax.data.records import stride_of
 from shortcut_jax.data.words import count_words
 from shortcut_jax.ends import sampling_ends
+from shortcut_jax.errors import CheckpointError, ConfigError
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import freeze, load_base, open_initial
 from shortcut_jax.local_path import local_path
 from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints, stored_meta
+from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
-from shortcut_jax.settings import ConfigError, complete
+from shortcut_jax.settings import complete
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.views import TEACHER, VIEWS, Adapted, teacher_of
 from shortcut_jax.weights.finite import check_placed

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from shortcut_jax import command
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.buckets import parse_buckets
 from shortcut_jax.data.format import INFO, Size
 from shortcut_jax.data.inputs import Source, open_source
@@ -26,6 +25,7 @@ from shortcut_jax.data.job import Job, Produce
 from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.data.progress import summary
 from shortcut_jax.data.writing import already_written, captions_hash, units_done, write_units
+from shortcut_jax.errors import UsageError
 from shortcut_jax.prepare_options import DEFAULT_UNIT, USAGE, check_options, define_flags, note_unused, source_options
 from shortcut_jax.runtime import distributed
 from shortcut_jax.runtime.claim import Claim, Member, Times

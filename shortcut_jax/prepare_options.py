@@ -4,10 +4,10 @@ import types
 from typing import Any
 
 from shortcut_jax import command
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.format import TEXT_DTYPES
 from shortcut_jax.data.inputs import NAMES, SourceOptions
 from shortcut_jax.data.records import STORES
+from shortcut_jax.errors import UsageError
 
 DEFAULT_UNIT = 4096
 USAGE = (

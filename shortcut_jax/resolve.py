@@ -11,11 +11,12 @@ from shortcut_jax.check_values import check_values
 from shortcut_jax.core.schedules import StudentSteps, weights_for_share
 from shortcut_jax.data.records import STORES, latent_size, stride_of
 from shortcut_jax.differences import flatten
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.models.attention import BACKENDS, choose_backend
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.sharding import MESH_AXES, MeshShape
-from shortcut_jax.settings import ConfigError, Settings, build, check_paths, to_dict
+from shortcut_jax.settings import Settings, build, check_paths, to_dict
 from shortcut_jax.steps.evals import RULES
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
 from shortcut_jax.steps.optim import SCHEDULES

@@ -14,8 +14,8 @@ from PIL import Image
 
 from shortcut_jax import command
 from shortcut_jax.bounds import MAX_BATCH, check_prompts, check_whole
-from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
+from shortcut_jax.errors import UsageError
 from shortcut_jax.interactive import interact
 from shortcut_jax.painting import fit_picture, paint, read_picture, repaint
 from shortcut_jax.pictures_out import Output, names_folder

@@ -11,10 +11,10 @@ import numpy as np
 
 from shortcut_jax import __version__, command
 from shortcut_jax.bounds import MAX_IMAGES, MAX_STEPS, check_prompts, check_seed, check_whole
-from shortcut_jax.command import UsageError
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.schedules import Spacing, sampling_grid
+from shortcut_jax.errors import UsageError
 from shortcut_jax.pictures_out import Record
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.distributed import say, tell

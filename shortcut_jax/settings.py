@@ -18,15 +18,12 @@ from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.core.schedules import AlphaSchedule, ShiftRange, StudentSteps
 from shortcut_jax.core.spikes import SpikeSettings
 from shortcut_jax.data.records import DataSettings
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.fields import FieldError, describe, field_types, parse_text, split_hint, unknown
 from shortcut_jax.local_path import local_path
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.watchdog import WatchdogSettings
 from shortcut_jax.steps.optim import OptimizerSettings
-
-
-class ConfigError(ValueError):
-    """A config that cannot run: one line that says what is wrong, with the values, and how to mend it."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from shortcut_jax.completed import Completed
 from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConversionError, ConvertedError
 from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.clip import ClipPair, ClipText
 from shortcut_jax.models.flux import FluxConfig
@@ -20,7 +21,7 @@ from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.resolve import from_config, model_config, sampling_start
 from shortcut_jax.runtime.checkpoint import step_folders, stored_meta
-from shortcut_jax.runtime.converted import RECORD, ConvertedError, OrbaxParams, Sampling, read_record
+from shortcut_jax.runtime.converted import RECORD, OrbaxParams, Sampling, read_record
 from shortcut_jax.runtime.geometry import Found, describe
 from shortcut_jax.runtime.json_objects import parse_json, read_json
 from shortcut_jax.runtime.pretrained import open_pretrained, open_tensors
@@ -32,7 +33,7 @@ from shortcut_jax.weights.lora import check as check_lora
 from shortcut_jax.weights.lora_files import METADATA_KEY, alpha_origin, header_notes, read
 from shortcut_jax.weights.lora_names import is_lora
 from shortcut_jax.weights.params import Spec, shapes_of, specs_of
-from shortcut_jax.weights.rules import ConversionError, Converted
+from shortcut_jax.weights.rules import Converted
 
 PIPELINE_KINDS = ("flux", "vae", "clip", "t5")
 """What pictures are made with."""

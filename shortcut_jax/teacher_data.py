@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from shortcut_jax.command import UsageError
 from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.data.format import Size
 from shortcut_jax.data.units import Record, Unit
 from shortcut_jax.data.writing import captions_hash
+from shortcut_jax.errors import UsageError
 from shortcut_jax.latent_encoder import SetMaker, as_half, padded
 from shortcut_jax.text_to_image import TextToImage
 

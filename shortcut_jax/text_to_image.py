@@ -26,12 +26,12 @@ from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
+from shortcut_jax.errors import ConvertedError
 from shortcut_jax.generate import Draws, bound_of, draw_arrays, full_batches, numbered
 from shortcut_jax.local_path import local_path
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.pipeline_folder import open_pipeline
-from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
 from shortcut_jax.sources import open_loras

@@ -21,6 +21,7 @@ from shortcut_jax.data.records import check_available
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.differences import compare, flatten
 from shortcut_jax.ends import training_ends
+from shortcut_jax.errors import UsageError
 from shortcut_jax.generate import Generator
 from shortcut_jax.local_path import local_path
 from shortcut_jax.loop import Outputs, busy, grid_name, loop, show
@@ -92,11 +93,11 @@ def _check_flags(options: Any) -> None:
         of_training = ("workdir", "stop_at", "coordinator", "num_processes", "process_id", "join_timeout")
         command.note_unused(options, "--dry_run", of_training)
     if options.stop_at is not None and options.stop_at < 1:
-        raise command.UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
+        raise UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     if options.base is not None and "base" in options.overridden:
-        raise command.UsageError("give --base or --config.base, not both")
+        raise UsageError("give --base or --config.base, not both")
     if options.workdir is None and options.config_path.suffix == ".json" and not options.dry_run:
-        raise command.UsageError(f"--config={options.config_path} repeats a run: name its folder with --workdir")
+        raise UsageError(f"--config={options.config_path} repeats a run: name its folder with --workdir")
 
 
 OF_A_HOST = ("data.dir", "data.threads", "data.workers", "base")

@@ -9,12 +9,13 @@ import jax
 
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.differences import compare
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.initial import BaseRecord, Initial, freeze, open_initial, start
 from shortcut_jax.resolve import mesh_shape, objective_settings
 from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints, stored_meta
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.sharding import describe_shardings, replicated, summarise_shardings
-from shortcut_jax.settings import ConfigError, Settings, read_stored, to_dict
+from shortcut_jax.settings import Settings, read_stored, to_dict
 from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.state import TrainState, from_items, to_counters, to_items
 from shortcut_jax.steps.views import Frozen

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import Pipeline, command, convert, sample, sources, train
+from shortcut_jax import Pipeline, convert, sample, sources, train
 from shortcut_jax.core.latents import image_ids, patchify, text_ids
 from shortcut_jax.core.schedules import sampling_grid
-from shortcut_jax.settings import ConfigError
+from shortcut_jax.errors import ConfigError, UsageError
 from shortcut_jax.sources import open_lora, open_models
 from shortcut_jax.steps.sampling import draw_noise, make_sampler
 from shortcut_jax.weights.rules import nest
@@ -47,7 +47,7 @@ def test_the_sample_command_takes_scale_and_base(distilled, trained, tmp_path, o
         (["--lora_scale=1", "--lora_scale=2"], "a workdir has one set of adapters"),
         (["--lora=x.safetensors"], "--lora goes with --checkpoint"),
     ):
-        with pytest.raises(command.UsageError, match=message):
+        with pytest.raises(UsageError, match=message):
             sample.main([*argv, *extra])
 
 
@@ -85,7 +85,7 @@ def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, 
     assert all(np.array_equal(again.params[k], merged.params[k]) for k in merged.params)
     views = [_modules(distilled, v) for v in ("online", "fast")]
     assert not np.array_equal(*(next(iter(m.values())).up for m in views))
-    with pytest.raises(command.UsageError, match="--merged goes with one --from, the workdir of a run that trained"):
+    with pytest.raises(UsageError, match="--merged goes with one --from, the workdir of a run that trained"):
         convert.main(["convert", f"--from={trained}", f"--to={tmp_path}/x", "--merged"])
 
 
@@ -115,7 +115,7 @@ def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path,
     # The base is bfloat16 in training, and merged as it is stored.
     assert relative(one, two) <= 0.02
     # Adapters alone are of no use to a base without the embedding.
-    with pytest.raises(command.UsageError, match="guidance embedding that its base has not"):
+    with pytest.raises(UsageError, match="guidance embedding that its base has not"):
         convert.main(["convert", f"--from={tmp_path}/run", f"--to={tmp_path}/x.safetensors", "--format=diffusers"])
     # Its merged weights have the embedding, which must not be guided once more.
     with pytest.raises(ConfigError, match="has a guidance embedding already"):

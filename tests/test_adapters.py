@@ -9,6 +9,7 @@ import pytest
 from shortcut_jax import command, convert, evaluate, sample
 from shortcut_jax.app_models import ConvertedPipeline
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.evaluation.subject import ConvertedSubject
 from shortcut_jax.initial import open_initial
 from shortcut_jax.models.presets import preset
@@ -18,7 +19,7 @@ from shortcut_jax.text_to_image import TextToImage
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.rules import ConversionError, to_torch
+from shortcut_jax.weights.rules import to_torch
 from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_assembly
 from tests.weights.lora_cases import CFG, random_modules
 

@@ -12,8 +12,8 @@ import pytest
 
 from shortcut_jax import bench, command, dry_run, train
 from shortcut_jax.bench_sampling import Timed, share
+from shortcut_jax.errors import TargetError
 from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime.targets import TargetError
 from tests.helpers import BOTH_BLOCKS, tiny_config
 
 TINY = [

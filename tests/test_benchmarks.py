@@ -8,6 +8,7 @@ from PIL import Image
 
 from benchmarks import compare_objectives, objectives_page
 from shortcut_jax.config_file import load_config
+from shortcut_jax.errors import UsageError
 from shortcut_jax.resolve import from_config
 
 
@@ -63,7 +64,7 @@ def test_tables_page_and_picture_are_those_of_the_files(tmp_path, monkeypatch, c
 
 def test_equal_compute_is_as_many_steps_as_scfm_pays_for():
     steps = lambda method: compare_objectives.equal_steps(compare_objectives.Run("digits", method, "", 1000, 0, True))
-    with pytest.raises(compare_objectives.command.UsageError, match="from scratch, which distill does not"):
+    with pytest.raises(UsageError, match="from scratch, which distill does not"):
         steps("distill")
     assert steps("scfm") == 1000 and steps("flow") == 1333  # (3 + 4 / 4) / 3 forward passes a row
     assert (
@@ -79,9 +80,9 @@ def test_runs_that_have_their_file_are_not_made_again(tmp_path, monkeypatch, cap
     assert compare_objectives.main(["compare_objectives", "--methods=flow", "--seeds=0", kept]) == 0
     out, err = capfd.readouterr()
     assert "flow, 1 seed" in out and "1000-flow-seed0.json is there" in err
-    with pytest.raises(compare_objectives.command.UsageError, match="no method 'magic'"):
+    with pytest.raises(UsageError, match="no method 'magic'"):
         compare_objectives.main(["compare_objectives", "--methods=magic"])
-    with pytest.raises(compare_objectives.command.UsageError, match="--vary=jumps is not FIELD=VALUE"):
+    with pytest.raises(UsageError, match="--vary=jumps is not FIELD=VALUE"):
         compare_objectives.main(["compare_objectives", "--vary=jumps"])
 
 
@@ -114,7 +115,7 @@ def test_a_variant_is_a_run_and_a_row_of_its_own(tmp_path, monkeypatch, capsys):
 def test_a_student_learns_from_the_flow_run_of_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_objectives, "RESULTS", tmp_path)
     run = compare_objectives.Run("digits", "distill-rolled", "data.limit=10", 600, 3, teacher_steps=50)
-    with pytest.raises(compare_objectives.command.UsageError, match=r"50-flow-seed3, which is not there: make it with"):
+    with pytest.raises(UsageError, match=r"50-flow-seed3, which is not there: make it with"):
         compare_objectives.teacher_of(run, tmp_path)
     (tmp_path / "digits" / "50-flow-seed3" / "checkpoints").mkdir(parents=True)
     assert compare_objectives.teacher_of(run, tmp_path) == tmp_path / "digits" / "50-flow-seed3"

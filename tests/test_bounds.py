@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from shortcut_jax.bounds import BoundsError, check_prompts, check_seed, check_whole, is_unguided
-from shortcut_jax.command import EXPECTED_ERRORS
+from shortcut_jax.bounds import check_prompts, check_seed, check_whole, is_unguided
+from shortcut_jax.errors import BoundsError, UserError
 from shortcut_jax.generate import numbered
 from shortcut_jax.sample_models import Wanted
 
@@ -22,7 +22,7 @@ def test_a_seed_that_would_wrap_is_refused_everywhere(seed):
     ):
         with pytest.raises(BoundsError, match="is out of range: seeds have 32 bits, so 0 to 4294967295") as error:
             ask()
-        assert len(str(error.value)) < 120 and isinstance(error.value, EXPECTED_ERRORS)
+        assert len(str(error.value)) < 120 and isinstance(error.value, UserError)
 
 
 def test_every_seed_of_32_bits_is_its_own():

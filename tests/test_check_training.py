@@ -10,8 +10,8 @@ import pytest
 
 from shortcut_jax import bench, command, dry_run, train
 from shortcut_jax.check_training import assemble_training, check_training, decay_notice
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.resolve import from_config
-from shortcut_jax.settings import ConfigError
 from tests.helpers import POST_TRAINING, tiny_assembly, tiny_config
 
 

@@ -12,14 +12,12 @@ from absl import flags
 
 from shortcut_jax import __version__, app, bench, command, compare, convert, evaluate, prepare, sample, train
 from shortcut_jax.assemble import Assembly
-from shortcut_jax.command import UsageError
 from shortcut_jax.config_file import load_config, load_teacher_config
-from shortcut_jax.errors import PathError
+from shortcut_jax.errors import ConfigError, ConversionError, PathError, UsageError
 from shortcut_jax.fields import attribute_docs, field_types
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.json_objects import parse_json
-from shortcut_jax.settings import ConfigError, Settings, known_fields, parse_field, to_dict
-from shortcut_jax.weights.rules import ConversionError
+from shortcut_jax.settings import Settings, known_fields, parse_field, to_dict
 from shortcut_jax.workdir import check_workdir, record_of
 from tests.helpers import tiny_config
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, convert
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime import exported
 from shortcut_jax.runtime.converted import OrbaxParams, read_record
 from shortcut_jax.runtime.safetensors import LazyTensors
@@ -15,7 +16,7 @@ from shortcut_jax.sources import open_lora, open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
-from shortcut_jax.weights.rules import ConversionError, to_torch
+from shortcut_jax.weights.rules import to_torch
 from tests.helpers import BOTH_BLOCKS, relative
 from tests.weights.lora_cases import CFG, apply_flux, random_modules
 

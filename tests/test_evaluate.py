@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from shortcut_jax import command, evaluate
+from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation import set_network
 from shortcut_jax.evaluation.subject import RunSubject
 from tests.evaluation import test_features as judges
@@ -80,7 +81,7 @@ def test_the_network_of_the_set_gives_features_and_classes(
         page = (tmp_path / out / "evaluation.html").read_text()
         assert "network of the set" in page and "Frechet distance (pixels)" in page
     assert capfd.readouterr().err.count("training the network of the set: 1,797 images of 10 classes") == 1
-    with pytest.raises(command.UsageError, match="--features=network is for a workdir"):
+    with pytest.raises(UsageError, match="--features=network is for a workdir"):
         evaluate.own_network(None, tmp_path)
 
 

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
+from shortcut_jax.errors import TargetError
 from shortcut_jax.explain import describe, explain
 from shortcut_jax.runtime.compiler import compiler_options
 from shortcut_jax.runtime.program import Transfer
-from shortcut_jax.runtime.targets import GPUS, TargetError, target_devices
+from shortcut_jax.runtime.targets import GPUS, target_devices
 from tests.helpers import tiny_assembly
 
 SHAPES = {

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax import command, convert, train
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConfigError, ConversionError
 from shortcut_jax.initial import open_initial, start
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
@@ -16,11 +17,10 @@ from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.converted import write_params
 from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh
-from shortcut_jax.settings import ConfigError
 from shortcut_jax.sources import abstract_params
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.rules import ConversionError, to_torch
+from shortcut_jax.weights.rules import to_torch
 from tests.helpers import BOTH_BLOCKS, POST_TRAINING, Watched, tiny_assembly
 from tests.weights.lora_cases import random_modules
 

@@ -15,15 +15,16 @@ from PIL import Image
 
 from shortcut_jax import TextToImage, command, convert, inspect_set, prepare, sources
 from shortcut_jax.core.latents import patchify, unpatchify
-from shortcut_jax.data.format import VAE, DataError, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
+from shortcut_jax.data.format import VAE, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
 from shortcut_jax.data.pictures import Picture
 from shortcut_jax.data.progress import summary
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.training import open_set
 from shortcut_jax.encoders import load_decoder, load_text_encoder
+from shortcut_jax.errors import ConvertedError, DataError, UsageError
 from shortcut_jax.latent_encoder import LatentEncoder, as_half
 from shortcut_jax.models.vae import Autoencoder
-from shortcut_jax.runtime.converted import RECORD, ConvertedError, Sampling
+from shortcut_jax.runtime.converted import RECORD, Sampling
 from shortcut_jax.runtime.placing import place
 from shortcut_jax.sources import open_models
 from shortcut_jax.weights.rules import nest
@@ -305,7 +306,7 @@ def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(conv
     lines = inspect_set.inspect(tmp_path / "set", None)
     assert "store: captions" in lines and f"train: {len(captions)} records" in lines
     assert not any("originals" in line or "pictures:" in line for line in lines)
-    with pytest.raises(command.UsageError, match="captions alone, which has no pictures to show"):
+    with pytest.raises(UsageError, match="captions alone, which has no pictures to show"):
         inspect_set.inspect(tmp_path / "set", tmp_path / "x.png")
     with pytest.raises(DataError, match=r"holds captions, but data\.store is 'latents': set it to 'captions'"):
         open_set(DataSettings(dir=str(tmp_path), name="set", store="latents"), "set")
@@ -369,7 +370,7 @@ def test_inspecting_tells_what_is_there_and_shows_it(prepared, tmp_path, monkeyp
         assert line in out, line
     with Image.open("set-inspect.png") as page:
         assert page.width > 4 * 192 and np.asarray(page).std() > 20
-    with pytest.raises(command.UsageError, match=r"name a \.png in a folder"):
+    with pytest.raises(UsageError, match=r"name a \.png in a folder"):
         inspect_set.inspect(prepared, tmp_path / "no" / "x.png")
     with pytest.raises(DataError, match="is no prepared set"):
         inspect_set.inspect(tmp_path, tmp_path / "x.png")

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import Pipeline, command, evaluate, prepare, train
+from shortcut_jax import Pipeline, evaluate, prepare, train
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.data.format import VAE, PreparedSet
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.encoders import load_decoder
 from shortcut_jax.ends import sampling_ends, training_ends
+from shortcut_jax.errors import ConfigError, UserError
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import PRESETS
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import stored_config
 from shortcut_jax.runtime.metrics import read_metrics
-from shortcut_jax.settings import ConfigError
 from tests.data.pictures import encoded, picture, write_folder
 from tests.helpers import tiny_config
 
@@ -134,5 +134,5 @@ def test_encoders_give_the_states_that_the_set_has_stored(prepared, converted_fo
 
 def test_sampling_without_the_set_asks_for_encoders(trained_on_latents, prepared, monkeypatch):
     monkeypatch.setattr("shortcut_jax.ends.is_prepared", lambda folder: False)
-    with pytest.raises(command.EXPECTED_ERRORS, match="is not here: name the pipeline that made them with --encoders"):
+    with pytest.raises(UserError, match="is not here: name the pipeline that made them with --encoders"):
         Pipeline(trained_on_latents)

@@ -12,6 +12,7 @@ from shortcut_jax import command, convert
 from shortcut_jax.completed import Completed
 from shortcut_jax.core.fingerprint import fingerprint, fingerprint_of
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import UsageError
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime import exported
 from shortcut_jax.sources import abstract_params, network_of
@@ -74,12 +75,12 @@ def test_a_base_that_changed_at_its_place_is_refused(distilled, tmp_path, capfd)
 def test_nothing_that_is_read_is_written_over_not_even_a_base_that_is_not_named(distilled, trained, tmp_path):
     source = f"--from={distilled}"
     for target in (trained, trained.parent, trained / "sub", distilled / "sub"):
-        with pytest.raises(command.UsageError, match="which is read, overlap: write somewhere else"):
+        with pytest.raises(UsageError, match="which is read, overlap: write somewhere else"):
             convert.main(["convert", source, "--merged", f"--to={target}", "--overwrite"])
     (tmp_path / "given").mkdir()
     for option in ("base", "lora", "tokenizer"):
         argv = ["convert", source, f"--{option}={tmp_path}/given", f"--to={tmp_path}/given/x"]
-        with pytest.raises(command.UsageError, match="which is read, overlap"):
+        with pytest.raises(UsageError, match="which is read, overlap"):
             convert.main(argv)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, loop, train
-from shortcut_jax.runtime.checkpoint import CheckpointError
+from shortcut_jax.errors import CheckpointError, TrainingError
 from shortcut_jax.runtime.goodput import account
 from shortcut_jax.runtime.json_lines import read_lines
 from shortcut_jax.runtime.metrics import read_metrics
@@ -93,7 +93,7 @@ def test_a_run_that_failed_and_was_resumed_tells_what_it_lost(tmp_path, argument
     with monkeypatch.context() as patch:
         _with_nan_at(patch, {4})
         patch.setattr(loop, "save", _unless_stopped(loop.save))
-        with pytest.raises(command.TrainingError):
+        with pytest.raises(TrainingError):
             train.main(arguments(workdir, checkpoint_every=2, **NO_REPORT))
     assert (_beat(workdir)["state"], _beat(workdir)["step"]) == ("failed", 4)
     assert "ERROR TrainingError: step 4: loss nan" in _log(workdir) and "Traceback" in _log(workdir)

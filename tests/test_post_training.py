@@ -8,10 +8,11 @@ import pytest
 
 from shortcut_jax import Pipeline, convert, train
 from shortcut_jax.differences import compare
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.runtime.converted import OrbaxParams
-from shortcut_jax.settings import ConfigError, to_dict
+from shortcut_jax.settings import to_dict
 from tests.conftest import train_on_one_device
 from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_config
 

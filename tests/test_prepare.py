@@ -12,9 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from shortcut_jax import command, prepare
-from shortcut_jax.command import UsageError
-from shortcut_jax.data.format import DataError, PreparedSet
+from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.data.inputs.folder import FolderSource
+from shortcut_jax.errors import DataError, UsageError
 from tests.data.pictures import encoded, picture, simple_folder, write_folder
 
 
@@ -291,5 +291,5 @@ def test_unfit_options_are_told(source, tmp_path, changes, told):
 def test_the_caption_column_has_a_short_name():
     parse = lambda *argv: command.parse(prepare.define_flags(), ["prepare", *argv], "usage")
     assert parse("--caption=text").caption_field == parse("--caption_field=text").caption_field == "text"
-    with pytest.raises(command.UsageError, match="--caption_field is given 2 times"):
+    with pytest.raises(UsageError, match="--caption_field is given 2 times"):
         parse("--caption=a", "--caption_field=b")

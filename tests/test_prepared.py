@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import command, train
+from shortcut_jax import train
 from shortcut_jax.assemble import Assembly, text_encoder
 from shortcut_jax.check_data import check_data, check_grid
 from shortcut_jax.core.flow import interpolate, velocity_target
@@ -18,11 +18,11 @@ from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import BatchReader
 from shortcut_jax.data.records import fold, to_latents
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.errors import ConfigError, UserError
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import PRESETS
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.metrics import read_metrics
-from shortcut_jax.settings import ConfigError
 from shortcut_jax.steps.evals import RULES
 from shortcut_jax.steps.views import make_velocity
 from shortcut_jax.validation import Validation
@@ -210,7 +210,7 @@ def test_prompts_of_the_grid_need_not_be_among_those_of_the_validation_set(folde
 )
 def test_a_set_that_does_not_fit_is_told_before_anything_is_compiled(folder, tmp_path, name, changes, message):
     settings = _settings(folder, name, **changes)
-    with pytest.raises(command.EXPECTED_ERRORS, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         train.train(Assembly(settings, jax.devices()[:1]), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
@@ -221,7 +221,7 @@ def test_latents_cannot_be_mixed_with_those_of_other_encoders(folder, tmp_path):
     stored["latents"]["shift"] = 0.2
     (tmp_path / "other" / "set.json").write_text(json.dumps(stored))
     settings = _settings(folder, "latents", data__mix=(str(tmp_path / "other"),))
-    with pytest.raises(command.EXPECTED_ERRORS, match=r"cannot be mixed: .*shift=0.1.*shift=0.2"):
+    with pytest.raises(UserError, match=r"cannot be mixed: .*shift=0.1.*shift=0.2"):
         TrainingData(settings.data)
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from shortcut_jax import loop, train
+from shortcut_jax.errors import TrainingError
 from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -74,6 +75,6 @@ def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
     from shortcut_jax.runtime.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    with pytest.raises(train.command.TrainingError, match="step 3: the weights are not finite"):
+    with pytest.raises(TrainingError, match="step 3: the weights are not finite"):
         loop.save(3, tiny_assembly(), checkpoints, None, {"param_norm": np.float32(np.inf)})
     assert checkpoints.steps() == []

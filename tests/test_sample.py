@@ -5,7 +5,8 @@ from PIL import Image
 
 from shortcut_jax import Pipeline, command, sample
 from shortcut_jax.core.tree import count_parameters
-from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints
+from shortcut_jax.errors import CheckpointError
+from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.workdir import record_of
 from tests.helpers import BOTH_BLOCKS, noisy_state, tiny_assembly

@@ -12,14 +12,15 @@ from PIL.PngImagePlugin import PngInfo
 
 from shortcut_jax import Pipeline, command, sample
 from shortcut_jax.core.schedules import Spacing
+from shortcut_jax.errors import CheckpointError, ConversionError, UsageError
 from shortcut_jax.generate import Generator
 from shortcut_jax.initial import Initial
 from shortcut_jax.interactive import interact
 from shortcut_jax.pictures_out import Output, layout_of, parameters, read_records
-from shortcut_jax.runtime.checkpoint import CheckpointError, Checkpoints
+from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.sample_models import RunModel, Wanted, grid_times
-from shortcut_jax.weights.rules import ConversionError, nest
+from shortcut_jax.weights.rules import nest
 from shortcut_jax.workdir import restore_or_init
 from tests.helpers import BOTH_BLOCKS, noisy_state, tiny_assembly
 
@@ -302,9 +303,9 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "an edit of 4 steps, 4 of them skipped" in fails(*edit, f"--edit={grey[0]}", "--skip=4")
     assert "--edit takes one --prompt" in fails(*edit, f"--edit={grey[0]}", "--prompt=z")
     assert "--edit goes neither with --method=heun" in fails(*edit, f"--edit={grey[0]}", "--method=heun")
-    with pytest.raises(command.UsageError, match="does not say how it was made"):
+    with pytest.raises(UsageError, match="does not say how it was made"):
         read_records(grey[0])
-    with pytest.raises(command.UsageError, match="cannot be read as a picture"):
+    with pytest.raises(UsageError, match="cannot be read as a picture"):
         read_records(tmp_path / "latin.txt")
 
 

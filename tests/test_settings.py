@@ -7,6 +7,7 @@ import pytest
 from shortcut_jax.assemble import Assembly
 from shortcut_jax.core.rows import RowGroup
 from shortcut_jax.differences import compare, flatten
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.resolve import (
     from_config,
     global_batch,
@@ -16,7 +17,7 @@ from shortcut_jax.resolve import (
     sampling_start,
     step_settings,
 )
-from shortcut_jax.settings import ConfigError, Settings, ValidationSettings, complete, default_config, to_dict
+from shortcut_jax.settings import Settings, ValidationSettings, complete, default_config, to_dict
 from tests.helpers import tiny_assembly, tiny_config
 
 

@@ -15,12 +15,12 @@ from shortcut_jax import TextToImage, command, convert, sample
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
 from shortcut_jax.pictures_out import read_records
 from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import ConvertedError, write_params
+from shortcut_jax.runtime.converted import write_params
 from shortcut_jax.sources import PIPELINE_KINDS, open_models
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.rules import ConversionError
 from tests.flux_pipeline import convert_pipeline, make_pipeline
 from tests.helpers import relative
 from tests.weights.lora_cases import random_modules
@@ -444,7 +444,7 @@ def test_the_command_takes_several_adapters(converted_folder, tmp_path, capfd):
         f"--width={WIDTH}",
     ]
     argv += [f"--out={tmp_path}/x.png", "--steps=1", *[f"--lora={tmp_path}/a.safetensors"] * 2]
-    with pytest.raises(command.UsageError, match="--lora is given 2 times, --lora_scale 1"):
+    with pytest.raises(UsageError, match="--lora is given 2 times, --lora_scale 1"):
         sample.main([*argv, "--lora_scale=1.25"])
     assert sample.main([*argv, "--lora_scale=1.25", "--lora_scale=0.5"]) == 0
     assert "with 1.25 x a.safetensors with 0.5 x a.safetensors" in capfd.readouterr().err

@@ -13,10 +13,11 @@ import pytest
 
 from shortcut_jax import Pipeline, command, loop, train
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.resolve import from_config
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.claim import CLAIM, Claim, Times
-from shortcut_jax.settings import ConfigError, to_dict
+from shortcut_jax.settings import to_dict
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.workdir import check_workdir, keep_batch
 from tests.helpers import BOTH_BLOCKS, relative, tiny_assembly, tiny_config

@@ -6,10 +6,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax import command, sources, train
+from shortcut_jax import sources, train
+from shortcut_jax.errors import CheckpointError, ConfigError, UserError
 from shortcut_jax.pipeline import Pipeline
 from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints, stored_meta
-from shortcut_jax.settings import ConfigError
 from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init
 from tests.helpers import tiny_assembly
 
@@ -37,7 +37,7 @@ def _one_line(act):
     """Whether an act works, or fails in one line."""
     try:
         act()
-    except command.EXPECTED_ERRORS as error:
+    except UserError as error:
         assert "\n" not in str(error)
 
 
@@ -106,7 +106,7 @@ def test_counters_that_were_edited_are_damage_before_any_array_is_read(tmp_path,
     items = {name: {"w": jnp.ones(3)} for name in ITEMS}
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=False)
     checkpoints.save(4, items, {**meta, "counters": {"step": "x"}}, surely=True)
-    with pytest.raises(command.CheckpointError, match=r"no readable checkpoint .* step 4: its counters cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no readable checkpoint .* step 4: its counters cannot be read"):
         restore_or_init(assembly, checkpoints, None)
     checkpoints.close()
 

@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from shortcut_jax.data.format import DataError, Size
+from shortcut_jax.data.format import Size
+from shortcut_jax.errors import DataError
 
 PUBLISHED_RESOLUTIONS = (256, 512, 1024)
 _PUBLISHED = (

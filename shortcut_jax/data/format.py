@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from shortcut_jax.core.json_text import to_json
 from shortcut_jax.data.arrays import first_line, read_arrays, read_headers
 from shortcut_jax.data.check_info import check_info
+from shortcut_jax.errors import DataError
 
 FORMAT_VERSION = 1
 INFO, INDEX, PROMPTS, SKIPPED = "set.json", "index.npz", "prompts.safetensors", "skipped.jsonl"
@@ -34,10 +35,6 @@ SPLITS = ("train", "validation")
 
 Size = tuple[int, int]
 """Height and width in pixels."""
-
-
-class DataError(ValueError):
-    """Data that are absent, unreadable or unfit; the message says how to mend it."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import json
 import os
 from pathlib import Path
 
-from shortcut_jax.data.format import SKIPPED, DataError
+from shortcut_jax.data.format import SKIPPED
 from shortcut_jax.data.job import Job
 from shortcut_jax.data.progress import Tally, remedies, skipped_text
 from shortcut_jax.data.units import Skip, as_json, done_units, has_changed, read_done, write_json, write_text
+from shortcut_jax.errors import DataError
 
 REFUSED = "refused.json"
 """Says that too much was left out, and how much would have been borne: units that are older are not the last word."""

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from shortcut_jax.data.buckets import nearest
-from shortcut_jax.data.format import DataError, Size
+from shortcut_jax.data.format import Size
 from shortcut_jax.data.images import BadImage, decode, encode_png, fit, read_image
 from shortcut_jax.data.inputs import Item, Source
 from shortcut_jax.data.units import UNUSED, Record, Skip, Unit, Unused, stamp
+from shortcut_jax.errors import DataError
 
 FURTHER = f"{UNUSED}further captions of an image: the first one of a list is used"
 

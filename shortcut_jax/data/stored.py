@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shortcut_jax.data.arrays import first_line
-from shortcut_jax.data.format import DataError
+from shortcut_jax.errors import DataError
 
 AGAIN = "copy the set again, or prepare it again"
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shortcut_jax.data.format import DataError, PreparedSet, SetInfo, Size
+from shortcut_jax.data.format import PreparedSet, SetInfo, Size
 from shortcut_jax.data.records import (
     DataSettings,
     check_present,
@@ -17,6 +17,7 @@ from shortcut_jax.data.records import (
     open_source,
     read_captions,
 )
+from shortcut_jax.errors import DataError
 
 
 class OpenSet(NamedTuple):

@@ -22,7 +22,6 @@ import numpy as np
 from shortcut_jax.data.format import (
     INFO,
     SPLITS,
-    DataError,
     SetInfo,
     Shard,
     dataset_name,
@@ -49,6 +48,7 @@ from shortcut_jax.data.units import (
     write_json,
     write_unit,
 )
+from shortcut_jax.errors import DataError
 
 REQUEST = "request.json"
 FINGERPRINT = "fingerprint"

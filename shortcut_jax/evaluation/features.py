@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.records import to_latents
 from shortcut_jax.data.resize import RESIZES, for_clip, for_inception, to_rgb
 from shortcut_jax.encoders import local_mesh, on_mesh, place_on, split_rows
+from shortcut_jax.errors import ConvertedError, UsageError
 from shortcut_jax.models.clip import ClipPair
 from shortcut_jax.models.inception import SIDE, InceptionV3
 from shortcut_jax.models.random_network import random_features, random_weights
-from shortcut_jax.runtime.converted import RECORD, ConvertedError
+from shortcut_jax.runtime.converted import RECORD
 from shortcut_jax.runtime.tokenizers import CLIP, Tokenizer
 from shortcut_jax.sources import Model, open_models
 

@@ -16,11 +16,11 @@ from shortcut_jax.data.images import ENDINGS, BadImage, decode, read_image
 from shortcut_jax.data.inputs.unused import is_system_file
 from shortcut_jax.data.progress import skipped_text
 from shortcut_jax.data.units import stamp
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import Features
 from shortcut_jax.evaluation.tally import RESERVOIR, Tally, add, no_tally, of_all_processes
 from shortcut_jax.runtime import distributed, key_value
-from shortcut_jax.settings import ConfigError
 
 HOW = "make them with python -m shortcut_jax.evaluate --save_reference=FILE.npz --reference=FOLDER_OF_PICTURES"
 BATCH = 256

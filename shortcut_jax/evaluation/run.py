@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from shortcut_jax.core.paths import PATH_STEPS
 from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.captions import Asked
 from shortcut_jax.evaluation.judge import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
@@ -21,7 +22,6 @@ from shortcut_jax.evaluation.tally import Tally
 from shortcut_jax.pictures_out import thumbnail
 from shortcut_jax.report import count_label
 from shortcut_jax.runtime.metrics import contact_sheet
-from shortcut_jax.settings import ConfigError
 from shortcut_jax.steps.views import TEACHER
 
 EXTRAS = ("grid", "field", "validation", "latency")

@@ -16,6 +16,7 @@ from shortcut_jax.core.paths import PATH_STEPS, PathMeasures, measure_path
 from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.records import with_images
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.captions import Asked, CaptionedSet
 from shortcut_jax.generate import Caption, Generator
 from shortcut_jax.pipeline import Pipeline
@@ -23,7 +24,6 @@ from shortcut_jax.report import grid_captions
 from shortcut_jax.resolve import objective_settings, sampling_start
 from shortcut_jax.runtime.distributed import tell
 from shortcut_jax.runtime.sharding import replicated
-from shortcut_jax.settings import ConfigError
 from shortcut_jax.steps.objectives import row_group
 from shortcut_jax.steps.sampling import draw_noise
 from shortcut_jax.steps.views import TEACHER, VIEWS, guided, make_velocity

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from shortcut_jax.errors import AgreementError
 from shortcut_jax.runtime import failures, key_value
 from shortcut_jax.runtime.lobby import names
 
@@ -20,10 +21,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Variables that change what is compiled: programs that differ wait for each other for ever."""
-
-
-class AgreementError(ValueError):
-    """Processes of one run differ in what they have to have in common."""
 
 
 def code_facts() -> dict[str, str]:

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from shortcut_jax.errors import CheckpointError
 from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.logs import LOGGER
 from shortcut_jax.runtime.shared_folder import probe
@@ -47,10 +48,6 @@ _KINDS: dict[str, Any] = {
 """What the fields of a checkpoint's `meta` have to be."""
 
 Result = TypeVar("Result")
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint can be read; the message names the folder and the reason."""
 
 
 class Checkpoints:

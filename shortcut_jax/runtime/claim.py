@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shortcut_jax.errors import ClaimError, FolderError
 from shortcut_jax.runtime import failures, key_value
 from shortcut_jax.runtime.logs import LOGGER
-from shortcut_jax.runtime.shared_folder import FolderError
 
 CLAIM = "claim.json"
 
@@ -55,14 +55,6 @@ class Times:
     stale: float = 75.0
     patience: float = 600.0
     poll: float = 0.25
-
-
-class ClaimError(FolderError):
-    """A folder that another process writes into; the message names it."""
-
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class Member(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 
 from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConversionError, ConvertedError
 from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import InceptionConfig
@@ -27,7 +28,7 @@ from shortcut_jax.runtime.json_objects import build, read_json
 from shortcut_jax.runtime.safetensors import remove
 from shortcut_jax.weights.lora import Record
 from shortcut_jax.weights.params import Params, Spec
-from shortcut_jax.weights.rules import ConversionError, nest
+from shortcut_jax.weights.rules import nest
 
 RECORD = "models.json"
 FORMAT_VERSION = 1
@@ -44,10 +45,6 @@ CONFIGS: dict[str, type] = {
     "clip_score": ClipPairConfig,
     "inception": InceptionConfig,
 }
-
-
-class ConvertedError(RuntimeError):
-    """A converted checkpoint that cannot be read or written; the message names it and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

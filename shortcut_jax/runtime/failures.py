@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
+from shortcut_jax.errors import JoinError
 from shortcut_jax.runtime import key_value
-from shortcut_jax.runtime.lobby import JoinError
 
 INTERVAL = 1.0
 """Seconds between two looks for failures."""

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
 from shortcut_jax.models.inception import CLASSES, InceptionConfig
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.weights import inception, text, vae
 from shortcut_jax.weights.entries import NUMBER, WHOLE, told
-from shortcut_jax.weights.rules import ConversionError, Rule
+from shortcut_jax.weights.rules import Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
 

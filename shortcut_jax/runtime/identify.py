@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.runtime.geometry import (
     Found,
@@ -21,7 +22,6 @@ from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.entries import FLAG, LIST, WHOLE, told
 from shortcut_jax.weights.foreign import refuse_adapters, refuse_models
 from shortcut_jax.weights.lora_names import is_lora
-from shortcut_jax.weights.rules import ConversionError
 
 ROTARY_AXES = {128: (16, 56, 56), 64: (8, 28, 28)}
 """Rotary axes by head size, where no config tells them."""

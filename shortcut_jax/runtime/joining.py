@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from shortcut_jax.errors import JoinError
 from shortcut_jax.runtime import failures, lobby
-from shortcut_jax.runtime.lobby import JoinError
 
 JOIN_TIMEOUT = 300.0
 """Seconds that processes wait for each other at start."""

@@ -7,8 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights.entries import FLAG, LIST, NUMBER, WHOLE, told
-from shortcut_jax.weights.rules import ConversionError
 
 _MOST, _MOST_BLOCKS, _MOST_ENTRIES = 10**7, 512, 16
 """Bounds of whole numbers, of numbers of blocks, and of lists in records: what is beyond would take all memory."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from jax._src import distributed
 
-from shortcut_jax.runtime.lobby import JoinError, names
+from shortcut_jax.errors import JoinError
+from shortcut_jax.runtime.lobby import names
 
 PREFIX = "shortcut_jax"
 

@@ -11,14 +11,10 @@ import socket
 import time
 from collections.abc import Iterable
 
+from shortcut_jax.errors import JoinError
+
 ATTEMPT = 5.0
 """Seconds that one connection or one line may take: a caller that says nothing must not hold up the others."""
-
-
-class JoinError(RuntimeError):
-    """The processes did not come together, or one of them was lost; trying again may help."""
-
-    exit_code = 75
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime.converted import OrbaxParams
 from shortcut_jax.weights.finite import check_placed
-from shortcut_jax.weights.rules import ConversionError, nest
+from shortcut_jax.weights.rules import nest
 
 
 def place(params: Mapping[str, np.ndarray], shapes: Any, origin: str = "the weights") -> Any:

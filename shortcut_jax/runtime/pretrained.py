@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shortcut_jax.errors import ConversionError, SafetensorsError
 from shortcut_jax.runtime import quantised
 from shortcut_jax.runtime.identify import Found, identify
 from shortcut_jax.runtime.json_objects import read_json
 from shortcut_jax.runtime.quantised import Widened, beside_float8
-from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, choose_files, shard_files
-from shortcut_jax.weights.rules import ConversionError, refuse_names
+from shortcut_jax.runtime.safetensors import LazyTensors, choose_files, shard_files
+from shortcut_jax.weights.rules import refuse_names
 
 TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
 PIPELINE_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")

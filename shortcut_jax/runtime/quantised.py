@@ -11,11 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime.json_objects import parse_json
 from shortcut_jax.runtime.safetensors import LazyTensors
 from shortcut_jax.weights.finite import check_finite
 from shortcut_jax.weights.params import Params, Spec
-from shortcut_jax.weights.rules import ConversionError
 
 SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale")
 """Last parts of the names of scales beside float8 weights; those of inputs belong to float8 matrix products."""

@@ -17,6 +17,7 @@ from types import TracebackType
 import ml_dtypes
 import numpy as np
 
+from shortcut_jax.errors import SafetensorsError
 from shortcut_jax.weights.params import Params, Spec, raw
 
 DTYPES = {
@@ -39,10 +40,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?\.safetensors")
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.|$)")
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?P<variant>\.\w+)?\.json")
-
-
-class SafetensorsError(ValueError):
-    """A file that cannot be read; the message names it and the reason."""
 
 
 class LazyTensors(Params):

@@ -7,6 +7,7 @@ import secrets
 import time
 from pathlib import Path
 
+from shortcut_jax.errors import FolderError
 from shortcut_jax.runtime import key_value
 
 PROBE_BYTES = 1 << 20
@@ -14,10 +15,6 @@ PROBE_BYTES = 1 << 20
 
 PATIENCE = 60.0
 """Seconds until a new file has to be seen by all hosts; NFS keeps what it knows of a folder for up to as long."""
-
-
-class FolderError(OSError):
-    """A folder that cannot be written to, or that is another one for other processes."""
 
 
 def check_folder(folder: Path, flag: str = "--workdir", patience: float = PATIENCE) -> None:

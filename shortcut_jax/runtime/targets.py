@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from shortcut_jax.errors import TargetError
 from shortcut_jax.runtime.distributed import simulate_devices
 
 GPUS = tuple(sorted(path.stem for path in (Path(__file__).parent / "gpus").glob("*.txtpb")))
@@ -18,10 +19,6 @@ TPUS = ("v4", "v5e", "v5p", "v6e")
 
 FORMS = f"cpu:N, gpu:{'|'.join(GPUS)}:NODESxGPUS or tpu:{'|'.join(TPUS)}:XxYxZ"
 """The targets, for messages."""
-
-
-class TargetError(ValueError):
-    """A target that is not known, or that cannot be compiled for here; one line."""
 
 
 def target_devices(target: str) -> list[Any]:

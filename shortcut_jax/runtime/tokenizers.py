@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.errors import ConvertedError
 
 
 class Layout(NamedTuple):

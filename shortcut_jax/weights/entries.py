@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shortcut_jax.weights.rules import ConversionError
+from shortcut_jax.errors import ConversionError
 
 WHOLE, NUMBER, FLAG, LIST = "a whole number", "a number", "true or false", "a list of whole numbers"
 """What an entry may have to be."""

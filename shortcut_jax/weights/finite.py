@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights.params import Params, Spec, spec_of
-from shortcut_jax.weights.rules import ConversionError
 
 _CHUNK = 2**22
 """Values that are looked at together: what a check needs beside a tensor stays small."""

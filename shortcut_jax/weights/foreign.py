@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from shortcut_jax.weights.rules import ConversionError
+from shortcut_jax.errors import ConversionError
 
 _OTHER_MODEL = "use FLUX.1 dev or schnell, and adapters of these"
 _MERGE = "merge it into its base with the program that trained it, and convert the merged model"

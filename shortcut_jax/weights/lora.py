@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from shortcut_jax.core.kernels import Axes, kernel_axes
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.finite import check_finite
 from shortcut_jax.weights.params import Params, Spec, common_dtype, spec_of
-from shortcut_jax.weights.rules import ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the base's parameters, by path."""

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights import flux_bfl, lora_peft
 from shortcut_jax.weights.finite import check_finite
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import UNITS, Factors, Modules, Shapes, Unit, check, expand, layer, sizes
 from shortcut_jax.weights.lora_names import is_embedding, is_of_text_encoder, parse
 from shortcut_jax.weights.params import common_dtype
-from shortcut_jax.weights.rules import ConversionError, refuse_names
+from shortcut_jax.weights.rules import refuse_names
 
 METADATA_KEY = "lora_adapter_metadata"
 """The header entry in which diffusers keeps PEFT's config."""

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights.entries import NUMBER, WHOLE, told
-from shortcut_jax.weights.rules import ConversionError
 
 CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
 """Initialisations, by the beginning of `init_lora_weights`, that take what they put into the factors off the base."""

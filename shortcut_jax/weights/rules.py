@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights.params import Params, Spec, common_dtype, empty, raw, shapes_of, spec_of, specs_of
 from shortcut_jax.weights.transforms import Shapes, Transform, kernel, vector
-
-
-class ConversionError(ValueError):
-    """Names or shapes of a checkpoint that do not fit the table; the message names them."""
 
 
 def refuse_names(what: str, names: Set[str], others: Set[str] = frozenset()) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from shortcut_jax.core.schedules import ShiftRule, Spacing
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights.entries import FLAG, NUMBER, WHOLE, told
-from shortcut_jax.weights.rules import ConversionError
 
 CLASS = "FlowMatchEulerDiscreteScheduler"
 

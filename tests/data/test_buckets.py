@@ -2,7 +2,7 @@ import pytest
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as pixart
 
 from shortcut_jax.data.buckets import aspect_buckets, nearest, parse_buckets
-from shortcut_jax.data.format import DataError
+from shortcut_jax.errors import DataError
 
 
 @pytest.mark.parametrize("resolution", [256, 512, 1024])

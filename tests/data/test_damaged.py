@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from shortcut_jax.data.arrays import read_headers
-from shortcut_jax.data.format import DataError, PreparedSet
+from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.data.pipeline import BatchReader, batches
 from shortcut_jax.data.records import DataSettings, check_available
 from shortcut_jax.data.stored import Piece, Records
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.errors import DataError
 from shortcut_jax.inspect_set import inspect
 from tests.data.prepared import LATENTS, TEXT, write_small_set
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from shortcut_jax.data.records import DataError, DataSettings, check_available, open_source, to_latents, to_pixels
+from shortcut_jax.data.records import DataSettings, check_available, open_source, to_latents, to_pixels
+from shortcut_jax.errors import DataError
 
 
 def test_the_set_is_scikit_learns_digits_with_captions(data_dir):

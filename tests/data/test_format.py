@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from shortcut_jax.data.format import DataError, PreparedSet, TextInfo, dataset_name, pack_text, unpack_text
+from shortcut_jax.data.format import PreparedSet, TextInfo, dataset_name, pack_text, unpack_text
+from shortcut_jax.errors import DataError
 from tests.data.prepared import SIZES, TEXT, write_small_set
 
 

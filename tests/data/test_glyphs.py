@@ -8,7 +8,8 @@ import pytest
 
 from shortcut_jax.data import datasets
 from shortcut_jax.data.datasets import glyphs
-from shortcut_jax.data.records import DataError, DataSettings, open_source
+from shortcut_jax.data.records import DataSettings, open_source
+from shortcut_jax.errors import DataError
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 SANS, BOLD = FONTS / "DejaVuSans.ttf", FONTS / "DejaVuSans-Bold.ttf"

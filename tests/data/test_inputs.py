@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.images import decode
 from shortcut_jax.data.inputs import Item, SourceOptions, open_source
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.records import open_source as open_records
 from shortcut_jax.data.units import Unused
+from shortcut_jax.errors import DataError
 from tests.data.pictures import encoded, picture, simple_folder, write_folder
 
 

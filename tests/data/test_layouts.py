@@ -8,9 +8,10 @@ import tarfile
 import pytest
 
 from shortcut_jax import prepare
-from shortcut_jax.data.format import DataError, PreparedSet
+from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.data.inputs import NAMES, Item, SourceOptions, open_source
 from shortcut_jax.data.inputs.layouts import LAYOUTS
+from shortcut_jax.errors import DataError
 from tests.data.pictures import encoded, picture
 
 PNG = encoded(picture())

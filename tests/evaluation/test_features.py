@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, convert
-from shortcut_jax.command import UsageError
 from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.resize import for_clip, for_inception
+from shortcut_jax.errors import ConvertedError, UsageError
 from shortcut_jax.evaluation import features
 from shortcut_jax.models.inception import InceptionConfig, InceptionV3
 from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import ConvertedError
 from shortcut_jax.sources import Model
 from shortcut_jax.weights.inception import RULES
 from shortcut_jax.weights.rules import nest, to_flax

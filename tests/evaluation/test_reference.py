@@ -9,9 +9,9 @@ from PIL import Image
 
 from shortcut_jax.core.stats import fit_gaussian
 from shortcut_jax.data.images import ENDINGS
+from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.features import pixels, random_network
 from shortcut_jax.evaluation.reference import load_reference, open_reference, save_reference
-from shortcut_jax.settings import ConfigError
 
 FEATURES = pixels((2, 3, 3))
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from shortcut_jax.command import UsageError
 from shortcut_jax.data.records import DataSettings, open_source
+from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation import set_network
 from shortcut_jax.evaluation.set_network import (
     FEATURES,

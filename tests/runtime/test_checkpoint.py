@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shortcut_jax.errors import CheckpointError
 from shortcut_jax.runtime import checkpoint
-from shortcut_jax.runtime.checkpoint import ITEMS, CheckpointError, Checkpoints, stored_config
+from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints, stored_config
 
 
 def _items(value):

@@ -8,13 +8,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax.core.schedules import ShiftRule
+from shortcut_jax.errors import ConvertedError
 from shortcut_jax.models.clip import ClipConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.runtime import converted
 from shortcut_jax.runtime.converted import (
-    ConvertedError,
     LoraInfo,
     OrbaxParams,
     Sampling,

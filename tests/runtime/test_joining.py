@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from shortcut_jax.errors import FolderError, JoinError
 from shortcut_jax.runtime import lobby
 from shortcut_jax.runtime.agreement import describe
 from shortcut_jax.runtime.joining import Place, find_place
-from shortcut_jax.runtime.lobby import JoinError, names
-from shortcut_jax.runtime.shared_folder import FolderError, check_folder
+from shortcut_jax.runtime.lobby import names
+from shortcut_jax.runtime.shared_folder import check_folder
 from tests.processes import error_lines, free_address, start, wait
 
 VARIABLES = (

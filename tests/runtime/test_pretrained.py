@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from shortcut_jax import command, convert
+from shortcut_jax.errors import ConversionError, SafetensorsError
 from shortcut_jax.runtime.pretrained import open_pretrained
-from shortcut_jax.runtime.safetensors import SafetensorsError, choose_files
+from shortcut_jax.runtime.safetensors import choose_files
 from shortcut_jax.sources import open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
-from shortcut_jax.weights.rules import ConversionError, to_flax, to_torch
+from shortcut_jax.weights.rules import to_flax, to_torch
 from tests.runtime.conftest import AXES, save
 
 

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shortcut_jax.runtime.safetensors import LazyTensors, SafetensorsError, Writer, shard_files
+from shortcut_jax.errors import SafetensorsError
+from shortcut_jax.runtime.safetensors import LazyTensors, Writer, shard_files
 from shortcut_jax.weights.params import Spec
 
 VALUES = {

@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from shortcut_jax.runtime.converted import ConvertedError
+from shortcut_jax.errors import ConvertedError
 from shortcut_jax.runtime.tokenizers import LAYOUTS, Tokenizer, copy_tokenizer
 from tests.flux_pipeline import CLIP_TOKENS
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 from shortcut_jax.weights import finite
 from shortcut_jax.weights.finite import Finite, check_finite, check_placed, count_not_finite
 from shortcut_jax.weights.params import Cast
-from shortcut_jax.weights.rules import ConversionError
 from tests.helpers import Watched
 
 DTYPES = [np.float32, np.float16, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]

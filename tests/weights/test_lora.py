@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights.lora import UNITS, Merged, check, record_of, stack, unstack
-from shortcut_jax.weights.rules import ConversionError
 from tests.helpers import relative
 from tests.weights.lora_cases import CFG, RANKS, apply_flux, collections, random_modules
 

@@ -6,12 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime import exported
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora import Factors, Merged, expand, stack
 from shortcut_jax.weights.lora_files import METADATA_KEY, kohya_notes, read, to_kohya, to_peft
 from shortcut_jax.weights.lora_names import is_lora
-from shortcut_jax.weights.rules import ConversionError, to_torch
+from shortcut_jax.weights.rules import to_torch
 from tests.helpers import relative
 from tests.weights.lora_cases import CFG, RANKS, apply_flux, collections, random_modules
 

@@ -9,9 +9,9 @@ from diffusers.loaders import lora_conversion_utils
 from safetensors.numpy import save_file
 
 from shortcut_jax import sources
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.sources import holds_lora, open_lora, open_models
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
-from shortcut_jax.weights.rules import ConversionError
 from tests.weights.lora_cases import CFG, random_modules
 from tests.weights.test_lora_files import _same
 

@@ -7,11 +7,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from shortcut_jax import sources
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime.safetensors import LazyTensors
 from shortcut_jax.sources import open_lora
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora_files import METADATA_KEY, to_peft
-from shortcut_jax.weights.rules import ConversionError, to_torch
+from shortcut_jax.weights.rules import to_torch
 from tests.weights.lora_cases import CFG, random_modules
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from shortcut_jax import sources
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime import exported
 from shortcut_jax.sources import open_lora, open_loras
 from shortcut_jax.weights.lora import Merged, added, check_values
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from shortcut_jax.weights.params import Cast
-from shortcut_jax.weights.rules import ConversionError
 from tests.weights.lora_cases import CFG, random_modules
 
 QKV = "lora_unet_double_blocks_1_img_attn_qkv"

@@ -3,7 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from shortcut_jax.weights.rules import ConversionError, Converted, Rule, check, export, linear, to_torch
+from shortcut_jax.errors import ConversionError
+from shortcut_jax.weights.rules import Converted, Rule, check, export, linear, to_torch
 from shortcut_jax.weights.transforms import kernel, split_output, vector
 
 RULES = (

@@ -12,9 +12,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from shortcut_jax import sources
 from shortcut_jax.convert import start_note
 from shortcut_jax.core.schedules import Spacing, sampling_grid
+from shortcut_jax.errors import ConversionError
 from shortcut_jax.runtime.converted import Sampling, read_record, write_record
 from shortcut_jax.weights import schedulers
-from shortcut_jax.weights.rules import ConversionError
 
 TOKENS = 1024
 

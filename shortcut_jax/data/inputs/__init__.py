@@ -4,7 +4,6 @@ import glob
 from collections.abc import Callable
 from pathlib import Path
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.catalogue import PREFIX, CatalogueSource
 from shortcut_jax.data.inputs.items import Item, Source, SourceOptions
 from shortcut_jax.data.inputs.layouts import LAYOUTS, NAMES, UNDERSTOOD, recognise
@@ -12,6 +11,7 @@ from shortcut_jax.data.inputs.parquet import ParquetSource
 from shortcut_jax.data.inputs.tar_files import ENDINGS
 from shortcut_jax.data.inputs.tree import Tree, walk
 from shortcut_jax.data.inputs.webdataset import TarSource
+from shortcut_jax.errors import DataError
 
 __all__ = ["NAMES", "Item", "Source", "SourceOptions", "open_source"]
 

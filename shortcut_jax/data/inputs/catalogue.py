@@ -9,11 +9,11 @@ from typing import Any
 
 from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.datasets import EMBEDDED, register
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, captioned, consecutive
 from shortcut_jax.data.inputs.template import fill
 from shortcut_jax.data.stored import open_records
 from shortcut_jax.data.units import Skip, Unit
+from shortcut_jax.errors import DataError
 
 PREFIX = "tfds:"
 DATASET_INFO = "dataset_info.json"

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import (
     CAPTION_FIELDS,
     Item,
@@ -22,6 +21,7 @@ from shortcut_jax.data.inputs.tables import parse_json
 from shortcut_jax.data.inputs.template import fields_of, fill
 from shortcut_jax.data.inputs.tree import Tree, is_image
 from shortcut_jax.data.units import Skip, Unit, stamp
+from shortcut_jax.errors import DataError
 
 CAPTIONS = (".txt", ".caption", ".json")
 """Endings of files that hold the caption of the image of the same name, the first of them that exists."""

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.items import (
     CAPTION_FIELDS,
     Item,
@@ -21,6 +20,7 @@ from shortcut_jax.data.inputs.items import (
 from shortcut_jax.data.inputs.tables import Table
 from shortcut_jax.data.inputs.tree import Inside, Tree
 from shortcut_jax.data.units import Skip, Unit
+from shortcut_jax.errors import DataError
 
 
 class FolderSource:

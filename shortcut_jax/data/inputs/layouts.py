@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.catalogue import DATASET_INFO, CatalogueSource
 from shortcut_jax.data.inputs.files import ClassSource, SidecarSource, has_sidecars, is_img2dataset
 from shortcut_jax.data.inputs.folder import FolderSource
@@ -13,6 +12,7 @@ from shortcut_jax.data.inputs.tables import Csv, JsonLines, ParquetTable, Table
 from shortcut_jax.data.inputs.tar_files import is_tar_name
 from shortcut_jax.data.inputs.tree import Tree, is_image
 from shortcut_jax.data.inputs.webdataset import TarSource
+from shortcut_jax.errors import DataError
 
 
 class Layout(NamedTuple):

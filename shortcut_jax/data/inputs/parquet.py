@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.inputs.files import img2dataset_files
 from shortcut_jax.data.inputs.items import CAPTION_FIELDS, Item, SourceOptions, caption_in, captioned, printable
 from shortcut_jax.data.inputs.tables import parquet_errors
 from shortcut_jax.data.inputs.template import fields_of, fill
 from shortcut_jax.data.inputs.tree import Tree
 from shortcut_jax.data.units import Skip, Unit, stamp
+from shortcut_jax.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 """Names of a column of bytes that is one of images; a struct with `bytes` is one by any name."""

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.units import Skip
+from shortcut_jax.errors import DataError
 
 
 class Found(NamedTuple):

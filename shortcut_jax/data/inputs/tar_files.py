@@ -10,10 +10,10 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.images import MAX_BYTES, kind_of
 from shortcut_jax.data.inputs.unused import is_system_file
 from shortcut_jax.data.units import Skip
+from shortcut_jax.errors import DataError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_NAMES = 1_000_000

@@ -5,7 +5,7 @@ import string
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from shortcut_jax.data.format import DataError
+from shortcut_jax.errors import DataError
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:

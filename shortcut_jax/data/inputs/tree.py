@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from shortcut_jax.data.format import DataError
 from shortcut_jax.data.images import ENDINGS
 from shortcut_jax.data.inputs.unused import Unread, unread
+from shortcut_jax.errors import DataError
 
 IMAGES = tuple(f".{ending}" for ending in ENDINGS)
 """Endings of images, in small letters; what cannot be decoded of them is counted when it is read."""
