@@ -28,14 +28,14 @@ from PIL import Image
 
 from benchmarks import objectives_page
 from benchmarks.objectives_page import FIGURES, STEPS
-from shortcut_jax import command
-from shortcut_jax.assemble import Assembly
-from shortcut_jax.config_file import load_config
+from shortcut_jax import cli
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.load import load_config
 from shortcut_jax.core.json_text import to_json
 from shortcut_jax.errors import UsageError
-from shortcut_jax.evaluation.subject import RunSubject
-from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime.distributed import say
+from shortcut_jax.evaluation.subjects import RunSubject
+from shortcut_jax.run.assembly import Assembly
 
 USAGE = (
     "usage: python -m benchmarks.compare_objectives [--set=digits] [--methods=scfm,flow] [--seeds=0,1] [--steps=N] "
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     """Makes the runs that have no file yet, then the table of all that have."""
     from absl import flags
 
-    values = command.new_flags()
+    values = cli.new_flags()
     flags.DEFINE_enum("set", "digits", tuple(SETS), "What is learned.", flag_values=values)
     flags.DEFINE_list("methods", ["scfm", "shortcut", "flow"], f"Of {', '.join(METHODS)}.", flag_values=values)
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.", flag_values=values)
@@ -182,14 +182,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("teacher_steps", 1000, "Training steps of teachers.", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("table", False, "Only table, page and picture.", flag_values=values)
     flags.DEFINE_string("out", "docs/objectives", "Folder of the page and the picture.", flag_values=values)
-    options = command.parse(values, argv, USAGE)
+    options = cli.parse(values, argv, USAGE)
     for method in options.methods:
         if method not in METHODS:
             raise UsageError(f"there is no method {method!r}: choose of {', '.join(METHODS)}")
     for change in options.vary:
         if not change.split() or not all("=" in one for one in change.split()):
             raise UsageError(f"--vary={change} is not FIELD=VALUE, such as --vary=optimizer.learning_rate=0.003")
-    for seed in command.whole_numbers("seeds", options.seeds, 0, 2**32 - 1):  # a seed of all methods, then the next
+    for seed in cli.whole_numbers("seeds", options.seeds, 0, 2**32 - 1):  # a seed of all methods, then the next
         for change in () if options.table else options.vary or [""]:
             for method in options.methods:
                 given = options.set, method, change, options.steps, seed, options.equal_compute, options.teacher_steps
@@ -290,4 +290,4 @@ def read(name: str, steps: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from shortcut_jax.evaluation.digits import count_label, markdown
 from shortcut_jax.evaluation.page import (
     Metric,
     best_rows,
@@ -20,7 +21,6 @@ from shortcut_jax.evaluation.page import (
     section,
     table,
 )
-from shortcut_jax.report import count_label, markdown
 from shortcut_jax.runtime.metrics import contact_sheet
 
 STEPS = (1, 2, 3, 4, 8, 32)

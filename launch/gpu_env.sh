@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Settings of XLA and NCCL for a process that trains on NVIDIA GPUs, sourced by the scripts of this folder and by the
 # image's entry point. What shapes the compiled program (which collectives run beside which work) is in
-# shortcut_jax/runtime/compiler.py instead: it is compiled in, on every launch and in a dry run. What is set already stays;
+# shortcut_jax/runtime/xla_options.py instead: it is compiled in, on every launch and in a dry run. What is set already stays;
 # XLA_FLAGS are put before yours, and of two the last counts. They have to be the same in all processes (training compares
 # them at start).
 

@@ -17,16 +17,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shortcut_jax import command
-from shortcut_jax.app_guard import MAX_UPLOAD, Guard, Hosts, hosts_of
-from shortcut_jax.app_models import ConvertedPipeline, Model, TrainedRun
-from shortcut_jax.app_request import SIZE_UNIT, make_request
-from shortcut_jax.app_studio import Studio
+from shortcut_jax import cli
+from shortcut_jax.cluster.bootstrap import find_place
+from shortcut_jax.cluster.distributed import say
 from shortcut_jax.errors import UsageError
-from shortcut_jax.runtime.compiling import keep_programs
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.joining import find_place
-from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.runtime.compilation_cache import keep_programs
+from shortcut_jax.steps.networks import VIEWS
+from shortcut_jax.webapp.guard import MAX_UPLOAD, Guard, Hosts, hosts_of
+from shortcut_jax.webapp.models import ConvertedPipeline, Model, TrainedRun
+from shortcut_jax.webapp.request import SIZE_UNIT, make_request
+from shortcut_jax.webapp.studio import Studio
 
 USAGE = "usage: python -m shortcut_jax.app --workdir=W|--checkpoint=FOLDER [--host=127.0.0.1] [--port=7860]"
 GRACE = 5.0
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Parses the command line and serves the page until SIGTERM or Ctrl-C."""
     from absl import flags
 
-    values = command.new_flags()
+    values = cli.new_flags()
     flags.DEFINE_string("workdir", None, "Folder of a training run.", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "Converted pipeline, instead of a workdir.", flag_values=values)
     flags.DEFINE_list("views", None, "With --workdir: those offered, by default slow,online,fast.", flag_values=values)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_multi_string("allow_host", None, "Further name of the page, such as a proxy's.", flag_values=values)
     flags.DEFINE_integer("port", 7860, "Port to listen on; 0 for any free one.", flag_values=values)
     flags.DEFINE_boolean("warm_up", True, "Compile before the page is served.", flag_values=values)
-    options = command.parse(values, argv, USAGE)
+    options = cli.parse(values, argv, USAGE)
     _check(options)
     if importlib.util.find_spec("gradio") is None:
         raise UsageError('the web page needs gradio: pip install ".[app]"')
@@ -78,12 +78,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(options: types.SimpleNamespace) -> None:
     """Raises UsageError for options that do not go together."""
-    command.which_model(options, ONLY_WITH, USAGE)
+    cli.which_model(options, ONLY_WITH, USAGE)
     views = options.views or ("slow", "online", "fast")
     if set(views) - set(VIEWS) or len(set(views)) < len(views):
         raise UsageError(f"--views is {','.join(views)}, but must be some of {', '.join(VIEWS)}, each once")
-    loras = command.adapters(options)
-    command.check_finite("lora_scale", options.lora_scale or ())
+    loras = cli.adapters(options)
+    cli.check_finite("lora_scale", options.lora_scale or ())
     size = 1024 if options.max_size is None else options.max_size
     if size < SIZE_UNIT or size % SIZE_UNIT:
         raise UsageError(f"--max_size is {size}, but must be a positive multiple of {SIZE_UNIT}")
@@ -131,17 +131,19 @@ def _serve(studio: Studio, host: str, port: int, hosts: Hosts) -> signal.Signals
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with _own_folder() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        from shortcut_jax import app_page, app_style
+        from shortcut_jax.webapp import page, style
 
-        page = app_page.build(studio, Path(folder))
+        blocks = page.build(studio, Path(folder))
         # Nothing is shared, recorded or monitored.
         closed: dict[str, Any] = dict(share=False, max_file_size=MAX_UPLOAD, run_history=False, enable_monitoring=False)
         closed |= dict(ssr_mode=False, mcp_server=False, pwa=False, footer_links=[], show_error=False)
         closed["app_kwargs"] = {"lifespan": _guarded(hosts), "openapi_url": None}
         url_host = f"[{host}]" if ":" in host else host
         try:
-            look: dict[str, Any] = dict(theme=app_style.THEME, css=app_style.CSS)
-            page.launch(server_name=url_host, server_port=port, prevent_thread_lock=True, quiet=True, **closed, **look)
+            look: dict[str, Any] = dict(theme=style.THEME, css=style.CSS)
+            blocks.launch(
+                server_name=url_host, server_port=port, prevent_thread_lock=True, quiet=True, **closed, **look
+            )
         except OSError as error:
             raise UsageError(f"cannot listen on {host}:{port} ({str(error).splitlines()[0]})") from error
         if not _is_loopback(host):
@@ -149,8 +151,8 @@ def _serve(studio: Studio, host: str, port: int, hosts: Hosts) -> signal.Signals
         say(f"the page is at http://{url_host}:{port} (Ctrl-C ends it)")
         while not received:
             time.sleep(0.2)  # not for ever: a signal that another thread takes does not wake this one
-        page.server.force_exit = True  # open pages are not waited for
-        page.close(verbose=False)
+        blocks.server.force_exit = True  # open pages are not waited for
+        blocks.close(verbose=False)
     return received[0]
 
 
@@ -184,4 +186,4 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

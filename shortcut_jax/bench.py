@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from shortcut_jax import command
-from shortcut_jax.bench_sampling import bench_sampling
-from shortcut_jax.check_training import assemble_training
-from shortcut_jax.config_file import set_field
+from shortcut_jax import cli
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.fields import unknown
+from shortcut_jax.config.load import set_field
+from shortcut_jax.config.schema import Settings, known_fields, parse_field
+from shortcut_jax.diagnostics.sampling_times import bench_sampling
 from shortcut_jax.errors import UsageError
-from shortcut_jax.fields import unknown
-from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.settings import Settings, known_fields, parse_field
+from shortcut_jax.run.check_training import assemble_training
 
 USAGE = (
     "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm | --sample] [--steps=20]"
@@ -58,9 +58,9 @@ def main(argv: Sequence[str]) -> int:
     """Parses the command line, times, and prints a table."""
     from absl import flags
 
-    values = command.new_flags()
-    command.define_config(values, "config", "Config file.", argv)
-    command.define_config(values, "vs", "A second config file to compare with.", argv)
+    values = cli.new_flags()
+    cli.define_config(values, "config", "Config file.", argv)
+    cli.define_config(values, "vs", "A second config file to compare with.", argv)
     flags.DEFINE_string("vary", None, "A field and two or more values: objective=flow,scfm.", flag_values=values)
     flags.DEFINE_integer("steps", 20, "Timed steps of each.", flag_values=values)
     flags.DEFINE_integer("stretch", 4, "Steps in a row before the other's turn.", flag_values=values)
@@ -68,11 +68,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("batches", ["1", "64"], "With --sample: pictures sampled at once.", flag_values=values)
     flags.DEFINE_list("counts", ["1", "4", "32"], "With --sample: sampling step counts.", flag_values=values)
     flags.DEFINE_integer("turns", 7, "With --sample: turns.", flag_values=values)
-    options = command.parse(values, argv, USAGE, required=["config"], configs=["config", "vs"])
-    command.only_with(options, "--sample", options.sample, ("batches", "counts", "turns"))
-    command.only_with(options, "step times, not with --sample", not options.sample, ("steps", "stretch", "vs", "vary"))
+    options = cli.parse(values, argv, USAGE, required=["config"], configs=["config", "vs"])
+    cli.only_with(options, "--sample", options.sample, ("batches", "counts", "turns"))
+    cli.only_with(options, "step times, not with --sample", not options.sample, ("steps", "stretch", "vs", "vary"))
     if options.sample:
-        batches, counts = (command.whole_numbers(name, getattr(options, name), 1) for name in ("batches", "counts"))
+        batches, counts = (cli.whole_numbers(name, getattr(options, name), 1) for name in ("batches", "counts"))
         if options.turns < 1:
             raise UsageError(f"--turns is {options.turns}, but must be at least 1")
         print(bench_sampling(from_config(options.config), batches, counts, options.turns))
@@ -136,4 +136,4 @@ def table(contenders: Sequence[Contender]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

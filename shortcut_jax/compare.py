@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from shortcut_jax import command
+from shortcut_jax import cli
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import UsageError
-from shortcut_jax.pipeline import Pipeline
-from shortcut_jax.report import Score, cell, count_label, grid_captions, markdown, reference_of, score
-from shortcut_jax.runtime.distributed import say
+from shortcut_jax.evaluation.digits import Score, cell, count_label, grid_captions, markdown, reference_of, score
+from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.runtime.metrics import contact_sheet
-from shortcut_jax.runtime.shared_folder import check_place
-from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.steps.networks import VIEWS
 
 USAGE = "usage: python -m shortcut_jax.compare --workdir=A --workdir=B [--steps=1,2,4] [--seeds=0,1] [--out=docs/x]"
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Parses the command line, judges every run, writes OUT.md and OUT.png and prints the table."""
     from absl import flags
 
-    values = command.new_flags()
+    values = cli.new_flags()
     flags.DEFINE_multi_string("workdir", None, "Folder of a training run; several times.", flag_values=values)
     flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "32"], "Sampling step counts.", flag_values=values)
     flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Noise seeds.", flag_values=values)
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("columns", 10, "Columns of the picture.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Folder of TFDS sets; the runs' own by default.", flag_values=values)
     flags.DEFINE_string("out", "comparison", "Files to write, without their endings.", flag_values=values)
-    options = command.parse(values, argv, USAGE, required=["workdir"])
+    options = cli.parse(values, argv, USAGE, required=["workdir"])
     check_place(Path(f"{options.out}.md"), "--out", folder=False)
-    steps = command.whole_numbers("steps", options.steps, 1)
-    seeds = command.whole_numbers("seeds", options.seeds, 0, 2**32 - 1)
+    steps = cli.whole_numbers("steps", options.steps, 1)
+    seeds = cli.whole_numbers("seeds", options.seeds, 0, 2**32 - 1)
     pipelines = [Pipeline(w, options.view, max_steps=max(steps), batch_size=256) for w in options.workdir]
     names = [p.settings.objective for p in pipelines]
     if len(set(names)) < len(names):
@@ -90,4 +90,4 @@ def table(scores: dict[str, list[Score]], steps: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -16,14 +16,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from shortcut_jax import command
+from shortcut_jax import cli
+from shortcut_jax.cluster.distributed import say, tell
+from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.core.schedules import start_of
 from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
-from shortcut_jax.local_path import download_hint
-from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import (
+from shortcut_jax.formats import export
+from shortcut_jax.formats.inference_checkpoint import (
     RECORD,
     LoraInfo,
     Sampling,
@@ -33,10 +32,11 @@ from shortcut_jax.runtime.converted import (
     write_params,
     write_record,
 )
-from shortcut_jax.runtime.distributed import say, tell
-from shortcut_jax.runtime.shared_folder import check_place
-from shortcut_jax.runtime.tokenizers import CLIP, T5, Tokenizer, check_vocab, copy_tokenizer
-from shortcut_jax.sources import (
+from shortcut_jax.formats.tokenizers import CLIP, T5, Tokenizer, check_vocab, copy_tokenizer
+from shortcut_jax.local_path import download_hint
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.presets import preset
+from shortcut_jax.sources.models import (
     JUDGES,
     Model,
     bases_of,
@@ -51,7 +51,7 @@ from shortcut_jax.sources import (
     sampling_of,
     scheduler_notes,
 )
-from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.steps.networks import VIEWS
 from shortcut_jax.weights.finite import Finite
 from shortcut_jax.weights.lora import Merged, Modules, check_values, record_of, stack
 from shortcut_jax.weights.lora_files import kohya_notes, to_kohya, to_peft
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     from absl import flags, logging
 
     logging.set_verbosity(logging.FATAL)  # each of Orbax's threads would log the error that is raised here anyway
-    values = command.new_flags()
+    values = cli.new_flags()
     several = flags.DEFINE_multi_string
     several("from", None, "Checkpoint, folder, workdir or LoRA; several make one pipeline.", flag_values=values)
     flags.DEFINE_string("to", None, "File or folder to write.", flag_values=values)
@@ -108,19 +108,19 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("tokenizer", None, "Folder of CLIP's tokenizer.", flag_values=values)
     flags.DEFINE_string("tokenizer_2", None, "Folder of T5's tokenizer.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace what is at --to.", flag_values=values)
-    options = command.parse(values, argv, USAGE, required=["from", "to"])
+    options = cli.parse(values, argv, USAGE, required=["from", "to"])
     target = Path(options.to).resolve()
     sources = [Path(p).resolve() for p in getattr(options, "from")]
-    others = [*(options.lora or []), *(getattr(options, name) for name in ("base", *exported.TOKENIZERS))]
+    others = [*(options.lora or []), *(getattr(options, name) for name in ("base", *export.TOKENIZERS))]
     _check_target(target, sources, [Path(p).resolve() for p in others if p], options.overwrite)
-    command.check_finite("lora_scale", options.lora_scale or [])
-    options.loras = command.adapters(options)
+    cli.check_finite("lora_scale", options.lora_scale or [])
+    options.loras = cli.adapters(options)
     check_place(target, "--to", folder=False)
     job = _gather(sources, options)
     _check_format(job, options.format)
     if job.lora or options.format in ("bfl", "comfy"):
         what = "adapters" if job.lora else f"--format={options.format}"
-        command.note_unused(options, f"{what}, without tokenizers", exported.TOKENIZERS)
+        cli.note_unused(options, f"{what}, without tokenizers", export.TOKENIZERS)
     if job.models.keys() & {"flux"} and job.sampling.text_states == "trimmed" and options.format != "orbax":
         tell(
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
@@ -258,7 +258,7 @@ def _changed(model: Model, options: Any) -> Model:
 
 def _tokenizers(sources: Sequence[Path], options: Any) -> dict[str, Path]:
     found = {}
-    for name in exported.TOKENIZERS:
+    for name in export.TOKENIZERS:
         given = getattr(options, name)
         beside = [s / name for s in sources if (s / name).is_dir()]
         # A whole CLIP is released with its tokenizer in the same folder.
@@ -303,7 +303,7 @@ def _check_space(job: Job, target: Path) -> None:
         raise ConvertedError(f"{target} needs {job.nbytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free")
 
 
-def _counted(params: Mapping[str, np.ndarray], progress: exported.Progress) -> Iterator[tuple[str, np.ndarray]]:
+def _counted(params: Mapping[str, np.ndarray], progress: export.Progress) -> Iterator[tuple[str, np.ndarray]]:
     for name in params:
         value = params[name]
         size = value.nbytes
@@ -313,17 +313,17 @@ def _counted(params: Mapping[str, np.ndarray], progress: exported.Progress) -> I
 
 
 def _write(
-    job: Job, target: Path, form: str, overwrite: bool, files: Mapping[str, list[exported.Part]], progress: Any
+    job: Job, target: Path, form: str, overwrite: bool, files: Mapping[str, list[export.Part]], progress: Any
 ) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if job.lora and form != "orbax":
         modules, base = job.lora
         tensors, metadata = to_peft(modules) if form == "diffusers" else to_kohya(modules, param_shapes("flux", base))
-        exported.write_tensors(target, tensors, metadata)
+        export.write_tensors(target, tensors, metadata)
         progress(job.nbytes)
     elif len(files) == 1:
         (parts,) = files.values()
-        exported.write_file(target, parts, progress)
+        export.write_file(target, parts, progress)
     else:
         with complete_or_absent(target, overwrite) as folder:
             if form == "orbax":
@@ -331,16 +331,16 @@ def _write(
             elif form == "diffusers":
                 _write_diffusers(job, folder, progress)
             for name, parts in files.items():
-                exported.write_file(folder / name, parts, progress)
+                export.write_file(folder / name, parts, progress)
 
 
-def _files(job: Job, form: str) -> dict[str, list[exported.Part]]:
+def _files(job: Job, form: str) -> dict[str, list[export.Part]]:
     """What goes into the files of a format that has files and no folders, by their names."""
     models = job.models
-    part = lambda m, prefix="": exported.Part(m.params, exported.rules_for(m.kind, "bfl", m.config), prefix)
+    part = lambda m, prefix="": export.Part(m.params, export.rules_for(m.kind, "bfl", m.config), prefix)
     if form == "comfy" and models:
         whole = len(models) > 1 or "flux" in models
-        prefix = lambda kind: exported.COMFY_PREFIXES[kind] if whole else ""
+        prefix = lambda kind: export.COMFY_PREFIXES[kind] if whole else ""
         return {"model.safetensors": [part(m, prefix(kind)) for kind, m in models.items()]}
     if form != "bfl":
         return {}
@@ -351,7 +351,7 @@ def _files(job: Job, form: str) -> dict[str, list[exported.Part]]:
     return {names[kind]: [part(m)] for kind, m in models.items() if kind in names}
 
 
-def _write_orbax(job: Job, folder: Path, progress: exported.Progress) -> None:
+def _write_orbax(job: Job, folder: Path, progress: export.Progress) -> None:
     stored = []
     if job.lora:
         modules, base = job.lora
@@ -364,16 +364,16 @@ def _write_orbax(job: Job, folder: Path, progress: exported.Progress) -> None:
     write_record(folder, stored, job.sampling)
 
 
-def _write_diffusers(job: Job, folder: Path, progress: exported.Progress) -> None:
+def _write_diffusers(job: Job, folder: Path, progress: export.Progress) -> None:
     if len(job.models) == 1:
         ((kind, model),) = job.models.items()
-        exported.write_component(folder, kind, model.config, model.params, progress)
+        export.write_component(folder, kind, model.config, model.params, progress)
         return
     for kind, model in job.models.items():
-        component = folder / exported.COMPONENTS[kind].folder
-        exported.write_component(component, kind, model.config, model.params, progress)
+        component = folder / export.COMPONENTS[kind].folder
+        export.write_component(component, kind, model.config, model.params, progress)
     _copy_tokenizers(job, folder)
-    exported.write_pipeline_index(folder, list(job.models), job.sampling)
+    export.write_pipeline_index(folder, list(job.models), job.sampling)
 
 
 def _copy_tokenizers(job: Job, folder: Path) -> None:
@@ -383,4 +383,4 @@ def _copy_tokenizers(job: Job, folder: Path) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # conversion happens on the host, whatever else there is
-    command.run(main)
+    cli.run(main)

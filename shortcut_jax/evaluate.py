@@ -12,27 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax import command
+from shortcut_jax import cli
+from shortcut_jax.cluster import distributed
+from shortcut_jax.cluster.claim import Claim
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.shared_folder import check_folder, check_place
 from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.format import Size
 from shortcut_jax.data.pipeline import evenly, read_many
-from shortcut_jax.data.resize import RESIZES
 from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation.captions import CaptionedSet
+from shortcut_jax.evaluation.digits import MOST_RECORDS, make_reference
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
 from shortcut_jax.evaluation.reference import open_reference, save_reference
+from shortcut_jax.evaluation.resize import RESIZES
 from shortcut_jax.evaluation.run import EXTRAS, Plan, entries_of, evaluate
 from shortcut_jax.evaluation.sampling import Classify, Judges
 from shortcut_jax.evaluation.set_network import network_classes, network_features, network_of
-from shortcut_jax.evaluation.subject import CHECKPOINT, ConvertedSubject, RunSubject, Subject
+from shortcut_jax.evaluation.subjects import CHECKPOINT, ConvertedSubject, RunSubject, Subject
 from shortcut_jax.evaluation.writing import write
-from shortcut_jax.report import MOST_RECORDS, make_reference
-from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.claim import Claim
-from shortcut_jax.runtime.compiling import keep_programs
-from shortcut_jax.runtime.converted import RECORD
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.shared_folder import check_folder, check_place
+from shortcut_jax.formats.inference_checkpoint import RECORD
+from shortcut_jax.runtime.compilation_cache import keep_programs
 
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
 ONLY_WITH = {"workdir": (), "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale")}
@@ -46,11 +46,11 @@ FEATURES = ("auto", "inception", "pixels", "random", "network")
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, makes and judges the pictures, and writes the page."""
-    options = command.parse(_flags(), argv, USAGE)
-    chosen = (command.whole_numbers(name, getattr(options, name), 1, 1000) for name in ("steps", "other_steps"))
+    options = cli.parse(_flags(), argv, USAGE)
+    chosen = (cli.whole_numbers(name, getattr(options, name), 1, 1000) for name in ("steps", "other_steps"))
     steps, other_steps = (sorted(set(numbers)) for numbers in chosen)
     _check(options)
-    loras = command.adapters(options)
+    loras = cli.adapters(options)
     if options.save_reference is not None:
         out = Path(options.save_reference).parent
         check_place(Path(options.save_reference), "--save_reference", folder=False)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
 def _flags() -> Any:
     from absl import flags
 
-    values = command.new_flags()
+    values = cli.new_flags()
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     flags.DEFINE_multi_string("workdir", None, "Folder of a training run; several side by side.", flag_values=values)
     text("checkpoint", None, "Converted pipeline, instead of a workdir.", flag_values=values)
@@ -127,7 +127,7 @@ def _flags() -> Any:
     text("encoders", None, "Pipeline of a run on latents.", flag_values=values)
     text("data_dir", None, "Folder of the sets; the run's own by default.", flag_values=values)
     text("out", None, "Folder to write; WORKDIR/evaluation by default.", flag_values=values)
-    command.define_place(values)
+    cli.define_place(values)
     return values
 
 
@@ -138,14 +138,14 @@ def _check(options: types.SimpleNamespace) -> None:
             raise UsageError("--save_reference goes with --reference=FOLDER, without a workdir or checkpoint")
         if options.features in ("auto", "network") and options.inception is None:
             raise UsageError("--save_reference needs --inception=FOLDER, or --features=random")
-        command.note_unused(options, "--save_reference", sorted(options.given - OF_A_REFERENCE))
+        cli.note_unused(options, "--save_reference", sorted(options.given - OF_A_REFERENCE))
         return
-    command.which_model(options, ONLY_WITH, USAGE)
-    command.check_finite("lora_scale", options.lora_scale or ())
+    cli.which_model(options, ONLY_WITH, USAGE)
+    cli.check_finite("lora_scale", options.lora_scale or ())
     if options.checkpoint and not options.teacher:
-        command.note_unused(options, "--checkpoint", ("base", "encoders", "data_dir"))
+        cli.note_unused(options, "--checkpoint", ("base", "encoders", "data_dir"))
     if options.inception is None:
-        command.note_unused(options, "no --inception", ("resize",))
+        cli.note_unused(options, "no --inception", ("resize",))
     if options.checkpoint and not options.prompts:
         raise UsageError("--checkpoint needs --prompts=FILE, a prompt a line")
     for name, least in (("images", 0), ("other_images", 0), ("teacher_steps", 1), ("batch_size", 1), ("seed", 0)):
@@ -202,7 +202,7 @@ def open_checkpoint(
     options: types.SimpleNamespace, folder: str, loras: Sequence[tuple[str, float]] = (), size: Size | None = None
 ) -> ConvertedSubject:
     """A converted pipeline, with the options of the command; `size` of its pictures is that of a student's."""
-    prompts = command.read_prompts("prompts", options.prompts) if options.prompts else ()
+    prompts = cli.read_prompts("prompts", options.prompts) if options.prompts else ()
     names = ("height", "width", "guidance", "shift", "text_tokens")
     chosen = {name: getattr(options, name) for name in names}
     if size is not None:
@@ -232,4 +232,4 @@ def classifier(own: CaptionedSet | None) -> Classify | None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

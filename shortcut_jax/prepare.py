@@ -1,307 +1,114 @@
-"""Preparing a data set: `python -m shortcut_jax.prepare --source=images --out=data/set --store=pixels --resolution=64`.
+"""The options of `prepare`: its flags, which of them go together, and which are given for nothing."""
 
-Reads captioned images (a folder in one of several layouts, tar files, or a TFDS set) and writes an ArrayRecord
-set that training streams. Interrupted, by whatever, the same command goes on where it was.
-"""
-
-import contextlib
-import os
-import signal
-import sys
-import time
 import types
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shortcut_jax import command
-from shortcut_jax.data.buckets import parse_buckets
-from shortcut_jax.data.format import INFO, Size
-from shortcut_jax.data.inputs import Source, open_source
-from shortcut_jax.data.job import Job, Produce
-from shortcut_jax.data.pictures import Encode, PixelEncoder, make_pool, producer
-from shortcut_jax.data.progress import summary
-from shortcut_jax.data.writing import already_written, captions_hash, units_done, write_units
+from shortcut_jax import cli
+from shortcut_jax.data.format import TEXT_DTYPES
+from shortcut_jax.data.records import STORES
 from shortcut_jax.errors import UsageError
-from shortcut_jax.prepare_options import DEFAULT_UNIT, USAGE, check_options, define_flags, note_unused, source_options
-from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.claim import Claim, Member, Times
-from shortcut_jax.runtime.shared_folder import check_place
+from shortcut_jax.preparation.inputs import NAMES, SourceOptions
 
-PIXEL_MULTIPLE = 2
-"""Sides of a picture that is trained on as pixels: a token is 2 x 2 of them."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that work on a set: this one's index, and how many there are."""
-
-    index: int
-    count: int
+DEFAULT_UNIT = 4096
+USAGE = (
+    "usage: python -m shortcut_jax.prepare --source=FOLDER|TARS|tfds:NAME --out=DIR "
+    "[--store=pixels|latents --checkpoint=CONVERTED] [--resolution=64] [--buckets=square|aspect|published|64x64,48x80]"
+    "; or --from_teacher=CONVERTED --prompts=FILE --per_bucket=N --out=DIR; or --store=captions --prompts=FILE "
+    "--checkpoint=CONVERTED --out=DIR; or --inspect=SET"
+)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal, its argument, that asks the command to stop."""
+def define_flags() -> Any:
+    """The flags of the command."""
+    from absl import flags
+
+    values = cli.new_flags()
+    several = flags.DEFINE_multi_string
+    flags.DEFINE_string("source", None, "Folder of captioned images, files, or tfds:NAME.", flag_values=values)
+    flags.DEFINE_enum("layout", None, NAMES, "How a folder is read that has several layouts.", flag_values=values)
+    flags.DEFINE_string("out", None, "Folder of the set to write.", flag_values=values)
+    flags.DEFINE_enum("store", "pixels", STORES, "What a record holds.", flag_values=values)
+    flags.DEFINE_integer("resolution", 64, "Side of the square whose area pictures get.", flag_values=values)
+    flags.DEFINE_string("buckets", "square", "square, aspect, published, or HxW,HxW,...", flag_values=values)
+    flags.DEFINE_boolean("enlarge", True, "Enlarge pictures smaller than their bucket.", flag_values=values)
+    flags.DEFINE_float("validation", 0.01, "Share of the validation split.", flag_values=values)
+    flags.DEFINE_float("max_skipped", 0.01, "Largest share that may be left out.", flag_values=values)
+    flags.DEFINE_string("eval_prompts", None, "File of captions to draw, one a line.", flag_values=values)
+    several("where", None, "field=value that a row of a table must have.", flag_values=values)
+    flags.DEFINE_string("caption_field", None, "Field of the caption.", flag_values=values)
+    flags.DEFINE_alias("caption", "caption_field", flag_values=values)
+    flags.DEFINE_string("template", None, 'Caption from other fields: "a photo of a {label}".', flag_values=values)
+    flags.DEFINE_string("tfds_dir", "~/tensorflow_datasets", "Folder of TFDS sets.", flag_values=values)
+    flags.DEFINE_integer("unit", None, "Pictures a shard, where the source has none (4096).", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "Converted pipeline that makes latents.", flag_values=values)
+    flags.DEFINE_enum("text_states", "full", ("full", "trimmed"), "T5 states that are stored.", flag_values=values)
+    flags.DEFINE_enum("text_dtype", "bfloat16", list(TEXT_DTYPES), "Of the stored T5 states.", flag_values=values)
+    flags.DEFINE_integer("text_tokens", 256, "Tokens of a caption for T5.", flag_values=values)
+    flags.DEFINE_integer("batch", None, "Pictures that a device encodes (8) or samples (1).", flag_values=values)
+    flags.DEFINE_string("from_teacher", None, "Converted pipeline that samples the set.", flag_values=values)
+    flags.DEFINE_string("prompts", None, "Its prompts, one a line.", flag_values=values)
+    flags.DEFINE_integer("per_bucket", None, "Pictures that it samples of each size.", flag_values=values)
+    flags.DEFINE_integer("steps", 32, "Its sampling steps.", flag_values=values)
+    flags.DEFINE_float("guidance", 3.5, "Its guidance scale.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of its noise.", flag_values=values)
+    several("lora", None, "Adapters that are merged into it.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of each of them.", flag_values=values)
+    flags.DEFINE_string("inspect", None, "Set to look at; its pictures go to --out.", flag_values=values)
+    return values
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parses the command line and prepares a set. Returns the exit code."""
-    options = command.parse(define_flags(), argv, USAGE)
-    note_unused(options)
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
-    if options.inspect is not None:
-        from shortcut_jax.inspect_set import inspect
+def check_options(options: types.SimpleNamespace) -> None:
+    """Refuses flags that are missing or do not go together, and numbers that make no sense.
 
-        print("\n".join(inspect(Path(options.inspect), options.out and Path(options.out))))
-        return 0
-    check_options(options)
-    if not (Path(options.out) / INFO).is_file():  # a set that is there may be read only
-        check_place(Path(options.out), "--out")
-    processes = join("latents" if options.from_teacher else options.store)
-    with claim(Path(options.out), processes):
-        pass  # a set that another command makes is refused before anything is opened
+    Raises:
+      UsageError: there is one.
+    """
     if options.from_teacher:
-        return prepare_from_teacher(options, processes)
-    return (prepare_captions if options.store == "captions" else prepare)(options, processes)
+        needed: tuple[str, ...] = ("out", "prompts", "per_bucket")
+    else:
+        needed = {
+            "pixels": ("source", "out"),
+            "latents": ("source", "out", "checkpoint"),
+            "captions": ("out", "prompts", "checkpoint"),
+        }[options.store]
+    for name in needed:
+        if getattr(options, name) is None:
+            raise UsageError(f"--{name} is missing; {USAGE}")
+    of_sources = ("source", "checkpoint", "where", "caption_field", "template", "layout")
+    if options.from_teacher and (any(getattr(options, n) for n in of_sources) or options.text_states != "full"):
+        raise UsageError(f"--{', --'.join(of_sources)} and --text_states do not go with --from_teacher")
+    if options.from_teacher and options.store == "captions":
+        raise UsageError("--store=captions has no pictures to sample: give --checkpoint in place of --from_teacher")
+    if options.store == "captions" and options.source:
+        raise UsageError("--source does not go with --store=captions: name a file of captions with --prompts")
+    for name in ("validation", "max_skipped"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UsageError(f"--{name} is {getattr(options, name):g}, but is a share, from 0 to 1")
+    for name in ("unit", "resolution", "batch", "text_tokens"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least 1")
 
 
-def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
-    """Prepares the set that the options describe; says what came of it."""
-    prompts = read_prompts("eval_prompts", options.eval_prompts)
-    say = _say if processes.index == 0 else lambda line: None
-    try:
-        source = open_source(options.source, source_options(options), say)
-    except OSError as error:
-        what = error.strerror or str(error)
-        raise UsageError(f"--source={options.source} cannot be read: {error.filename or ''}: {what}") from error
-    with contextlib.closing(_Pool()) as held:
-        pool = held.pool
-        buckets, encode, fields = make_store(options, pool)
-        least = min(encode.bytes_per_record(size) for size in buckets)
-        job = Job(
-            out=Path(options.out),
-            request=request_of(options, source, buckets, prompts) | fields.pop("request", {}),
-            store=options.store,
-            buckets=buckets,
-            units=source.units,
-            num_items=source.num_items,
-            bytes_per_record=least,
-            validation=options.validation,
-            max_skipped=options.max_skipped,
-            unused=source.unused,
-            eval_prompts=prompts,
-            **fields,
-        )
-        return write(job, producer(source, buckets, encode, pool, options.enlarge), processes)
+OF_A_TEACHER = ("prompts", "per_bucket", "steps", "guidance", "seed", "lora", "lora_scale")
+OF_A_SOURCE = ("layout", "enlarge", "where", "caption_field", "template", "tfds_dir")
+OF_LATENTS = ("checkpoint", "text_states", "text_dtype", "text_tokens", "batch")
 
 
-def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -> int:
-    """Prepares a set that a checkpoint samples; says what came of it."""
-    from shortcut_jax.teacher_data import TeacherData, TeacherSettings
-
-    captions = read_prompts("eval_prompts", options.eval_prompts)
-    prompts = read_prompts("prompts", options.prompts) or ()
-    loras = command.adapters(options)
-    buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
-    named = {n: getattr(options, n) for n in ("per_bucket", "steps", "guidance", "seed", "text_tokens", "text_dtype")}
-    settings = TeacherSettings(prompts, buckets, per_device=options.batch or 1, unit=options.unit or 512, **named)
-    teacher = TeacherData(options.from_teacher, settings, loras)
-    tell_cuts(teacher, prompts)
-    distributed.say(f"{teacher.pipeline.guidance(options.guidance)}; {options.steps} steps")
-    job = Job(
-        out=Path(options.out),
-        store="latents",
-        buckets=buckets,
-        units=teacher.units,
-        num_items=len(buckets) * options.per_bucket,
-        bytes_per_record=min(teacher.bytes_per_record(size) for size in buckets),
-        validation=options.validation,
-        max_skipped=options.max_skipped,
-        eval_prompts=captions,
-        **teacher.job_fields(
-            **teacher.request(), store="latents", validation=options.validation, eval_prompts=captions_hash(captions)
-        ),
-    )
-    return write(job, teacher, processes)
+def note_unused(options: types.SimpleNamespace) -> None:
+    """Says which flags are given for nothing."""
+    if options.inspect is not None:
+        cli.note_unused(options, "--inspect", sorted(options.given - {"inspect", "out"}))
+    elif options.from_teacher:
+        cli.note_unused(options, "--from_teacher", (*OF_A_SOURCE, *(["store"] if options.store == "pixels" else [])))
+    elif options.store == "captions":
+        cli.note_unused(options, "--store=captions", (*OF_A_SOURCE, *OF_A_TEACHER[1:], "buckets", "resolution"))
+    else:
+        cli.note_unused(options, "--source, without --from_teacher", OF_A_TEACHER)
+        cli.note_unused(options, f"--store={options.store}", OF_LATENTS if options.store == "pixels" else ())
 
 
-def prepare_captions(options: types.SimpleNamespace, processes: Processes) -> int:
-    """Prepares a set of captions with their text states, without pictures; says what came of it."""
-    from shortcut_jax.latent_encoder import CaptionEncoder
-
-    drawn = read_prompts("eval_prompts", options.eval_prompts)
-    captions = read_prompts("prompts", options.prompts) or ()
-    text = options.text_states, options.text_tokens, options.text_dtype
-    unit = options.unit or DEFAULT_UNIT
-    encoder = CaptionEncoder(options.checkpoint, captions, *text, options.batch or 8, unit)
-    tell_cuts(encoder, captions)
-    asked = {"prompts": captions_hash(captions), "store": "captions", "unit": unit}
-    job = Job(
-        out=Path(options.out),
-        store="captions",
-        buckets=((1, 1),),
-        units=encoder.units,
-        num_items=len(captions),
-        bytes_per_record=encoder.bytes_per_record((0, 0)),
-        validation=options.validation,
-        max_skipped=options.max_skipped,
-        eval_prompts=drawn,
-        **encoder.job_fields(**asked, validation=options.validation, eval_prompts=captions_hash(drawn)),
-    )
-    return write(job, encoder, processes)
-
-
-def tell_cuts(maker: Any, captions: Sequence[str]) -> None:
-    """Says which captions are too long for the text encoders."""
-    cuts = maker.text.cuts(captions, maker.text_info.tokens)
-    for line in (*cuts[:3], *([f"{len(cuts):,} captions are cut in all"] if len(cuts) > 3 else ())):
-        distributed.say(line)
-
-
-def write(job: Job, produce: Produce, processes: Processes) -> int:
-    """Writes a set, or the rest of one; says what came of it. Returns the exit code."""
-    say = _say if processes.index == 0 else lambda line: None
-    start = time.monotonic()
-    if already_written(job):
-        say(f"{job.out} is there already, prepared with these arguments")
-        return 0
-    try:
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        with _signals(), claim(job.out, processes) as held:
-            held.take()
-            info = write_units(job, produce, processes.index, processes.count, say=say)
-    except Stopped as stop:
-        say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
-        return distributed.EXIT_CODES[stop.args[0]]
-    for line in summary(info, job.out, time.monotonic() - start):
-        say(line)
-    return 0
-
-
-def claim(out: Path, processes: Processes, times: Times | None = None) -> Claim:
-    """The claim on a set that is being written: beside it, for it is a folder only when it is complete.
-
-    Processes that make pixels do not know each other, so each holds its part.
-    """
-    path_of = lambda index: out.with_name(f".{out.name}.claim-{index}.json")
-    group = f"{os.environ.get('JAX_COORDINATOR_ADDRESS')} {processes.count}"
-    return Claim(out, "--out", Member(path_of(processes.index), path_of(0), group), times)
-
-
-def join(store: str) -> Processes:
-    """Which of how many processes this is; JAX is started only where it is needed or has to be asked."""
-    number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        return Processes(0, 1)
-    if store == "pixels" and number and index:
-        return Processes(int(index), int(number))
-    import jax
-
-    distributed.initialize()
-    return Processes(jax.process_index(), jax.process_count())
-
-
-def make_store(
-    options: types.SimpleNamespace, pool: ThreadPoolExecutor
-) -> tuple[tuple[Size, ...], Encode, dict[str, Any]]:
-    """The buckets, what makes records of pictures, and fields of `Job` that depend on it (with `request`)."""
-    buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
-    if options.store == "latents":
-        return buckets, *make_encoder(options, buckets)
-    return buckets, PixelEncoder(buckets, pool), {}
-
-
-def make_encoder(options: types.SimpleNamespace, buckets: tuple[Size, ...]) -> tuple[Encode, dict[str, Any]]:
-    """The encoders of a set of latents, and the fields of `Job` that tell of them.
-
-    Raises:
-      DataError: a size that the autoencoder cannot encode.
-      ConvertedError: the checkpoint lacks a model, or cannot be read.
-    """
-    from shortcut_jax.latent_encoder import LatentEncoder, check_sizes
-
-    encoder = LatentEncoder(
-        options.checkpoint, options.text_states, options.text_tokens, options.text_dtype, options.batch or 8
-    )
-    check_sizes(buckets, encoder.latents.stride)
-    return encoder, encoder.job_fields()
-
-
-def multiple_of(options: types.SimpleNamespace) -> int:
-    """What the sides of buckets are multiples of; of latents the autoencoder has the last word."""
-    return PIXEL_MULTIPLE if "x" in options.buckets else 16
-
-
-def request_of(
-    options: types.SimpleNamespace, source: Source, buckets: Sequence[Size], prompts: Sequence[str] | None
-) -> dict[str, Any]:
-    """What determines the content of a set."""
-    path = Path(options.source)
-    return {
-        "source": str(path.resolve()) if path.exists() else options.source,
-        "fingerprint": source.fingerprint,
-        "store": options.store,
-        "buckets": [f"{h}x{w}" for h, w in buckets],
-        "enlarge": options.enlarge,
-        "validation": options.validation,
-        "eval_prompts": captions_hash(prompts),
-        "where": list(options.where or ()),
-        "caption_field": options.caption_field,
-        "template": options.template,
-        "unit": options.unit or DEFAULT_UNIT,
-    }
-
-
-def read_prompts(name: str, path: str | None) -> tuple[str, ...] | None:
-    """The captions in a file, or None without one.
-
-    Raises:
-      UsageError: it cannot be read, or has none.
-    """
-    if path is None:
-        return None
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{name}={path} cannot be read: {error}") from error
-    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise UsageError(f"--{name}={path} has no captions: write one a line")
-    return prompts
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-class _Pool:
-    """Threads that are not waited for when the command stops."""
-
-    def __init__(self) -> None:
-        self.pool = make_pool()
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the work wherever it is: it is written so that it can be."""
-
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        del frame
-        raise Stopped(signal.Signals(number))
-
-    previous = {which: signal.signal(which, stop) for which in distributed.EXIT_CODES}
-    try:
-        yield
-    finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
-
-
-if __name__ == "__main__":
-    command.run(main)
+def source_options(options: types.SimpleNamespace) -> SourceOptions:
+    """How the source is read."""
+    where = tuple(options.where or ())
+    fields = options.caption_field, options.template
+    return SourceOptions(options.unit or DEFAULT_UNIT, where, *fields, options.tfds_dir, options.layout)

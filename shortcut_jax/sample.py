@@ -12,19 +12,19 @@ from typing import Any
 
 from PIL import Image
 
-from shortcut_jax import command
-from shortcut_jax.bounds import MAX_BATCH, check_prompts, check_whole
+from shortcut_jax import cli
+from shortcut_jax.cluster import distributed
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.config.bounds import MAX_BATCH, check_prompts, check_whole
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.errors import UsageError
-from shortcut_jax.interactive import interact
-from shortcut_jax.painting import fit_picture, paint, read_picture, repaint
-from shortcut_jax.pictures_out import Output, names_folder
-from shortcut_jax.runtime import distributed
-from shortcut_jax.runtime.compiling import keep_programs
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.sample_models import ConvertedModel, RunModel, SampleModel, Wanted
+from shortcut_jax.inference.backends import ConvertedModel, RunModel, SampleModel, Wanted
+from shortcut_jax.inference.batches import fit_picture, paint, read_picture, repaint
+from shortcut_jax.inference.image_files import Output, names_folder
+from shortcut_jax.inference.repl import interact
+from shortcut_jax.runtime.compilation_cache import keep_programs
 from shortcut_jax.steps.editing import make_plan
-from shortcut_jax.steps.views import VIEWS
+from shortcut_jax.steps.networks import VIEWS
 
 USAGE = (
     "usage: python -m shortcut_jax.sample --workdir=W|--checkpoint=FOLDER "
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     wanted = _wanted(options)
     wanted.check()
-    command.check_finite("lora_scale", options.lora_scale or ())
+    cli.check_finite("lora_scale", options.lora_scale or ())
     image = None if options.edit is None else _picture_to_edit(options)
     output = Output(options.out, count_on=options.interactive)
     if options.interactive and not output.is_folder:
@@ -91,8 +91,8 @@ def _parse(argv: Sequence[str]) -> SimpleNamespace:
     Raises:
       UsageError: neither or both of workdir and checkpoint, or an option that does not go with it.
     """
-    options = command.parse(_flags(), argv, USAGE)
-    kind = command.which_model(options, DEFAULTS, USAGE)
+    options = cli.parse(_flags(), argv, USAGE)
+    kind = cli.which_model(options, DEFAULTS, USAGE)
     for name, value in DEFAULTS[kind].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -104,7 +104,7 @@ def _parse(argv: Sequence[str]) -> SimpleNamespace:
 def _flags() -> Any:
     from absl import flags
 
-    values = command.new_flags()
+    values = cli.new_flags()
     string = lambda name, text, default=None: flags.DEFINE_string(name, default, text, flag_values=values)
     integer = lambda name, text, default=None: flags.DEFINE_integer(name, default, text, flag_values=values)
     number = lambda name, text: flags.DEFINE_float(name, None, text, flag_values=values)
@@ -150,7 +150,7 @@ def _wanted(options: SimpleNamespace) -> Wanted:
     """What the options ask for. Raises UsageError where they contradict each other."""
     prompts = [
         *(options.prompt or ()),
-        *(command.read_prompts("prompts", options.prompts) if options.prompts is not None else ()),
+        *(cli.read_prompts("prompts", options.prompts) if options.prompts is not None else ()),
     ]
     if not prompts and not options.interactive:
         raise UsageError(f"--prompt is missing; {USAGE}")
@@ -194,4 +194,4 @@ def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -9,41 +9,50 @@ from typing import Any
 import jax
 from PIL import Image
 
-from shortcut_jax import command
-from shortcut_jax.announce import announce, announce_data
-from shortcut_jax.assemble import Assembly
-from shortcut_jax.check_data import check_data, check_grid
-from shortcut_jax.check_training import assemble_training
-from shortcut_jax.config_file import load_config, load_teacher_config
+from shortcut_jax import cli
+from shortcut_jax.cluster import consistency, distributed
+from shortcut_jax.cluster.claim import Claim
+from shortcut_jax.cluster.consistency import check_devices
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.goodput import Account, goodput_line, goodput_table
+from shortcut_jax.cluster.heartbeat import Progress
+from shortcut_jax.cluster.logs import mark_stderr, process_log
+from shortcut_jax.cluster.peers import Peers
+from shortcut_jax.cluster.shared_folder import check_folder, check_place
+from shortcut_jax.cluster.timing import Stopwatch
+from shortcut_jax.cluster.watchdog import Watchdog
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.load import load_config, load_teacher_config
+from shortcut_jax.config.resume import compare, flatten
+from shortcut_jax.config.schema import Settings, build, to_dict
 from shortcut_jax.core.ema import num_restarts
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.records import check_available
 from shortcut_jax.data.training import TrainingData
-from shortcut_jax.differences import compare, flatten
-from shortcut_jax.ends import training_ends
 from shortcut_jax.errors import UsageError
-from shortcut_jax.generate import Generator
+from shortcut_jax.evaluation.digits import (
+    Score,
+    grid_captions,
+    judge,
+    measures,
+    reference_of,
+    sample_grid,
+    table,
+    write_report,
+)
+from shortcut_jax.evaluation.validation import Validation
+from shortcut_jax.inference.codec import training_ends
+from shortcut_jax.inference.generator import Generator
 from shortcut_jax.local_path import local_path
-from shortcut_jax.loop import Outputs, busy, grid_name, loop, show
-from shortcut_jax.report import Score, grid_captions, judge, measures, reference_of, sample_grid, table, write_report
-from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime import agreement, distributed
-from shortcut_jax.runtime.agreement import check_devices
+from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.run.check_data import check_data, check_grid
+from shortcut_jax.run.check_training import assemble_training
+from shortcut_jax.run.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
 from shortcut_jax.runtime.checkpoint import Checkpoints, step_folders, stored_config
-from shortcut_jax.runtime.claim import Claim
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.goodput import Account, goodput_line, goodput_table
-from shortcut_jax.runtime.heartbeat import Progress
-from shortcut_jax.runtime.logs import mark_stderr, process_log
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
-from shortcut_jax.runtime.peers import Peers
-from shortcut_jax.runtime.shared_folder import check_folder, check_place
-from shortcut_jax.runtime.timing import Stopwatch
-from shortcut_jax.runtime.watchdog import Watchdog
-from shortcut_jax.settings import Settings, build, to_dict
 from shortcut_jax.steps.state import TrainState, choose_view, num_updates
-from shortcut_jax.validation import Validation
-from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init, write_record
+from shortcut_jax.training.loop import Outputs, busy, grid_name, loop, show
+from shortcut_jax.training.summary import announce, announce_data
 
 USAGE = "usage: python -m shortcut_jax.train --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]"
 
@@ -52,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     """Parses the command line and trains, or compiles only with `--dry_run`. Returns the exit code."""
     from absl import flags
 
-    values = command.new_flags()
-    command.define_config(values, "config", "Config file.", argv)
+    values = cli.new_flags()
+    cli.define_config(values, "config", "Config file.", argv)
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/CONFIG-OBJECTIVE by default.", flag_values=values)
     flags.DEFINE_integer("stop_at", None, "Stop after this step, as if interrupted.", flag_values=values)
     flags.DEFINE_string("base", None, "Frozen base of the run, where it has moved.", flag_values=values)
@@ -61,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("target", None, "Devices of a dry run: cpu:8, gpu:h100:8x8, tpu:v5p:4x4x4.", flag_values=values)
     flags.DEFINE_boolean("explain", False, "Tell every collective of a dry run.", flag_values=values)
     flags.DEFINE_float("device_memory_gb", None, "Memory limit of a dry run.", flag_values=values)
-    command.define_place(values)
-    options = command.parse(values, argv, USAGE, required=["config"], configs=["config"])
+    cli.define_place(values)
+    options = cli.parse(values, argv, USAGE, required=["config"], configs=["config"])
     _check_flags(options)
     if not options.dry_run:
         distributed.initialize(options.coordinator, options.num_processes, options.process_id, options.join_timeout)
@@ -71,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         options.config.base = options.base
     settings = from_config(options.config)
     if options.dry_run:
-        from shortcut_jax import dry_run
+        from shortcut_jax.diagnostics import dry_run
 
         return dry_run.run(settings, options.target, options.device_memory_gb, options.explain)
     check_available(settings.data)
@@ -88,10 +97,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_flags(options: Any) -> None:
     """Raises UsageError for flags that do not go together: none is ignored."""
-    command.only_with(options, "--dry_run", options.dry_run, ("target", "explain", "device_memory_gb"))
+    cli.only_with(options, "--dry_run", options.dry_run, ("target", "explain", "device_memory_gb"))
     if options.dry_run:
         of_training = ("workdir", "stop_at", "coordinator", "num_processes", "process_id", "join_timeout")
-        command.note_unused(options, "--dry_run", of_training)
+        cli.note_unused(options, "--dry_run", of_training)
     if options.stop_at is not None and options.stop_at < 1:
         raise UsageError(f"--stop_at is {options.stop_at}, but must be at least 1")
     if options.base is not None and "base" in options.overridden:
@@ -107,7 +116,7 @@ OF_A_HOST = ("data.dir", "data.threads", "data.workers", "base")
 def check_same(settings: Settings, workdir: Path, stop_at: int | None) -> None:
     """Raises AgreementError where the processes were started with different configs, code or flags of XLA."""
     config = {key: value for key, value in flatten(to_dict(settings)).items() if key not in OF_A_HOST}
-    agreement.check_same({**config, "--workdir": workdir.name, "--stop_at": stop_at, **agreement.code_facts()})
+    consistency.check_same({**config, "--workdir": workdir.name, "--stop_at": stop_at, **consistency.code_facts()})
 
 
 def train_teacher(config_file: Path, settings: Settings) -> int:
@@ -303,4 +312,4 @@ def grid_painter(assembly: Assembly, data: TrainingData) -> Callable[[Any], Imag
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

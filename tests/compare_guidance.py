@@ -13,8 +13,8 @@ import numpy as np
 
 from shortcut_jax import train
 from shortcut_jax.data.records import DataSettings, open_source, to_latents
-from shortcut_jax.pipeline import Pipeline
-from shortcut_jax.report import grid_captions, make_reference, markdown
+from shortcut_jax.evaluation.digits import grid_captions, make_reference, markdown
+from shortcut_jax.inference.run_pipeline import Pipeline
 
 
 def saturation(pictures):

@@ -15,11 +15,11 @@ import time
 
 import jax
 
-from shortcut_jax.assemble import Assembly
-from shortcut_jax.dry_run import expected_temporaries
-from shortcut_jax.explain import SMALL, explain
-from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime.targets import target_devices
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.diagnostics.collectives import SMALL, explain
+from shortcut_jax.diagnostics.dry_run import expected_temporaries
+from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.runtime.aot_targets import target_devices
 
 GB = 1e9
 MESHES = {"FSDP": (1, -1, 1), "HSDP": (-1, 8, 1), "FSDP x TP": (-1, 4, 2)}

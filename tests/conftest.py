@@ -102,9 +102,9 @@ SMALL_RUN = {
 @pytest.fixture
 def own_programs():
     """Samplers are compiled anew, for tests that count them; others take what an earlier test has compiled."""
-    from shortcut_jax import converted_editor, generate, text_to_image
+    from shortcut_jax.inference import converted_editor, converted_pipeline, generator
 
-    for module in (generate, converted_editor, text_to_image):
+    for module in (generator, converted_editor, converted_pipeline):
         for name in ("_sample_program", "_edit_program"):
             if program := getattr(module, name, None):
                 program.cache_clear()

@@ -17,9 +17,10 @@ import numpy as np
 from orbax.checkpoint import checkpoint_manager
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
-from shortcut_jax import command, loop, train
+from shortcut_jax import cli, train
 from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.training import loop
 
 
 def kill() -> None:
@@ -134,4 +135,4 @@ if __name__ == "__main__":
     cut = sys.argv.index("--")
     for one in sys.argv[1:cut]:
         inject(one)
-    command.run(train.main, ["train", *sys.argv[cut + 1 :]])
+    cli.run(train.main, ["train", *sys.argv[cut + 1 :]])

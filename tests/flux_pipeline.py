@@ -2,9 +2,9 @@
 
 import json
 
-from shortcut_jax import sources
-from shortcut_jax.runtime.converted import Stored, complete_or_absent, write_params, write_record
-from shortcut_jax.runtime.tokenizers import LAYOUTS, copy_tokenizer
+from shortcut_jax.formats.inference_checkpoint import Stored, complete_or_absent, write_params, write_record
+from shortcut_jax.formats.tokenizers import LAYOUTS, copy_tokenizer
+from shortcut_jax.sources import models
 from shortcut_jax.weights.params import Cast
 
 CLIP_TOKENS = 16
@@ -41,15 +41,15 @@ def make_pipeline(folder, guidance=True):
 
 def convert_pipeline(source, target, dtype=None):
     """Writes a pipeline as a converted folder, in the dtype it has by default."""
-    models = sources.open_models(source)
+    opened = models.open_models(source)
     with complete_or_absent(target, overwrite=False) as partial:
-        for model in models:
+        for model in opened:
             params = model.params if dtype is None else Cast(model.params, dtype)
             write_params(partial / model.kind, params.items())
         for name in LAYOUTS:
             copy_tokenizer(source / name, partial / name)
-        stored = [Stored(m.kind, m.config, m.origin, partial / m.kind) for m in models]
-        write_record(partial, stored, sources.sampling_of(source, models))
+        stored = [Stored(m.kind, m.config, m.origin, partial / m.kind) for m in opened]
+        write_record(partial, stored, models.sampling_of(source, opened))
     return target
 
 

@@ -9,10 +9,10 @@ import weakref
 import jax
 import numpy as np
 
-from shortcut_jax.assemble import Assembly
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.schema import default_config
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.resolve import from_config
-from shortcut_jax.settings import default_config
+from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.weights.params import Params, Spec
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

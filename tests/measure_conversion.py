@@ -26,10 +26,10 @@ import numpy as np
 
 from shortcut_jax import convert
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.formats import export
+from shortcut_jax.formats.safetensors import remove
 from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.safetensors import remove
-from shortcut_jax.sources import abstract_params, open_models
+from shortcut_jax.sources.models import abstract_params, open_models
 from shortcut_jax.weights import flux_bfl, lora
 from shortcut_jax.weights.lora_files import to_peft
 from shortcut_jax.weights.params import Params, Spec
@@ -67,7 +67,7 @@ def _write_lora(file, shapes):
     for name, unit, _ in lora.expand(shapes):
         inputs, outputs = lora.sizes(unit, shapes)
         modules[name] = lora.Factors(draw(RANK, inputs), draw(outputs, RANK), float(RANK))
-    exported.write_tensors(file, *to_peft(modules))
+    export.write_tensors(file, *to_peft(modules))
 
 
 def _peak_gb():
@@ -113,7 +113,7 @@ def _copy(size, source, target):
 def _prepare(direction, folder, shapes):
     """Writes what is converted. Returns it, where it goes, and further arguments."""
     noise, source = Noise(shapes), folder / "flux.safetensors"
-    exported.write_file(source, [exported.Part(noise, flux_bfl.RULES)], lambda n: None)
+    export.write_file(source, [export.Part(noise, flux_bfl.RULES)], lambda n: None)
     if direction == "in":
         return source, folder / "orbax", ()
     if direction == "merge":

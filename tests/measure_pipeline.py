@@ -32,8 +32,8 @@ from shortcut_jax.data.images import encode_png
 from shortcut_jax.data.pipeline import BatchReader, batches
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.training import TrainingData
-from shortcut_jax.data.units import serializer
 from shortcut_jax.data.words import encode_words
+from shortcut_jax.preparation.units import serializer
 from tests.data.prepared import write_shard
 
 SAMPLES_PER_GPU = 24
@@ -103,7 +103,7 @@ def digits_rate(steps: int = 8) -> float:
     """Images a second of the training step of configs/digits.py."""
     from configs import digits
     from shortcut_jax.bench import Contender
-    from shortcut_jax.resolve import from_config
+    from shortcut_jax.config.checks import from_config
 
     contender = Contender("digits", from_config(digits.get_config()))
     contender.run(1, count=False)

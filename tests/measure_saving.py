@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from shortcut_jax.runtime.json_lines import read_lines
+from shortcut_jax.cluster.json_lines import read_lines
 
 
 class Spent(NamedTuple):

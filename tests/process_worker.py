@@ -9,15 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from shortcut_jax.assemble import Assembly
+from shortcut_jax.cluster import distributed
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.schema import complete
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime import distributed
+from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.run.workdir import meta_of, open_start, restore_or_init
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_config
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
-from shortcut_jax.settings import complete
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.workdir import meta_of, open_start, restore_or_init
 
 
 def assembly_of(workdir, mesh, devices=None):

@@ -6,16 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert, evaluate, sample
-from shortcut_jax.app_models import ConvertedPipeline
+from shortcut_jax import cli, convert, evaluate, sample
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.evaluation.subject import ConvertedSubject
-from shortcut_jax.initial import open_initial
+from shortcut_jax.evaluation.subjects import ConvertedSubject
+from shortcut_jax.formats import export
+from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime import exported
-from shortcut_jax.sources import abstract_params, open_lora, open_loras, open_models
-from shortcut_jax.text_to_image import TextToImage
+from shortcut_jax.run.start_from import open_initial
+from shortcut_jax.sources.models import abstract_params, open_lora, open_loras, open_models
+from shortcut_jax.webapp.models import ConvertedPipeline
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_peft
@@ -32,7 +32,7 @@ def _shapes(config):
 
 def _fails(main, capfd, *argv):
     with pytest.raises(SystemExit) as stop:
-        command.run(main, ["main", *map(str, argv)])
+        cli.run(main, ["main", *map(str, argv)])
     assert stop.value.code == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
@@ -42,7 +42,7 @@ def _base(folder, config):
     folder.mkdir()
     zeros = {k: np.zeros(v, np.float32) for k, v in _shapes(config).items()}
     (folder / "config.json").write_text(json.dumps({"axes_dims_rope": config.axes}))
-    exported.write_tensors(folder / "flux.safetensors", to_torch(zeros, flux_bfl.RULES), {})
+    export.write_tensors(folder / "flux.safetensors", to_torch(zeros, flux_bfl.RULES), {})
     return folder / "flux.safetensors"
 
 
@@ -50,7 +50,7 @@ def test_a_converted_lora_is_compared_with_the_base_that_is_given(tmp_path, capf
     base = _base(tmp_path / "base", CFG)
     other = _base(tmp_path / "other", dataclasses.replace(CFG, text_width=48))
     short = _base(tmp_path / "short", dataclasses.replace(CFG, single_blocks=1))
-    exported.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(_shapes(CFG))))
+    export.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(_shapes(CFG))))
     argv = ["convert", f"--from={tmp_path}/lora.safetensors", f"--to={tmp_path}/orbax", f"--base={base}"]
     assert convert.main(argv) == 0
     source, target = f"--from={tmp_path}/orbax", f"--to={tmp_path}/x.safetensors"
@@ -63,7 +63,7 @@ def test_a_converted_lora_is_compared_with_the_base_that_is_given(tmp_path, capf
 
 
 def test_adapters_of_text_encoders_alone_are_refused(tmp_path, capfd):
-    exported.write_tensors(tmp_path / "te.safetensors", OTHERS, {})
+    export.write_tensors(tmp_path / "te.safetensors", OTHERS, {})
     with pytest.raises(ConversionError, match="adapts no layer of the transformer: 1 tensors of text encoder adapters"):
         open_lora(tmp_path / "te.safetensors", CFG)
     base = _base(tmp_path / "base", CFG)
@@ -75,7 +75,7 @@ def test_adapters_of_text_encoders_alone_are_refused(tmp_path, capfd):
 def test_sampling_tells_what_is_left_out_of_an_adapter(converted_folder, tmp_path, capfd, monkeypatch):
     (flux,) = [m for m in open_models(converted_folder) if m.kind == "flux"]
     tensors, _ = to_peft(random_modules({k: s.shape for k, s in flux.specs.items()}))
-    exported.write_tensors(tmp_path / "lora.safetensors", tensors | OTHERS, {})
+    export.write_tensors(tmp_path / "lora.safetensors", tensors | OTHERS, {})
     argv = [f"--checkpoint={converted_folder}", "--prompt=a red cat", f"--lora={tmp_path}/lora.safetensors"]
     size = ["--height=16", "--width=24", "--steps=1", f"--out={tmp_path}/x.png"]
     for scale in ("nan", "inf"):
@@ -99,7 +99,7 @@ def test_every_command_refuses_an_adapter_that_is_not_finite_in_one_line(convert
     tensors, _ = to_peft(random_modules({k: s.shape for k, s in flux.specs.items()}, keep=lambda n: n == "proj_out"))
     name = "transformer.proj_out.lora_B.weight"
     lora = tmp_path / "lora.safetensors"
-    exported.write_tensors(lora, tensors | {name: tensors[name] * np.nan}, {})
+    export.write_tensors(lora, tensors | {name: tensors[name] * np.nan}, {})
     base, to = f"--from={converted_folder}", f"--to={tmp_path}/out"
     model, out = f"--checkpoint={converted_folder}", f"--out={tmp_path}/out"
     (tmp_path / "prompts.txt").write_text("a cat\n")
@@ -121,7 +121,7 @@ def test_training_refuses_an_adapter_that_is_not_finite(name, tmp_path):
     base = _base(tmp_path / "base", preset("tiny"))
     tensors, _ = to_peft(random_modules(_shapes(preset("tiny"))))
     tensors["transformer.proj_out.lora_A.weight"][0, 0] = np.inf
-    exported.write_tensors(tmp_path / "lora.safetensors", tensors, {})
+    export.write_tensors(tmp_path / "lora.safetensors", tensors, {})
     given = {"init_from": str(base), name: str(tmp_path / "lora.safetensors")}
     given |= {"base": str(base)} if name == "init_from" else {}
     assembly = tiny_assembly(**BOTH_BLOCKS, **POST_TRAINING | given)
@@ -135,7 +135,7 @@ def test_several_adapters_are_sampled_as_one_sum_as_they_are_converted(converted
     loras = []
     for i, scale in enumerate((0.5, -1.25)):
         modules = random_modules(shapes, rank=2 + i, seed=i, keep=lambda n, i=i: i == 0 or "to_" in n)
-        exported.write_tensors(tmp_path / f"{i}.safetensors", *to_peft(modules))
+        export.write_tensors(tmp_path / f"{i}.safetensors", *to_peft(modules))
         loras.append((tmp_path / f"{i}.safetensors", scale))
     modules, _ = open_loras(loras, flux.config)
     merged, sampled = Merged(flux.params, modules, shapes), TextToImage(converted_folder, loras=loras).models["flux"]

@@ -8,16 +8,17 @@ import time
 import numpy as np
 import pytest
 
-from shortcut_jax import TextToImage, app, app_studio, sample
-from shortcut_jax.app_models import FEW, ConvertedPipeline, TrainedRun, captions_of
-from shortcut_jax.app_request import MAX_STEPS, Offer, Request, make_edit, make_request
-from shortcut_jax.app_studio import COMPARED, Studio
+from shortcut_jax import TextToImage, app, sample
 from shortcut_jax.errors import RequestError, UserError
-from shortcut_jax.pictures_out import read_records
-from shortcut_jax.pipeline import Pipeline
-from shortcut_jax.runtime import exported
+from shortcut_jax.formats import export
+from shortcut_jax.inference.image_files import read_records
+from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.sources import param_shapes
+from shortcut_jax.sources.models import param_shapes
+from shortcut_jax.webapp import studio as studios
+from shortcut_jax.webapp.models import FEW, ConvertedPipeline, TrainedRun, captions_of
+from shortcut_jax.webapp.request import MAX_STEPS, Offer, Request, make_edit, make_request
+from shortcut_jax.webapp.studio import COMPARED, Studio
 from shortcut_jax.weights.lora_files import to_peft
 from tests.weights.lora_cases import random_modules
 
@@ -96,7 +97,7 @@ def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted
     some = random_modules(shapes, rank=2, alpha=1.5, keep=lambda name: "to_q" in name)
     files = tmp_path / "some.safetensors", tmp_path / "all.safetensors"
     for file, modules in zip(files, (some, random_modules(shapes, seed=2)), strict=True):
-        exported.write_tensors(file, *to_peft(modules))
+        export.write_tensors(file, *to_peft(modules))
     loras = [(files[0], 0.5), (files[1], 0.25)]
     model = ConvertedPipeline(converted_folder, loras, max_size=32)
     assert model.offer.adapters and not model.offer.views and model.offer.guidance == 3.5
@@ -266,8 +267,8 @@ def test_after_its_end_nothing_reaches_the_device():
 
 def test_compiled_programs_are_bounded(monkeypatch):
     cleared = []
-    monkeypatch.setattr(app_studio.jax, "clear_caches", lambda: cleared.append(True))
-    monkeypatch.setattr(app_studio, "MAX_PROGRAMS", 3)
+    monkeypatch.setattr(studios.jax, "clear_caches", lambda: cleared.append(True))
+    monkeypatch.setattr(studios, "MAX_PROGRAMS", 3)
     model = _Slow()
     studio = Studio(model)
     for seed in (0, 1, 2, 0, 3, 3, 0):

@@ -9,8 +9,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from shortcut_jax.app_guard import MAX_BODY, MAX_UPLOAD, Address, Guard, foreign, hosts_of, parse_address
 from shortcut_jax.errors import UsageError
+from shortcut_jax.webapp.guard import MAX_BODY, MAX_UPLOAD, Address, Guard, foreign, hosts_of, parse_address
 
 LOOPBACK = hosts_of("127.0.0.1")
 

@@ -20,7 +20,7 @@ import gradio_client
 import pytest
 from PIL import Image
 
-from shortcut_jax.pictures_out import SHEET, read_records, save_picture
+from shortcut_jax.inference.image_files import SHEET, read_records, save_picture
 from tests.helpers import CHROMIUM
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")

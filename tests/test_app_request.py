@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from shortcut_jax.app_request import FIELDS, MAX_SEED, Offer, Request, make_edit, make_request
 from shortcut_jax.errors import RequestError
+from shortcut_jax.webapp.request import FIELDS, MAX_SEED, Offer, Request, make_edit, make_request
 
 RUN = Offer("digits", (), 8, 8, views=("slow", "online", "fast"), min_guidance=1.0)
 PIPELINE = Offer("flux", (), 1024, 1024, max_size=1024, guidance=3.5, adapters=True)

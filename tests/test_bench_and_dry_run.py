@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from shortcut_jax import bench, command, dry_run, train
-from shortcut_jax.bench_sampling import Timed, share
+from shortcut_jax import bench, cli, train
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.diagnostics import dry_run
+from shortcut_jax.diagnostics.sampling_times import Timed, share
 from shortcut_jax.errors import TargetError
-from shortcut_jax.resolve import from_config
 from tests.helpers import BOTH_BLOCKS, tiny_config
 
 TINY = [
@@ -106,7 +107,7 @@ def test_two_configs_can_be_compared_and_exactly_the_steps_asked_for_are_timed(
 )
 def test_bench_refuses_in_one_line(extra, pattern, one_device, capfd):
     with pytest.raises(SystemExit) as stop:
-        command.run(bench.main, ["bench", *TINY, *extra])
+        cli.run(bench.main, ["bench", *TINY, *extra])
     assert stop.value.code == 1
     assert pattern in capfd.readouterr().err
 
@@ -131,7 +132,7 @@ def test_targets_are_checked(capfd):
         (["--target=cpu:8"], "go with --dry_run"),
     ):
         with pytest.raises(SystemExit) as stop:
-            command.run(train.main, ["train", "--config=configs/digits.py", *argv])
+            cli.run(train.main, ["train", "--config=configs/digits.py", *argv])
         assert stop.value.code == 1
         assert pattern in capfd.readouterr().err
 

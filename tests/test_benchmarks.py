@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare_objectives, objectives_page
-from shortcut_jax.config_file import load_config
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.load import load_config
 from shortcut_jax.errors import UsageError
-from shortcut_jax.resolve import from_config
 
 
 @pytest.mark.parametrize("method", compare_objectives.METHODS)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from shortcut_jax.bounds import check_prompts, check_seed, check_whole, is_unguided
+from shortcut_jax.config.bounds import check_prompts, check_seed, check_whole, is_unguided
 from shortcut_jax.errors import BoundsError, UserError
-from shortcut_jax.generate import numbered
-from shortcut_jax.sample_models import Wanted
+from shortcut_jax.inference.backends import Wanted
+from shortcut_jax.inference.generator import numbered
 
 HUGE = 10**5000  # longer than what Python prints
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax import bench, command, dry_run, train
-from shortcut_jax.check_training import assemble_training, check_training, decay_notice
+from shortcut_jax import bench, cli, train
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.diagnostics import dry_run
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.resolve import from_config
+from shortcut_jax.run.check_training import assemble_training, check_training, decay_notice
 from tests.helpers import POST_TRAINING, tiny_assembly, tiny_config
 
 
@@ -105,6 +106,6 @@ def test_a_dry_run_says_what_is_unused(one_device, capsys, monkeypatch):
 
 def test_commands_print_one_line(capsys):
     with pytest.raises(SystemExit):
-        command.run(bench.main, ["bench", "--config=configs/digits.py", "--config.ema.slow=0.5"])
+        cli.run(bench.main, ["bench", "--config=configs/digits.py", "--config.ema.slow=0.5"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ema.slow=0.5 must be greater than ema.fast=0.99")

@@ -10,15 +10,16 @@ import typing
 import pytest
 from absl import flags
 
-from shortcut_jax import __version__, app, bench, command, compare, convert, evaluate, prepare, sample, train
-from shortcut_jax.assemble import Assembly
-from shortcut_jax.config_file import load_config, load_teacher_config
+from shortcut_jax import __version__, app, bench, cli, compare, convert, evaluate, sample, train
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.fields import attribute_docs, field_types
+from shortcut_jax.config.load import load_config, load_teacher_config
+from shortcut_jax.config.schema import Settings, known_fields, parse_field, to_dict
 from shortcut_jax.errors import ConfigError, ConversionError, PathError, UsageError
-from shortcut_jax.fields import attribute_docs, field_types
-from shortcut_jax.resolve import from_config
-from shortcut_jax.runtime.json_objects import parse_json
-from shortcut_jax.settings import Settings, known_fields, parse_field, to_dict
-from shortcut_jax.workdir import check_workdir, record_of
+from shortcut_jax.formats.json_objects import parse_json
+from shortcut_jax.preparation import jobs
+from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.run.workdir import check_workdir, record_of
 from tests.helpers import tiny_config
 
 FIELDS = known_fields()
@@ -32,13 +33,13 @@ def _config(folder, text, encoding="utf-8"):
 
 
 def _parse(argv, **options):
-    values = command.new_flags()
+    values = cli.new_flags()
     flags.DEFINE_string("out", None, "Where.", flag_values=values)
     flags.DEFINE_list("steps", ["1"], "How many.", flag_values=values)
     flags.DEFINE_boolean("fast", False, "Whether.", flag_values=values)
     flags.DEFINE_multi_string("lora", None, "Several.", flag_values=values)
-    command.define_config(values, "config", "Config file.", argv)
-    return command.parse(values, argv, "usage: x", configs=["config"], **options)
+    cli.define_config(values, "config", "Config file.", argv)
+    return cli.parse(values, argv, "usage: x", configs=["config"], **options)
 
 
 DIGITS = "--config=configs/digits.py"
@@ -358,7 +359,7 @@ def test_every_field_is_documented():
     assert set(field_types(Settings)) == set(FIELDS)
 
 
-COMMANDS = [train, sample, evaluate, app, prepare, convert, compare, bench]
+COMMANDS = [train, sample, evaluate, app, jobs, convert, compare, bench]
 every_command = pytest.mark.parametrize("module", COMMANDS, ids=lambda m: m.__name__.rpartition(".")[2])
 
 
@@ -374,10 +375,8 @@ def test_the_version_of_every_command_is_printed(module, capsys):
 @every_command
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
 def test_the_help_of_every_command_has_its_flags(module, flag, capsys, monkeypatch):
-    defined, parse = [], command.parse
-    monkeypatch.setattr(
-        command, "parse", lambda values, *a, **more: (defined.extend(values), parse(values, *a, **more))
-    )
+    defined, parse = [], cli.parse
+    monkeypatch.setattr(cli, "parse", lambda values, *a, **more: (defined.extend(values), parse(values, *a, **more)))
     with pytest.raises(SystemExit) as stop:
         module.main(["x", flag])
     out, err = capsys.readouterr()
@@ -389,10 +388,10 @@ def test_the_help_of_every_command_has_its_flags(module, flag, capsys, monkeypat
 
 
 def test_whole_numbers_of_a_flag_are_decimal():
-    assert command.whole_numbers("steps", ["1", " 2"], 1) == [1, 2]
+    assert cli.whole_numbers("steps", ["1", " 2"], 1) == [1, 2]
     for texts in (["²"], ["9" * 5000], ["-1"], ["1.5"], []):
         with pytest.raises(UsageError, match="but must be whole numbers") as refused:
-            command.whole_numbers("steps", texts, 1)
+            cli.whole_numbers("steps", texts, 1)
         assert len(str(refused.value)) < 200
 
 
@@ -408,7 +407,7 @@ def test_whole_numbers_of_a_flag_are_decimal():
     ],
 )
 def test_flags_that_a_set_is_not_made_by_are_named(argv, note, capsys):
-    prepare.note_unused(command.parse(prepare.define_flags(), ["prepare", *argv], "usage"))
+    jobs.note_unused(cli.parse(jobs.define_flags(), ["prepare", *argv], "usage"))
     assert capsys.readouterr().err == (f"note: unused with {note}\n" if note else "")
 
 
@@ -425,12 +424,12 @@ def test_flags_that_a_set_is_not_made_by_are_named(argv, note, capsys):
 def test_flags_that_nothing_is_judged_by_are_named(argv, note, capsys):
     flag = f"--resize={evaluate.RESIZES[-1]}"
     argv = [flag if a.startswith("--resize") else a for a in argv]
-    evaluate._check(command.parse(evaluate._flags(), ["evaluate", *argv], "usage"))
+    evaluate._check(cli.parse(evaluate._flags(), ["evaluate", *argv], "usage"))
     assert capsys.readouterr().err == (f"note: unused with {note}\n" if note else "")
 
 
 def test_a_dry_run_names_the_flags_of_training(capsys, monkeypatch):
-    monkeypatch.setattr("shortcut_jax.dry_run.run", lambda *args: 0)
+    monkeypatch.setattr("shortcut_jax.diagnostics.dry_run.run", lambda *args: 0)
     assert train.main(["train", DIGITS, "--dry_run", "--workdir=x", "--stop_at=3"]) == 0
     assert capsys.readouterr().err == "note: unused with --dry_run: --workdir, --stop_at\n"
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from shortcut_jax import command, compare
-from shortcut_jax.report import Score
+from shortcut_jax import cli, compare
+from shortcut_jax.evaluation.digits import Score
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -51,6 +51,6 @@ def test_ratios_are_of_mean_distances():
 )
 def test_bad_input_is_one_clear_line(extra, pattern, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
-        command.run(compare.main, ["compare", f"--workdir={tmp_path}", *extra])
+        cli.run(compare.main, ["compare", f"--workdir={tmp_path}", *extra])
     assert stop.value.code == 1
     assert pattern in capfd.readouterr().err

@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert
+from shortcut_jax import cli, convert
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import OrbaxParams, read_record
-from shortcut_jax.runtime.safetensors import LazyTensors
-from shortcut_jax.sources import open_lora, open_models
+from shortcut_jax.formats import export
+from shortcut_jax.formats.inference_checkpoint import OrbaxParams, read_record
+from shortcut_jax.formats.safetensors import LazyTensors
+from shortcut_jax.sources.models import open_lora, open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
@@ -24,7 +24,7 @@ from tests.weights.lora_cases import CFG, apply_flux, random_modules
 @pytest.fixture(scope="module")
 def params():
     from shortcut_jax.core.tree import flat_paths
-    from shortcut_jax.sources import abstract_params
+    from shortcut_jax.sources.models import abstract_params
 
     rng = np.random.default_rng(0)
     shapes = flat_paths(abstract_params("flux", CFG))
@@ -42,7 +42,7 @@ def bfl(tmp_path_factory, params):
     folder = tmp_path_factory.mktemp("bfl")
     (folder / "config.json").write_text(json.dumps({"axes_dims_rope": CFG.axes}))
     tensors = to_torch({k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}, flux_bfl.RULES)
-    exported.write_tensors(folder / "flux.safetensors", tensors, {"format": "pt"})
+    export.write_tensors(folder / "flux.safetensors", tensors, {"format": "pt"})
     return folder / "flux.safetensors"
 
 
@@ -52,7 +52,7 @@ def _convert(*argv):
 
 def _fails(capfd, *argv):
     with pytest.raises(SystemExit) as stop:
-        command.run(convert.main, ["convert", *map(str, argv)])
+        cli.run(convert.main, ["convert", *map(str, argv)])
     assert stop.value.code == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -96,7 +96,7 @@ def test_diffusers_loads_what_we_write_with_the_same_output(bfl, params, tmp_pat
 
     from tests.weights.test_lora_files import _run_reference
 
-    monkeypatch.setattr(exported, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
     folder = tmp_path / "transformer"
     assert _convert(f"--from={bfl}", f"--to={folder}", "--format=diffusers", "--dtype=float32") == 0
     assert len(list(folder.glob("*.safetensors"))) > 2 and list(folder.glob("*.index.json"))
@@ -119,7 +119,7 @@ def test_diffusers_reads_our_single_file_at_the_released_width(tmp_path):
 
     from shortcut_jax.core.tree import flat_paths
     from shortcut_jax.models.presets import preset
-    from shortcut_jax.sources import abstract_params
+    from shortcut_jax.sources.models import abstract_params
 
     cfg = dataclasses.replace(preset("flux-dev"), double_blocks=1, single_blocks=1)
     bits = np.random.default_rng(0).integers(0, 2**14, 2**24, np.uint16)  # finite and small as bfloat16
@@ -128,7 +128,7 @@ def test_diffusers_reads_our_single_file_at_the_released_width(tmp_path):
     for i, (k, shape) in enumerate(shapes.items()):
         made[k] = np.resize(np.roll(bits, i * 977), shape).view(ml_dtypes.bfloat16)
     folder = tmp_path / "diffusers"
-    exported.write_component(folder / "transformer", "flux", cfg, made, lambda n: None)
+    export.write_component(folder / "transformer", "flux", cfg, made, lambda n: None)
     source = folder / "transformer"
     assert _convert(f"--from={source}", f"--to={tmp_path}/flux1.safetensors", "--format=bfl") == 0
     del made
@@ -211,7 +211,7 @@ def test_single_files_make_a_pipeline(pipeline_folder, converted_folder, tmp_pat
 
 
 def _lora_file(path, tensors, metadata):
-    exported.write_tensors(path, tensors, metadata)
+    export.write_tensors(path, tensors, metadata)
     return path
 
 
@@ -237,7 +237,7 @@ def test_loras_convert_between_all_their_formats_bit_for_bit(bfl, shapes, tmp_pa
 def test_a_peft_folder_has_its_alpha_in_its_config(bfl, shapes, tmp_path):
     modules = random_modules(shapes, rank=4)
     tensors = {k.replace("transformer.", "base_model.model.", 1): v for k, v in to_peft(modules)[0].items()}
-    exported.write_tensors(tmp_path / "adapter_model.safetensors", tensors, {})
+    export.write_tensors(tmp_path / "adapter_model.safetensors", tensors, {})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     read, _ = open_lora(tmp_path, CFG)
     assert {f.scale for f in read.values()} == {2.0}
@@ -265,7 +265,7 @@ def test_a_merged_export_adds_in_float32(bfl, params, shapes, tmp_path, capfd):
 
 
 def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(bfl, tmp_path, monkeypatch, capfd):
-    real = exported.export
+    real = export.export
 
     def broken(params, rules):
         for i, item in enumerate(real(params, rules)):
@@ -275,9 +275,9 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(bfl, tmp_path
 
     for form, target in (("diffusers", "folder"), ("bfl", "file.safetensors")):
         with monkeypatch.context() as patch:
-            patch.setattr(exported, "export", broken)
+            patch.setattr(export, "export", broken)
             with pytest.raises(SystemExit) as stop:
-                command.run(convert.main, ["convert", f"--from={bfl}", f"--to={tmp_path / target}", f"--format={form}"])
+                cli.run(convert.main, ["convert", f"--from={bfl}", f"--to={tmp_path / target}", f"--format={form}"])
             assert stop.value.code == 130
         assert list(tmp_path.iterdir()) == []
     (tmp_path / ".folder.partial").mkdir()  # left by a kill
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told_before_and_during_the_work(bfl, tmp_path, monkeypat
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
         assert "GB free" in _fails(capfd, f"--from={bfl}", f"--to={tmp_path}/x")
     full = OSError(28, "No space left on device")
-    monkeypatch.setattr(exported.Writer, "write", lambda *args: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(export.Writer, "write", lambda *args: (_ for _ in ()).throw(full))
     error = _fails(capfd, f"--from={bfl}", f"--to={tmp_path}/x.safetensors", "--format=bfl")
     assert "no space is left on the disk of" in error and list(tmp_path.iterdir()) == []
 
@@ -324,7 +324,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(bfl, shapes, tmp_path, ca
     tensors = to_torch({k: np.zeros(v, np.float32) for k, v in shapes.items()}, flux_diffusers.RULES)
     renamed = {k.replace("x_embedder.bias", "x_embeder.bias"): v for k, v in tensors.items()}
     (tmp_path / "m").mkdir()
-    exported.write_tensors(_with_axes(tmp_path / "m" / "m.safetensors"), renamed, {})
+    export.write_tensors(_with_axes(tmp_path / "m" / "m.safetensors"), renamed, {})
     error = _fails(capfd, f"--from={tmp_path}/m", target)
     assert "missing from the checkpoint: x_embedder.bias (nearest known name for the first: x_embeder.bias)" in error
     whole = (tmp_path / "m" / "m.safetensors").read_bytes()
@@ -373,7 +373,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing(form,
     tensors[name] = np.copy(tensors[name])
     tensors[name][3, 2] = np.inf
     (tmp_path / "in").mkdir()
-    exported.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
+    export.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
     error = _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out", f"--format={form}")
     assert f"{name} has 1 of {tensors[name].size:,} values that are NaN or infinite" in error
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
@@ -384,14 +384,14 @@ def test_values_beyond_the_dtype_asked_for_are_refused_by_name(form, params, tmp
     tensors = to_torch(params, flux_bfl.RULES)
     tensors["img_in.bias"] = np.full_like(tensors["img_in.bias"], 3.4e38)
     (tmp_path / "in").mkdir()
-    exported.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
+    export.write_tensors(_with_axes(tmp_path / "in" / "flux.safetensors"), tensors, {})
     error = _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out", f"--format={form}", "--dtype=bfloat16")
     assert "img_in/bias has values beyond the range of bfloat16: convert with --dtype=float32" in error
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_converted_folder_that_is_not_finite_is_not_converted_on(bfl, params, tmp_path, capfd):
-    from shortcut_jax.runtime.converted import write_params
+    from shortcut_jax.formats.inference_checkpoint import write_params
 
     folder = _orbax(bfl, tmp_path)
     broken = {k: np.full_like(v, np.nan) if k == "img_in/bias" else v for k, v in params.items()}

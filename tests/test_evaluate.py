@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import command, evaluate
+from shortcut_jax import cli, evaluate
 from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation import set_network
-from shortcut_jax.evaluation.subject import RunSubject
+from shortcut_jax.evaluation.subjects import RunSubject
 from tests.evaluation import test_features as judges
 from tests.processes import start
 
@@ -192,7 +192,7 @@ def test_adapters_are_judged_against_their_teacher(distilled, data_dir, tmp_path
 def test_bad_input_is_one_clear_line(argv, pattern, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        command.run(evaluate.main, ["evaluate", *argv])
+        cli.run(evaluate.main, ["evaluate", *argv])
     assert stop.value.code == 1
     lines = capfd.readouterr().err.strip().splitlines()
     assert pattern in lines[-1] and lines[-1].startswith("error: ")
@@ -205,7 +205,7 @@ def test_a_view_that_is_not_there_and_a_reference_that_is_not(trained, data_dir,
     ):
         with pytest.raises(SystemExit):
             argv = ["evaluate", f"--workdir={trained}", f"--out={tmp_path}", f"--data_dir={data_dir}", *ARGUMENTS]
-            command.run(evaluate.main, [*argv, extra])
+            cli.run(evaluate.main, [*argv, extra])
         assert pattern in capfd.readouterr().err
 
 

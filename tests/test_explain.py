@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
+from shortcut_jax.diagnostics.collectives import describe, explain
 from shortcut_jax.errors import TargetError
-from shortcut_jax.explain import describe, explain
-from shortcut_jax.runtime.compiler import compiler_options
-from shortcut_jax.runtime.program import Transfer
-from shortcut_jax.runtime.targets import GPUS, target_devices
+from shortcut_jax.runtime.aot_targets import GPUS, target_devices
+from shortcut_jax.runtime.hlo_schedule import Transfer
+from shortcut_jax.runtime.xla_options import compiler_options
 from tests.helpers import tiny_assembly
 
 SHAPES = {

@@ -9,15 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from shortcut_jax import command, loop, train
+from shortcut_jax import cli, train
+from shortcut_jax.cluster.goodput import account
+from shortcut_jax.cluster.json_lines import read_lines
+from shortcut_jax.cluster.watchdog import Watchdog
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.runtime.goodput import account
-from shortcut_jax.runtime.json_lines import read_lines
 from shortcut_jax.runtime.metrics import read_metrics
-from shortcut_jax.runtime.watchdog import Watchdog
 from shortcut_jax.steps.state import to_items
+from shortcut_jax.training import loop
 from tests import fault_child
 from tests.fault_processes import end, start_two, wait_for
 from tests.helpers import BOTH_BLOCKS, tiny_assembly
@@ -112,7 +113,7 @@ def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch
     monkeypatch.setattr(loop, "to_global", changed)
     rule = {"spikes.factor": 3.0, "spikes.after": 2, "max_skipped": 1}
     with pytest.raises(SystemExit) as stop:
-        command.run(train.main, arguments(tmp_path / "run", **NO_REPORT, **rule, steps=8, checkpoint_every=5))
+        cli.run(train.main, arguments(tmp_path / "run", **NO_REPORT, **rule, steps=8, checkpoint_every=5))
     assert stop.value.code == 1
     error = capfd.readouterr().err
     assert "step 4 was skipped: 1 in all, 1 of them spikes" in error
@@ -172,7 +173,7 @@ def test_a_run_outlives_a_save_that_fails_and_an_unsaved_end_is_an_error(tmp_pat
     assert calls == [1, 2, 2, 3, 4] and _steps(tmp_path / "run") == [4]
     broken.add(6)
     with pytest.raises(SystemExit) as stop:
-        command.run(train.main, [argument.replace("--config.steps=4", "--config.steps=6") for argument in argv])
+        cli.run(train.main, [argument.replace("--config.steps=4", "--config.steps=6") for argument in argv])
     assert stop.value.code == 1
     error = capfd.readouterr().err
     assert "error: the checkpoint of step 6 could not be written" in error and "that of step 5" in error

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shortcut_jax import command, convert, train
+from shortcut_jax import cli, convert, train
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConfigError, ConversionError
-from shortcut_jax.initial import open_initial, start
+from shortcut_jax.formats import export
+from shortcut_jax.formats.inference_checkpoint import write_params
+from shortcut_jax.formats.to_devices import place
 from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime import exported
+from shortcut_jax.run.start_from import open_initial, start
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.runtime.converted import write_params
-from shortcut_jax.runtime.placing import place
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh
-from shortcut_jax.sources import abstract_params
+from shortcut_jax.sources.models import abstract_params
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
 from shortcut_jax.weights.rules import to_torch
@@ -34,7 +34,7 @@ def sources(tmp_path_factory):
     params = {k: 0.1 * rng.standard_normal(v.shape, np.float32) for k, v in shapes.items()}
     params = {k: v.astype(ml_dtypes.bfloat16) for k, v in params.items()}
     (folder / "config.json").write_text(json.dumps({"axes_dims_rope": preset("tiny").axes}))
-    exported.write_tensors(folder / "flux.safetensors", to_torch(params, flux_bfl.RULES), {})
+    export.write_tensors(folder / "flux.safetensors", to_torch(params, flux_bfl.RULES), {})
     argv = ["convert", f"--from={folder}/flux.safetensors", f"--to={folder}/orbax"]
     assert convert.main(argv) == 0
     return folder, params
@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(sources, tm
     broken = params | {"img_in/kernel": np.full_like(params["img_in/kernel"], np.inf)}
     (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": preset("tiny").axes}))
     file = tmp_path / "bad.safetensors"
-    exported.write_tensors(file, to_torch(broken, flux_bfl.RULES), {})
+    export.write_tensors(file, to_torch(broken, flux_bfl.RULES), {})
     shared = {"objective": "flow"} if trained_part == "all" else POST_TRAINING
     assembly = tiny_assembly(**{**BOTH_BLOCKS, **shared, "init_from": str(file)})
     with pytest.raises(ConversionError, match=f"^flux of {file}: img_in.weight has .* that are NaN or infinite"):
@@ -98,7 +98,7 @@ def test_adapters_that_are_not_finite_are_named_with_their_file(sources, tmp_pat
     tensors, notes = to_peft(random_modules({k: v.shape for k, v in params.items()}))
     bad = next(iter(tensors))
     file = tmp_path / "lora.safetensors"
-    exported.write_tensors(file, tensors | {bad: tensors[bad] * np.nan}, notes)
+    export.write_tensors(file, tensors | {bad: tensors[bad] * np.nan}, notes)
     given = {"init_from": None, "base": str(folder / "orbax"), name: str(file)}
     assembly = tiny_assembly(**{**BOTH_BLOCKS, **POST_TRAINING, **given})
     with pytest.raises(ConversionError, match=f"^{name}={file}: {bad} has .* values that are NaN or infinite"):
@@ -128,7 +128,7 @@ TRIMMED = dict(data__store="latents", data__text_encoder="stored", data__text_st
 def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(sources, tmp_path, arguments, capfd):
     folder, _ = sources
     shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", preset("tiny"))).items()}
-    exported.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(shapes)))
+    export.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(shapes)))
     cases = (
         ({"init_from": str(tmp_path / "nowhere")}, "is not there"),
         ({"init_from": str(tmp_path / "lora.safetensors")}, "is a LoRA, but train=all: set train=lora"),
@@ -146,6 +146,6 @@ def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(so
             open_initial(tiny_assembly(**{**BOTH_BLOCKS, **changes}))
     (tmp_path / "flux.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(SystemExit):
-        command.run(train.main, arguments(tmp_path / "run", init_from=str(tmp_path / "flux.safetensors"), mesh__data=8))
+        cli.run(train.main, arguments(tmp_path / "run", init_from=str(tmp_path / "flux.safetensors"), mesh__data=8))
     assert "cut off or not a safetensors file" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import TextToImage, command, convert, inspect_set, prepare, sources
+from shortcut_jax import TextToImage, cli, convert
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.data.format import VAE, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
-from shortcut_jax.data.pictures import Picture
-from shortcut_jax.data.progress import summary
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.training import open_set
-from shortcut_jax.encoders import load_decoder, load_text_encoder
 from shortcut_jax.errors import ConvertedError, DataError, UsageError
-from shortcut_jax.latent_encoder import LatentEncoder, as_half
+from shortcut_jax.formats.inference_checkpoint import RECORD, Sampling
+from shortcut_jax.formats.to_devices import place
+from shortcut_jax.inference.encoders import load_decoder, load_text_encoder
 from shortcut_jax.models.vae import Autoencoder
-from shortcut_jax.runtime.converted import RECORD, Sampling
-from shortcut_jax.runtime.placing import place
-from shortcut_jax.sources import open_models
+from shortcut_jax.preparation import inspect, jobs
+from shortcut_jax.preparation.latents import LatentEncoder, as_half
+from shortcut_jax.preparation.pictures import Picture
+from shortcut_jax.preparation.progress import summary
+from shortcut_jax.sources import models
+from shortcut_jax.sources.models import open_models
 from shortcut_jax.weights.rules import nest
 from tests.data.pictures import encoded, picture, write_folder
 from tests.helpers import relative
@@ -62,7 +64,7 @@ def prepared(source, converted_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[:2]
         patch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
-        assert prepare.main(_arguments(source, converted_folder, out)) == 0
+        assert jobs.main(_arguments(source, converted_folder, out)) == 0
     return out
 
 
@@ -136,12 +138,12 @@ def test_stored_prompts_are_those_of_the_text_encoders(prepared, converted_folde
 
 @pytest.mark.slow
 def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, converted_folder, tmp_path, capsys):
-    assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
+    assert jobs.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
     assert _bytes(tmp_path / "set") == _bytes(prepared)
-    assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
+    assert jobs.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"text_dtype: bfloat16 -> float8"):
-        prepare.main(_arguments(source, converted_folder, tmp_path / "set", text_dtype="float8"))
+        jobs.main(_arguments(source, converted_folder, tmp_path / "set", text_dtype="float8"))
     out = tmp_path / "killed" / "set"
     out.parent.mkdir()
     slow = (  # so that the signal meets the work
@@ -158,7 +160,7 @@ def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, co
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -9 and not out.exists()
-    assert prepare.main(_arguments(source, converted_folder, out)) == 0
+    assert jobs.main(_arguments(source, converted_folder, out)) == 0
     assert "going on: " in capsys.readouterr().err
     assert _bytes(out) == _bytes(prepared)
 
@@ -235,17 +237,17 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
 def test_the_text_states_of_a_run_go_into_what_is_converted(tmp_path, monkeypatch):
     data = {"text_encoder": "stored", "text_tokens": 40}
     config = {"guide": "told", "data": data}
-    monkeypatch.setattr(sources, "stored_meta", lambda folder: {"config": config})
-    sampling = sources.sampling_of(tmp_path, [])
+    monkeypatch.setattr(models, "stored_meta", lambda folder: {"config": config})
+    sampling = models.sampling_of(tmp_path, [])
     assert (sampling.text_tokens, sampling.text_states) == (40, "full")  # of a run from before there were two kinds
     data["text_states"] = "trimmed"
-    assert sources.sampling_of(tmp_path, []).text_states == "trimmed"
+    assert models.sampling_of(tmp_path, []).text_states == "trimmed"
     data["text_encoder"] = "words"
-    assert sources.sampling_of(tmp_path, []) == Sampling(text_tokens=512)
+    assert models.sampling_of(tmp_path, []) == Sampling(text_tokens=512)
     config["multistep_start"] = 0.99
-    assert sources.sampling_of(tmp_path, []).spacing.start == 0.99
+    assert models.sampling_of(tmp_path, []).spacing.start == 0.99
     config["objective"] = "shortcut"  # which is told its step size
-    assert sources.sampling_of(tmp_path, []).spacing.start == 1.0
+    assert models.sampling_of(tmp_path, []).spacing.start == 1.0
 
 
 def _teacher(converted_folder, out, prompts, **changes):
@@ -258,7 +260,7 @@ def _teacher(converted_folder, out, prompts, **changes):
 def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_path, capfd):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\n\na photo of a small dog and the cat on the photo of a cat and the dog\n")
-    assert prepare.main(_teacher(converted_folder, tmp_path / "set", prompts)) == 0
+    assert jobs.main(_teacher(converted_folder, tmp_path / "set", prompts)) == 0
     err = capfd.readouterr().err
     assert "T5 reads 12 tokens of 'a photo" in err and "guidance 3.5: through the guidance embedding; 2 steps" in err
     info, records = PreparedSet(tmp_path / "set").info, _records(tmp_path / "set")
@@ -275,7 +277,7 @@ def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_
         assert relative(latents, expected[0]) < 2e-3
         assert relative(unpatchify(patchify(latents[None]), height // 2, width // 2)[0], latents) == 0
         assert relative(unpack_text(record, info.text).astype(np.float32), condition.txt_BMT[0]) < 4e-3
-    assert prepare.main(_teacher(converted_folder, tmp_path / "again", prompts, batch=2, buckets="16x16")) == 0
+    assert jobs.main(_teacher(converted_folder, tmp_path / "again", prompts, batch=2, buckets="16x16")) == 0
     for key, record in _records(tmp_path / "again").items():  # whatever the batch
         assert relative(record["mean"].astype(np.float32), records[key]["mean"].astype(np.float32)) < 1e-3
 
@@ -290,7 +292,7 @@ def _captions(converted_folder, out, prompts, **changes):
 def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(converted_folder, tmp_path, capfd):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*CAPTIONS, "a red cat " * 20]) + "\n")
-    assert prepare.main([*_captions(converted_folder, tmp_path / "set", prompts), "--resolution=32"]) == 0
+    assert jobs.main([*_captions(converted_folder, tmp_path / "set", prompts), "--resolution=32"]) == 0
     err = capfd.readouterr().err
     assert "reads 12 tokens of 'a red cat" in err and "unused with --store=captions: --resolution" in err
     prepared, captions = PreparedSet(tmp_path / "set"), prompts.read_text().splitlines()
@@ -303,17 +305,17 @@ def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(conv
     for i, key in enumerate(sorted(records)):
         assert relative(unpack_text(records[key], prepared.info.text).astype(np.float32), txt_BMT[i]) < 4e-3
         assert relative(records[key]["vec"], vec_BV[i]) < 1e-5
-    lines = inspect_set.inspect(tmp_path / "set", None)
+    lines = inspect.inspect(tmp_path / "set", None)
     assert "store: captions" in lines and f"train: {len(captions)} records" in lines
     assert not any("originals" in line or "pictures:" in line for line in lines)
     with pytest.raises(UsageError, match="captions alone, which has no pictures to show"):
-        inspect_set.inspect(tmp_path / "set", tmp_path / "x.png")
+        inspect.inspect(tmp_path / "set", tmp_path / "x.png")
     with pytest.raises(DataError, match=r"holds captions, but data\.store is 'latents': set it to 'captions'"):
         open_set(DataSettings(dir=str(tmp_path), name="set", store="latents"), "set")
 
 
 def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_folder, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("shortcut_jax.encoders.place_on", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("shortcut_jax.inference.encoders.place_on", lambda *args: pytest.fail("weights were read"))
     prompts, latin = tmp_path / "prompts.txt", tmp_path / "latin.txt"
     prompts.write_text("\n \n")
     latin.write_bytes(b"caf\xe9\n")
@@ -321,7 +323,7 @@ def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_f
 
     def fails(argv, text):
         with pytest.raises(SystemExit) as stop:
-            command.run(prepare.main, argv)
+            cli.run(jobs.main, argv)
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 1 and text in line, line
 
@@ -354,7 +356,7 @@ def test_latents_beyond_float16_are_an_error():
 
 def test_inspecting_tells_what_is_there_and_shows_it(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert prepare.main(["prepare", f"--inspect={prepared}"]) == 0
+    assert jobs.main(["prepare", f"--inspect={prepared}"]) == 0
     out, info = capsys.readouterr().out, PreparedSet(prepared).info
     for line in (
         f"train: {info.num_records('train')} records",
@@ -371,22 +373,22 @@ def test_inspecting_tells_what_is_there_and_shows_it(prepared, tmp_path, monkeyp
     with Image.open("set-inspect.png") as page:
         assert page.width > 4 * 192 and np.asarray(page).std() > 20
     with pytest.raises(UsageError, match=r"name a \.png in a folder"):
-        inspect_set.inspect(prepared, tmp_path / "no" / "x.png")
+        inspect.inspect(prepared, tmp_path / "no" / "x.png")
     with pytest.raises(DataError, match="is no prepared set"):
-        inspect_set.inspect(tmp_path, tmp_path / "x.png")
+        inspect.inspect(tmp_path, tmp_path / "x.png")
 
 
 def test_statistics_count_splits_buckets_captions_and_what_was_left_out():
     counts = {"train": (3, 5), "validation": (1, 1)}
     info = SetInfo("pixels", ((64, 64), (48, 80)), counts, {}, skipped={"corrupt": 2}, enlarged=1)
-    sample = inspect_set.Sample([1, 2, 2, 40], [(10, 20), (30, 20), (50, 60), (70, 80)], [3, 3, 3, 17], of=8)
-    lines = inspect_set.statistics(info, sample, 5_000)
+    sample = inspect.Sample([1, 2, 2, 40], [(10, 20), (30, 20), (50, 60), (70, 80)], [3, 3, 3, 17], of=8)
+    lines = inspect.statistics(info, sample, 5_000)
     for line in ("train: 8 records", "validation: 2 records", "  64x64: 4 (40.0%)", "  48x80: 6 (60.0%)"):
         assert line in lines
     assert "of 4 records, drawn from 8 at random:" in lines and "skipped: 2 corrupt" in lines
     assert "height of originals: 10 to 70, median 40" in lines
     assert "disk: 0.0 MB, 500 bytes a record, 0.5 GB a million records" in lines
-    words = inspect_set.histogram("words", sample.words)
+    words = inspect.histogram("words", sample.words)
     assert words[0] == "words: 1 to 40, median 2" and words[1].split()[:4] == ["1", "to", "5", "3"]
     assert sum(int(line.split()[3]) for line in words[1:]) == 4
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.runtime.compiler import compiler_options
+from shortcut_jax.runtime.xla_options import compiler_options
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import shortcut_jax
-from shortcut_jax import command
+from shortcut_jax import cli
 from shortcut_jax.errors import PathError
 from shortcut_jax.local_path import download_hint, local_path
 
@@ -57,8 +57,8 @@ def test_every_flag_of_text_is_known_to_be_a_path_or_not_to_be_one():
     files = Path(shortcut_jax.__file__).parent.glob("*.py")
     names = {name for file in files for name in defined.findall(file.read_text())}
     assert {"workdir", "from", "out", "prompt", "lora"} <= names
-    assert not set(command.PATH_FLAGS) & NO_PATHS
-    assert names <= {*command.PATH_FLAGS, *NO_PATHS}
+    assert not set(cli.PATH_FLAGS) & NO_PATHS
+    assert names <= {*cli.PATH_FLAGS, *NO_PATHS}
 
 
 def test_what_looks_like_a_name_on_the_hub_is_told_with_how_to_download_it(tmp_path, monkeypatch, capfd):
@@ -80,6 +80,6 @@ def test_what_looks_like_a_name_on_the_hub_is_told_with_how_to_download_it(tmp_p
         (convert.main, ["--from=runs", f"--tokenizer={flux}", "--to=out"]),
     ):
         with pytest.raises(SystemExit):
-            command.run(main, ["x", *argv])
+            cli.run(main, ["x", *argv])
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert f"{flux} is not there: nothing is downloaded; if it is a model" in line

@@ -8,14 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert
-from shortcut_jax.completed import Completed
+from shortcut_jax import cli, convert
 from shortcut_jax.core.fingerprint import fingerprint, fingerprint_of
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import UsageError
+from shortcut_jax.formats import export
 from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime import exported
-from shortcut_jax.sources import abstract_params, network_of
+from shortcut_jax.sources.frozen_base import Completed
+from shortcut_jax.sources.models import abstract_params, network_of
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.rules import nest, to_torch
 from tests.helpers import Watched
@@ -23,7 +23,7 @@ from tests.helpers import Watched
 
 def _merge_fails(capfd, workdir, target, *argv):
     with pytest.raises(SystemExit) as stop:
-        command.run(convert.main, ["convert", f"--from={workdir}", "--merged", f"--to={target}", *argv])
+        cli.run(convert.main, ["convert", f"--from={workdir}", "--merged", f"--to={target}", *argv])
     assert stop.value.code == 1 and not target.exists()
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
@@ -36,7 +36,7 @@ def _write(folder, config, seed=0):
     shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", config)).items()}
     made = {k: 0.1 * rng.standard_normal(v, np.float32) for k, v in shapes.items()}
     (folder / "config.json").write_text(json.dumps({"axes_dims_rope": config.axes}))
-    exported.write_tensors(folder / "flux.safetensors", to_torch(made, flux_bfl.RULES), {})
+    export.write_tensors(folder / "flux.safetensors", to_torch(made, flux_bfl.RULES), {})
     return folder / "flux.safetensors"
 
 

@@ -9,11 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from shortcut_jax import command, loop, train
+from shortcut_jax import cli, train
+from shortcut_jax.cluster.goodput import account
+from shortcut_jax.cluster.json_lines import read_lines
 from shortcut_jax.errors import CheckpointError, TrainingError
-from shortcut_jax.runtime.goodput import account
-from shortcut_jax.runtime.json_lines import read_lines
 from shortcut_jax.runtime.metrics import read_metrics
+from shortcut_jax.training import loop
 from tests.helpers import BOTH_BLOCKS
 from tests.test_train import _with_nan_at
 
@@ -138,7 +139,7 @@ def test_a_window_of_a_resumed_run_is_profiled_for_tensorboard_and_perfetto(trai
 )
 def test_bad_values_are_one_clear_line_before_anything_is_written(changes, pattern, tmp_path, arguments, capfd):
     with pytest.raises(SystemExit):
-        command.run(train.main, arguments(tmp_path / "run", **changes))
+        cli.run(train.main, arguments(tmp_path / "run", **changes))
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(pattern, error), error
     assert not (tmp_path / "run").exists()

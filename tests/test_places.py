@@ -4,15 +4,16 @@ import os
 
 import pytest
 
-from shortcut_jax import command, compare, convert, evaluate, inspect_set, prepare, sample, train
-from shortcut_jax.prepare import Processes
-from shortcut_jax.runtime.claim import Claim, Times
+from shortcut_jax import cli, compare, convert, evaluate, sample, train
+from shortcut_jax.cluster.claim import Claim, Times
+from shortcut_jax.preparation import inspect, jobs
+from shortcut_jax.preparation.jobs import Processes
 from tests.data.pictures import simple_folder
 
 CASES = {
     "train": (train, "Assembly", ["--config=configs/digits.py", "--workdir={place}"]),
-    "prepare": (prepare, "open_source", ["--source=tfds:digits", "--out={place}"]),
-    "inspect": (inspect_set, "PreparedSet", ["--inspect=somewhere", "--out={place}.png"]),
+    "prepare": (jobs, "open_source", ["--source=tfds:digits", "--out={place}"]),
+    "inspect": (inspect, "PreparedSet", ["--inspect=somewhere", "--out={place}.png"]),
     "evaluate": (evaluate, "open_run", ["--workdir=somewhere", "--out={place}"]),
     "evaluate, its default": (evaluate, "open_run", ["--workdir={place}"]),
     "evaluate, reference": (
@@ -33,9 +34,9 @@ def test_a_place_where_nothing_can_be_written_is_refused_first(name, kind, tmp_p
     monkeypatch.setattr(module, work, lambda *args, **options: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
     place = "/proc/x" if kind == "/proc" else str(tmp_path / "file" / "x")
-    main = prepare.main if module is inspect_set else module.main
+    main = jobs.main if module is inspect else module.main
     with pytest.raises(SystemExit) as stop:
-        command.run(main, ["command", *(part.format(place=place) for part in argv)])
+        cli.run(main, ["command", *(part.format(place=place) for part in argv)])
     assert stop.value.code == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and place in line
@@ -47,7 +48,7 @@ def test_an_evaluation_is_refused_where_another_one_writes(tmp_path, monkeypatch
     with Claim(tmp_path, "--out", times=Times(interval=0.02)) as first:
         first.take()
         with pytest.raises(SystemExit):
-            command.run(evaluate.main, ["evaluate", "--workdir=somewhere", f"--out={tmp_path}"])
+            cli.run(evaluate.main, ["evaluate", "--workdir=somewhere", f"--out={tmp_path}"])
     error = capfd.readouterr().err
     assert f"error: {tmp_path} is in use by process {os.getpid()} on " in error and "give another --out" in error
 
@@ -57,15 +58,15 @@ def test_a_set_is_refused_where_another_command_makes_it_but_processes_of_one_co
 ):
     source, out = simple_folder(tmp_path / "images", 4), tmp_path / "set"
     argv = ["prepare", f"--source={source}", f"--out={out}", "--resolution=32"]
-    monkeypatch.setattr(prepare, "open_source", lambda *args: pytest.fail("work began"))
-    with prepare.claim(out, Processes(0, 1), Times(interval=0.02)) as first:
+    monkeypatch.setattr(jobs, "open_source", lambda *args: pytest.fail("work began"))
+    with jobs.claim(out, Processes(0, 1), Times(interval=0.02)) as first:
         first.take()
         with pytest.raises(SystemExit):
-            command.run(prepare.main, argv)
+            cli.run(jobs.main, argv)
         assert not out.exists() and not (tmp_path / ".set.partial").exists()
     error = capfd.readouterr().err
     assert f"error: {out} is in use by process {os.getpid()} on " in error and "give another --out" in error
-    with prepare.claim(out, Processes(0, 2)) as one, prepare.claim(out, Processes(1, 2)) as other:
+    with jobs.claim(out, Processes(0, 2)) as one, jobs.claim(out, Processes(1, 2)) as other:
         one.take()
         other.take()
         assert len(list(tmp_path.glob(".set.claim-*"))) == 2

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from shortcut_jax import Pipeline, convert, train
-from shortcut_jax.differences import compare
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.resume import compare
+from shortcut_jax.config.schema import to_dict
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.resolve import from_config
+from shortcut_jax.formats.inference_checkpoint import OrbaxParams
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
-from shortcut_jax.runtime.converted import OrbaxParams
-from shortcut_jax.settings import to_dict
 from tests.conftest import train_on_one_device
 from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_config
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import train
-from shortcut_jax.assemble import Assembly, text_encoder
-from shortcut_jax.check_data import check_data, check_grid
+from shortcut_jax.config.checks import from_config
 from shortcut_jax.core.flow import interpolate, velocity_target
 from shortcut_jax.core.latents import patchify
 from shortcut_jax.core.types import Condition
@@ -19,13 +18,14 @@ from shortcut_jax.data.pipeline import BatchReader
 from shortcut_jax.data.records import fold, to_latents
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import ConfigError, UserError
+from shortcut_jax.evaluation.validation import Validation
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import PRESETS
-from shortcut_jax.resolve import from_config
+from shortcut_jax.run.assembly import Assembly, text_encoder
+from shortcut_jax.run.check_data import check_data, check_grid
 from shortcut_jax.runtime.metrics import read_metrics
-from shortcut_jax.steps.evals import RULES
-from shortcut_jax.steps.views import make_velocity
-from shortcut_jax.validation import Validation
+from shortcut_jax.steps.networks import make_velocity
+from shortcut_jax.steps.validation_loss import RULES
 from tests.data.prepared import TEXT, write_small_set
 from tests.helpers import noisy_state, tiny_config
 

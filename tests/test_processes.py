@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.run.workdir import meta_of
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.workdir import meta_of
 from tests.helpers import host_copy, noisy_state, relative, tiny_assembly
 from tests.process_worker import assembly_of, batch_of, continue_run
 from tests.processes import run_jobs

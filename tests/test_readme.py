@@ -9,11 +9,11 @@ import jax
 import pytest
 from PIL import Image
 
-from shortcut_jax import command
-from shortcut_jax.assemble import Assembly
-from shortcut_jax.check_data import check_data
+from shortcut_jax import cli
+from shortcut_jax.config.checks import from_config
 from shortcut_jax.data.training import TrainingData
-from shortcut_jax.resolve import from_config
+from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.run.check_data import check_data
 from tests.conftest import LORA, SMALL_RUN
 from tests.readme_commands import README, shown
 
@@ -45,12 +45,12 @@ class ParsedError(Exception):
 
 @pytest.mark.parametrize(("module", "arguments"), shown(), ids=lambda part: part if isinstance(part, str) else "")
 def test_every_command_is_understood(module, arguments, monkeypatch):
-    parse = command.parse
+    parse = cli.parse
 
     def parse_only(*args, **options):
         raise ParsedError(parse(*args, **options))
 
-    monkeypatch.setattr(command, "parse", parse_only)
+    monkeypatch.setattr(cli, "parse", parse_only)
     with pytest.raises(ParsedError) as parsed:
         importlib.import_module(f"shortcut_jax.{module}").main([module, *arguments])
     (options,) = parsed.value.args

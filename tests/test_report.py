@@ -3,7 +3,7 @@ import pytest
 
 from shortcut_jax.data.records import DataSettings, open_source
 from shortcut_jax.data.training import TrainingData
-from shortcut_jax.report import (
+from shortcut_jax.evaluation.digits import (
     Reference,
     Score,
     cell,
@@ -120,7 +120,7 @@ def test_images_without_labels_are_judged_by_their_distance_alone(tmp_path):
     ],
 )
 def test_what_has_no_distance_in_pixels_says_why_in_the_report(tmp_path, monkeypatch, store, changes, reason):
-    monkeypatch.setattr("shortcut_jax.report.MAX_PIXELS", changes.pop("most", 4096))
+    monkeypatch.setattr("shortcut_jax.evaluation.digits.MAX_PIXELS", changes.pop("most", 4096))
     told = reference_of(_unlabelled(tmp_path / "set", store, **changes))
     assert isinstance(told, str) and reason in told
     write_report(tmp_path / "report.md", "title", [], {"objective": "flow"}, "times", ["loss.png"], told)
@@ -129,7 +129,7 @@ def test_what_has_no_distance_in_pixels_says_why_in_the_report(tmp_path, monkeyp
 
 
 def test_a_large_set_is_judged_by_records_spread_over_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("shortcut_jax.report.MOST_RECORDS", 5)
+    monkeypatch.setattr("shortcut_jax.evaluation.digits.MOST_RECORDS", 5)
     data = _unlabelled(tmp_path / "set", counts=(30,))
     numbers = [int(caption.split()[2]) for caption in reference_of(data).captions]
     assert len(numbers) == 5 and numbers[0] == 0 and numbers[-1] == 29

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import loop, train
+from shortcut_jax import train
 from shortcut_jax.errors import TrainingError
+from shortcut_jax.training import loop
 from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import Pipeline, command, sample
+from shortcut_jax import Pipeline, cli, sample
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.errors import CheckpointError
+from shortcut_jax.run.workdir import record_of
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.workdir import record_of
 from tests.helpers import BOTH_BLOCKS, noisy_state, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def _fails(capfd, argv):
     with pytest.raises(SystemExit) as stop:
-        command.run(sample.main, ["sample", *argv])
+        cli.run(sample.main, ["sample", *argv])
     assert stop.value.code == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

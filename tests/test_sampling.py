@@ -10,18 +10,18 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shortcut_jax import Pipeline, command, sample
+from shortcut_jax import Pipeline, cli, sample
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.errors import CheckpointError, ConversionError, UsageError
-from shortcut_jax.generate import Generator
-from shortcut_jax.initial import Initial
-from shortcut_jax.interactive import interact
-from shortcut_jax.pictures_out import Output, layout_of, parameters, read_records
+from shortcut_jax.formats.inference_checkpoint import OrbaxParams
+from shortcut_jax.inference.backends import RunModel, Wanted, grid_times
+from shortcut_jax.inference.generator import Generator
+from shortcut_jax.inference.image_files import Output, layout_of, parameters, read_records
+from shortcut_jax.inference.repl import interact
+from shortcut_jax.run.start_from import Initial
+from shortcut_jax.run.workdir import restore_or_init
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.runtime.converted import OrbaxParams
-from shortcut_jax.sample_models import RunModel, Wanted, grid_times
 from shortcut_jax.weights.rules import nest
-from shortcut_jax.workdir import restore_or_init
 from tests.helpers import BOTH_BLOCKS, noisy_state, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -35,7 +35,7 @@ def _run(*argv):
 
 def _fails(capfd, *argv):
     with pytest.raises(SystemExit) as stop:
-        command.run(sample.main, ["sample", *argv])
+        cli.run(sample.main, ["sample", *argv])
     assert stop.value.code == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     return line

@@ -4,11 +4,7 @@ import json
 import jax
 import pytest
 
-from shortcut_jax.assemble import Assembly
-from shortcut_jax.core.rows import RowGroup
-from shortcut_jax.differences import compare, flatten
-from shortcut_jax.errors import ConfigError
-from shortcut_jax.resolve import (
+from shortcut_jax.config.checks import (
     from_config,
     global_batch,
     mesh_shape,
@@ -17,7 +13,11 @@ from shortcut_jax.resolve import (
     sampling_start,
     step_settings,
 )
-from shortcut_jax.settings import Settings, ValidationSettings, complete, default_config, to_dict
+from shortcut_jax.config.resume import compare, flatten
+from shortcut_jax.config.schema import Settings, ValidationSettings, complete, default_config, to_dict
+from shortcut_jax.core.batch_split import RowGroup
+from shortcut_jax.errors import ConfigError
+from shortcut_jax.run.assembly import Assembly
 from tests.helpers import tiny_assembly, tiny_config
 
 

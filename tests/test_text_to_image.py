@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import TextToImage, command, convert, sample
+from shortcut_jax import TextToImage, cli, convert, sample
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
-from shortcut_jax.pictures_out import read_records
-from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import write_params
-from shortcut_jax.sources import PIPELINE_KINDS, open_models
+from shortcut_jax.formats import export
+from shortcut_jax.formats.inference_checkpoint import write_params
+from shortcut_jax.inference.image_files import read_records
+from shortcut_jax.sources.models import PIPELINE_KINDS, open_models
 from shortcut_jax.weights.lora_files import to_peft
 from tests.flux_pipeline import convert_pipeline, make_pipeline
 from tests.helpers import relative
@@ -396,7 +396,7 @@ def test_bad_input_to_the_command_is_one_clear_line(converted_folder, pipeline_f
 
     def fails(*argv):
         with pytest.raises(SystemExit) as stop:
-            command.run(sample.main, ["sample", "--prompt=a cat", *argv])
+            cli.run(sample.main, ["sample", "--prompt=a cat", *argv])
         assert stop.value.code == 1
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         return line
@@ -419,7 +419,7 @@ def test_adapters_are_added_by_their_strengths(converted_folder, tmp_path):
     shapes = {k: spec.shape for k, spec in flux.specs.items()}
     files = [tmp_path / f"{k}.safetensors" for k in range(2)]
     for seed, file in enumerate(files):
-        exported.write_tensors(file, *to_peft(random_modules(shapes, seed=seed)))
+        export.write_tensors(file, *to_peft(random_modules(shapes, seed=seed)))
     kernel = lambda t2i: np.asarray(t2i.models["flux"].params["single_blocks/mlp_in/kernel"])
     of = lambda *loras: kernel(TextToImage(converted_folder, devices=jax.devices()[:1], loras=loras))
     plain, one, two = kernel(base), of((files[0], 1.0)), of((files[1], 1.0))
@@ -435,7 +435,7 @@ def test_adapters_are_added_by_their_strengths(converted_folder, tmp_path):
 def test_the_command_takes_several_adapters(converted_folder, tmp_path, capfd):
     base = TextToImage(converted_folder, devices=jax.devices()[:1])
     shapes = {k: spec.shape for k, spec in base.models["flux"].specs.items()}
-    exported.write_tensors(tmp_path / "a.safetensors", *to_peft(random_modules(shapes)))
+    export.write_tensors(tmp_path / "a.safetensors", *to_peft(random_modules(shapes)))
     argv = [
         "sample",
         f"--checkpoint={converted_folder}",

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax import Pipeline, command, loop, train
+from shortcut_jax import Pipeline, cli, train
+from shortcut_jax.cluster.claim import CLAIM, Claim, Times
+from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.schema import to_dict
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.resolve import from_config
+from shortcut_jax.run.workdir import check_workdir, keep_batch
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.runtime.claim import CLAIM, Claim, Times
-from shortcut_jax.settings import to_dict
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.workdir import check_workdir, keep_batch
+from shortcut_jax.training import loop
 from tests.helpers import BOTH_BLOCKS, relative, tiny_assembly, tiny_config
 from tests.processes import start
 
@@ -40,7 +41,7 @@ def _listing(folder):
 def _fails(capfd, argv):
     """Runs a main that has to fail in one line; returns the line."""
     with pytest.raises(SystemExit) as stop:
-        command.run(train.main, argv)
+        cli.run(train.main, argv)
     assert stop.value.code == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

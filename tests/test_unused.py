@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax.announce import announce, announce_data
-from shortcut_jax.caption_lengths import MOST_READ, tell_cuts
+from shortcut_jax.config.checks import from_config, objective_settings
+from shortcut_jax.config.schema import known_fields
+from shortcut_jax.config.unused import WHY_UNUSED, unused
 from shortcut_jax.data.format import TextInfo
 from shortcut_jax.data.training import OpenSet, TrainingData
-from shortcut_jax.resolve import from_config, objective_settings
-from shortcut_jax.settings import known_fields
 from shortcut_jax.steps.objectives import OBJECTIVES, Rows, draw
-from shortcut_jax.unused import WHY_UNUSED, unused
+from shortcut_jax.training.caption_lengths import MOST_READ, tell_cuts
+from shortcut_jax.training.summary import announce, announce_data
 from tests.helpers import POST_TRAINING, tiny_assembly, tiny_config
 
 FLOW, MEANFLOW, ALPHA = ({"objective": name} for name in ("flow", "meanflow", "alpha"))

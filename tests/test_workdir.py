@@ -6,11 +6,12 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax import sources, train
+from shortcut_jax import train
 from shortcut_jax.errors import CheckpointError, ConfigError, UserError
-from shortcut_jax.pipeline import Pipeline
+from shortcut_jax.inference.run_pipeline import Pipeline
+from shortcut_jax.run.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init
 from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints, stored_meta
-from shortcut_jax.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init
+from shortcut_jax.sources import models
 from tests.helpers import tiny_assembly
 
 
@@ -72,12 +73,12 @@ def test_meta_that_was_edited_is_one_line_or_passed_over(place, tmp_path, assemb
             lambda w=workdir: check_workdir(w, record_of(assembly)),
             lambda w=workdir: keep_batch(assembly.settings, w, 1),
             lambda w=workdir: open_start(assembly, w),
-            lambda w=workdir: sources.holds_lora(w),
-            lambda w=workdir: sources.bases_of(w),
+            lambda w=workdir: models.holds_lora(w),
+            lambda w=workdir: models.bases_of(w),
         ):
             _one_line(act)
     _one_line(lambda: Pipeline(tmp_path / "0"))
-    _one_line(lambda: sources.open_models(tmp_path / "0", "slow"))
+    _one_line(lambda: models.open_models(tmp_path / "0", "slow"))
 
 
 def test_a_stored_config_that_was_edited_is_named(tmp_path, assembly, meta):

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shortcut_jax.check_data import check_data
 from shortcut_jax.data.pipeline import Draw, RowMaker, evenly, read_many
 from shortcut_jax.data.records import DataSettings, data_folder
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.generate import Caption
-from shortcut_jax.pipeline import Pipeline
-from shortcut_jax.validation import hash_of
+from shortcut_jax.evaluation.validation import hash_of
+from shortcut_jax.inference.generator import Caption
+from shortcut_jax.inference.run_pipeline import Pipeline
+from shortcut_jax.run.check_data import check_data
 
 
 class Asked(NamedTuple):

@@ -13,15 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shortcut_jax.data.records import to_latents
-from shortcut_jax.data.resize import RESIZES, for_clip, for_inception, to_rgb
-from shortcut_jax.encoders import local_mesh, on_mesh, place_on, split_rows
 from shortcut_jax.errors import ConvertedError, UsageError
+from shortcut_jax.evaluation.random_network import random_features, random_weights
+from shortcut_jax.evaluation.resize import RESIZES, for_clip, for_inception, to_rgb
+from shortcut_jax.formats.inference_checkpoint import RECORD
+from shortcut_jax.formats.tokenizers import CLIP, Tokenizer
+from shortcut_jax.inference.encoders import local_mesh, on_mesh, place_on, split_rows
 from shortcut_jax.models.clip import ClipPair
 from shortcut_jax.models.inception import SIDE, InceptionV3
-from shortcut_jax.models.random_network import random_features, random_weights
-from shortcut_jax.runtime.converted import RECORD
-from shortcut_jax.runtime.tokenizers import CLIP, Tokenizer
-from shortcut_jax.sources import Model, open_models
+from shortcut_jax.sources.models import Model, open_models
 
 MAX_PIXELS = 4096
 """Values of a picture whose pixels serve as features: their covariance has the square of that."""
@@ -87,7 +87,7 @@ def pixels(shape: Sequence[int]) -> Features:
 
 
 def random_network(seed: int = 0, size: int = 128) -> Features:
-    """The channel means of a small convolutional network with random weights; see `models/random_network.py`."""
+    """The channel means of a small convolutional network with random weights; see `evaluation/random_network.py`."""
     mesh, _ = local_mesh()
     weights = random_weights(seed, size)
     network = jax.jit(lambda x_BhwC: random_features(weights, to_latents(x_BhwC)))
@@ -99,7 +99,7 @@ def load_inception(folder: str | Path, resize: str = "clean") -> Callable[[np.nd
 
     Args:
       folder: converted from `pt_inception-2015-12-05`.
-      resize: `clean` or `legacy`, see `data/resize.py`.
+      resize: `clean` or `legacy`, see `evaluation/resize.py`.
 
     Raises:
       ConvertedError, ConversionError, SafetensorsError: there is none, or it cannot be read.

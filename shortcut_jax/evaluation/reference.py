@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from shortcut_jax.cluster import distributed, key_value
 from shortcut_jax.core.stats import Gaussian, gaussian_of
 from shortcut_jax.data.arrays import Header, read_arrays, read_headers
 from shortcut_jax.data.images import ENDINGS, BadImage, decode, read_image
-from shortcut_jax.data.inputs.unused import is_system_file
-from shortcut_jax.data.progress import skipped_text
-from shortcut_jax.data.units import stamp
 from shortcut_jax.errors import ConfigError
+from shortcut_jax.evaluation.accumulators import RESERVOIR, Tally, add, no_tally, of_all_processes
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import Features
-from shortcut_jax.evaluation.tally import RESERVOIR, Tally, add, no_tally, of_all_processes
-from shortcut_jax.runtime import distributed, key_value
+from shortcut_jax.preparation.inputs.unused import is_system_file
+from shortcut_jax.preparation.progress import skipped_text
+from shortcut_jax.preparation.units import stamp
 
 HOW = "make them with python -m shortcut_jax.evaluate --save_reference=FILE.npz --reference=FOLDER_OF_PICTURES"
 BATCH = 256

@@ -10,19 +10,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from shortcut_jax.core.paths import PATH_STEPS
 from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.straightness import PATH_STEPS
 from shortcut_jax.errors import ConfigError
+from shortcut_jax.evaluation.accumulators import Tally
 from shortcut_jax.evaluation.captions import Asked
-from shortcut_jax.evaluation.judge import Cell, against_teacher, figures
+from shortcut_jax.evaluation.digits import count_label
+from shortcut_jax.evaluation.metrics import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
 from shortcut_jax.evaluation.sampling import Judges, latencies, sample_cell
-from shortcut_jax.evaluation.subject import Subject
-from shortcut_jax.evaluation.tally import Tally
-from shortcut_jax.pictures_out import thumbnail
-from shortcut_jax.report import count_label
+from shortcut_jax.evaluation.subjects import Subject
+from shortcut_jax.inference.image_files import thumbnail
 from shortcut_jax.runtime.metrics import contact_sheet
-from shortcut_jax.steps.views import TEACHER
+from shortcut_jax.steps.networks import TEACHER
 
 EXTRAS = ("grid", "field", "validation", "latency")
 """What else there is to know of weights: sample grids, how straight their field is, losses, time of one picture."""
@@ -83,7 +83,7 @@ class Result(NamedTuple):
       facts: by name.
       distance: what the Frechet distance is called.
       rows: figures of each cell (`judge.figures`).
-      paths: label -> `change` and `consistency` (`core.paths.PathMeasures`).
+      paths: label -> `change` and `consistency` (`core.straightness.PathMeasures`).
       times: of `change`.
       validation: label -> losses by name.
       latency: label -> seconds of one picture by steps.

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from shortcut_jax.cluster import distributed
+from shortcut_jax.evaluation.accumulators import Tally, add, load, no_tally, of_all_processes, save
 from shortcut_jax.evaluation.captions import Asked
 from shortcut_jax.evaluation.features import Features
-from shortcut_jax.evaluation.judge import Cell
-from shortcut_jax.evaluation.subject import Subject
-from shortcut_jax.evaluation.tally import Tally, add, load, no_tally, of_all_processes, save
-from shortcut_jax.runtime import distributed
+from shortcut_jax.evaluation.metrics import Cell
+from shortcut_jax.evaluation.subjects import Subject
 
 SAVE_SECONDS = 30.0
 

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from shortcut_jax.cluster.distributed import say
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.core.types import Array
 from shortcut_jax.data.records import to_latents
 from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import Features
-from shortcut_jax.runtime.distributed import say
 from shortcut_jax.weights.rules import nest
 
 FEATURES = 64

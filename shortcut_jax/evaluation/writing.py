@@ -4,8 +4,10 @@ from pathlib import Path
 
 import jax
 
+from shortcut_jax.cluster.distributed import say
 from shortcut_jax.core.json_text import to_json
-from shortcut_jax.evaluation.judge import public_names
+from shortcut_jax.evaluation.digits import count_label
+from shortcut_jax.evaluation.metrics import public_names
 from shortcut_jax.evaluation.page import (
     column,
     error_key,
@@ -20,8 +22,6 @@ from shortcut_jax.evaluation.page import (
     table,
 )
 from shortcut_jax.evaluation.run import Result
-from shortcut_jax.report import count_label
-from shortcut_jax.runtime.distributed import say
 from shortcut_jax.runtime.metrics import add_config
 
 

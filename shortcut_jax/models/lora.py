@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shortcut_jax.core.kernels import kernel_axes
+from shortcut_jax.core.kernel_axes import kernel_axes
 from shortcut_jax.core.types import Array
 
 SHARED = {"single_blocks/attn_out": "single_blocks/mlp_out"}

@@ -24,10 +24,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.logs import LOGGER
+from shortcut_jax.cluster.shared_folder import probe
 from shortcut_jax.errors import CheckpointError
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.logs import LOGGER
-from shortcut_jax.runtime.shared_folder import probe
 
 ITEMS = ("params", "fast", "slow", "optimizer")
 META = "meta"

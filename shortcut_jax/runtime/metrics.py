@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from shortcut_jax.runtime.json_lines import append_line, read_lines
-from shortcut_jax.runtime.timing import Stopwatch
+from shortcut_jax.cluster.json_lines import append_line, read_lines
+from shortcut_jax.cluster.timing import Stopwatch
 
 PEAK_FLOPS = (
     ("NVIDIA H100", 989e12),

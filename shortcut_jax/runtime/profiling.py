@@ -7,8 +7,8 @@ from types import TracebackType
 
 import jax
 
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.logs import LOGGER
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.logs import LOGGER
 
 
 def parse_steps(text: str) -> range:

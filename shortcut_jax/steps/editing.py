@@ -16,8 +16,8 @@ from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Array, Condition, StepVelocity
 from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.steps.networks import guided, make_velocity
 from shortcut_jax.steps.sampling import sample_key, told_sizes
-from shortcut_jax.steps.views import guided, make_velocity
 
 Noise = Callable[[Array, Array], Array]
 """(step, draw) -> noise_BNC."""

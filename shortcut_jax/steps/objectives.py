@@ -11,8 +11,8 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from shortcut_jax.core.batch_split import RowGroup, merge_kinds, split_kinds
 from shortcut_jax.core.flow import interpolate, per_row, velocity_target
-from shortcut_jax.core.rows import RowGroup, merge_kinds, split_kinds
 from shortcut_jax.core.schedules import (
     AlphaSchedule,
     Intervals,
@@ -26,7 +26,7 @@ from shortcut_jax.core.schedules import (
 )
 from shortcut_jax.core.shortcut import alpha_target, meanflow_target, scfm_target, shortcut_target
 from shortcut_jax.core.types import Array, Condition
-from shortcut_jax.steps.views import Networks
+from shortcut_jax.steps.networks import Networks
 
 
 @dataclass(frozen=True)

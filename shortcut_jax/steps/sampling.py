@@ -13,7 +13,7 @@ from shortcut_jax.core.latents import PATCH, unpatchify
 from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Array, Condition, Leaf
 from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.steps.views import guided, make_velocity
+from shortcut_jax.steps.networks import guided, make_velocity
 
 Sampler = Callable[..., Array]
 

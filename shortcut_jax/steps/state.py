@@ -9,9 +9,9 @@ import numpy as np
 import optax
 
 from shortcut_jax.core.ema import DualEma, init_ema
-from shortcut_jax.core.spikes import SpikeMemory, init_spikes
+from shortcut_jax.core.loss_spikes import SpikeMemory, init_spikes
 from shortcut_jax.core.types import Array
-from shortcut_jax.steps.views import TEACHER, Frozen, Weights, teacher_of, whole
+from shortcut_jax.steps.networks import TEACHER, Frozen, Weights, teacher_of, whole
 
 
 class TrainState(NamedTuple):

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from shortcut_jax.core.batch_split import KINDS, RowGroup, micro_batches
 from shortcut_jax.core.ema import EmaSettings, num_restarts, update_ema
 from shortcut_jax.core.latents import patchify
-from shortcut_jax.core.rows import KINDS, RowGroup, micro_batches
+from shortcut_jax.core.loss_spikes import SpikeSettings, is_spike, observe
 from shortcut_jax.core.shortcut import squared_error
-from shortcut_jax.core.spikes import SpikeSettings, is_spike, observe
 from shortcut_jax.core.tree import distance, global_norm
 from shortcut_jax.core.types import Array, Batch, Condition
 from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.steps.networks import Networks, VelocityOf, make_velocity
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, Rows, draw, row_group
 from shortcut_jax.steps.optim import OptimizerSettings, make_optimizer, make_schedule
 from shortcut_jax.steps.state import TrainState, count_spike, num_updates, select_state
-from shortcut_jax.steps.views import Networks, VelocityOf, make_velocity
 
 Metrics = dict[str, Array]
 Parts = dict[str, tuple[Array, Array]]

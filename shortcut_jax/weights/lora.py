@@ -17,7 +17,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from shortcut_jax.core.kernels import Axes, kernel_axes
+from shortcut_jax.core.kernel_axes import Axes, kernel_axes
 from shortcut_jax.errors import ConversionError
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.finite import check_finite

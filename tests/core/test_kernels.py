@@ -1,6 +1,6 @@
 import pytest
 
-from shortcut_jax.core.kernels import kernel_axes
+from shortcut_jax.core.kernel_axes import kernel_axes
 
 
 @pytest.mark.parametrize(

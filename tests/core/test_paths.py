@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.core.paths import CONSISTENCY_STEPS, PATH_STEPS, measure_path
 from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.straightness import CONSISTENCY_STEPS, PATH_STEPS, measure_path
 
 NOISE = jax.random.normal(jax.random.key(0), (3, 4, 5))
 TIMES = sampling_grid(PATH_STEPS, PATH_STEPS)

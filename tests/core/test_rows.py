@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.core.rows import RowGroup, merge_kinds, micro_batches, split_kinds
+from shortcut_jax.core.batch_split import RowGroup, merge_kinds, micro_batches, split_kinds
 
 GROUPS = [
     RowGroup(1, 3),

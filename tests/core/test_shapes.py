@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from shortcut_jax.core.batch_split import RowGroup, merge_kinds, split_kinds
 from shortcut_jax.core.ema import average
 from shortcut_jax.core.flow import euler, interpolate, velocity_target
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.core.rotary import rotary_phases, rotate
-from shortcut_jax.core.rows import RowGroup, merge_kinds, split_kinds
 from shortcut_jax.core.schedules import interval_times, sampling_grid
 from shortcut_jax.core.shortcut import jump_target, scfm_target, squared_error
 

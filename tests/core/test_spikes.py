@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax.core.spikes import SpikeSettings, init_spikes, is_spike, observe
+from shortcut_jax.core.loss_spikes import SpikeSettings, init_spikes, is_spike, observe
 
 SETTINGS = SpikeSettings(factor=3.0, after=4, decay=0.9)
 

@@ -18,7 +18,7 @@ from shortcut_jax.data.format import (
     write_set,
 )
 from shortcut_jax.data.images import encode_png
-from shortcut_jax.data.units import WRITER_OPTIONS, serializer
+from shortcut_jax.preparation.units import WRITER_OPTIONS, serializer
 
 TEXT = TextInfo("full", "bfloat16", tokens=6, width=16, pooled_width=12)
 LATENTS = LatentInfo(channels=4, stride=2, scale=0.5, shift=0.1)

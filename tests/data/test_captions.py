@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from shortcut_jax.config.checks import from_config
 from shortcut_jax.data.pipeline import BatchReader
 from shortcut_jax.data.records import DataSettings, check_available, stride_of, with_images
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import ConfigError, DataError
-from shortcut_jax.report import reference_of
-from shortcut_jax.resolve import from_config
+from shortcut_jax.evaluation.digits import reference_of
 from tests.data.prepared import TEXT, write_small_set
 from tests.helpers import tiny_config
 

@@ -16,7 +16,7 @@ from shortcut_jax.data.records import DataSettings, check_available
 from shortcut_jax.data.stored import Piece, Records
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import DataError
-from shortcut_jax.inspect_set import inspect
+from shortcut_jax.preparation.inspect import inspect
 from tests.data.prepared import LATENTS, TEXT, write_small_set
 
 COUNTS = (9, 6)
@@ -99,7 +99,7 @@ def _write_other_records(folder, change, which=(3,)):
     """Writes the second shard anew, some of its records changed."""
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-    from shortcut_jax.data.units import WRITER_OPTIONS
+    from shortcut_jax.preparation.units import WRITER_OPTIONS
 
     path = _shard(folder)
     reader = ArrayRecordReader(str(path))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from shortcut_jax.data.images import decode
-from shortcut_jax.data.inputs import Item, SourceOptions, open_source
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.data.records import open_source as open_records
-from shortcut_jax.data.units import Unused
 from shortcut_jax.errors import DataError
+from shortcut_jax.preparation.inputs import Item, SourceOptions, open_source
+from shortcut_jax.preparation.units import Unused
 from tests.data.pictures import encoded, picture, simple_folder, write_folder
 
 

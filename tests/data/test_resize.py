@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from shortcut_jax.data.resize import for_clip, for_inception, resize_clean, resize_legacy
+from shortcut_jax.evaluation.resize import for_clip, for_inception, resize_clean, resize_legacy
 from tests.references import published
 
 SIZES = [(8, 8), (64, 48), (299, 299), (700, 333)]

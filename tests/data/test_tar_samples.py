@@ -11,9 +11,9 @@ import tarfile
 import pytest
 
 from shortcut_jax.data.images import ENDINGS
-from shortcut_jax.data.inputs import Item, SourceOptions, open_source
-from shortcut_jax.data.units import Skip, Unused
 from shortcut_jax.errors import DataError
+from shortcut_jax.preparation.inputs import Item, SourceOptions, open_source
+from shortcut_jax.preparation.units import Skip, Unused
 from tests.data.pictures import encoded, picture
 
 PNG = encoded(picture())

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from shortcut_jax.data import units, writing
 from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.data.images import encode_png
-from shortcut_jax.data.job import Job
-from shortcut_jax.data.units import Record, Skip, Unit, Unused, split_of
-from shortcut_jax.data.writing import write_units
 from shortcut_jax.errors import DataError
+from shortcut_jax.preparation import units, writing
+from shortcut_jax.preparation.job import Job
+from shortcut_jax.preparation.units import Record, Skip, Unit, Unused, split_of
+from shortcut_jax.preparation.writing import write_units
 from tests.data.pictures import picture
 
 BUCKETS = ((8, 8), (4, 16))

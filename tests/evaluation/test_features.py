@@ -5,14 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert
+from shortcut_jax import cli, convert
 from shortcut_jax.core.stats import clip_score
-from shortcut_jax.data.resize import for_clip, for_inception
 from shortcut_jax.errors import ConvertedError, UsageError
 from shortcut_jax.evaluation import features
+from shortcut_jax.evaluation.resize import for_clip, for_inception
+from shortcut_jax.formats import export
 from shortcut_jax.models.inception import InceptionConfig, InceptionV3
-from shortcut_jax.runtime import exported
-from shortcut_jax.sources import Model
+from shortcut_jax.sources.models import Model
 from shortcut_jax.weights.inception import RULES
 from shortcut_jax.weights.rules import nest, to_flax
 from tests.flux_pipeline import CLIP_TOKENS
@@ -29,7 +29,7 @@ def _pictures(count, height=20, width=24, channels=3, seed=0):
 @pytest.fixture(scope="module")
 def inception_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inception")
-    exported.write_tensors(folder / "inception.safetensors", random_release(SMALL), {})
+    export.write_tensors(folder / "inception.safetensors", random_release(SMALL), {})
     assert convert.main(["convert", f"--from={folder}/inception.safetensors", f"--to={folder}/converted"]) == 0
     return folder / "converted"
 
@@ -164,5 +164,5 @@ def test_a_whole_clip_converts_with_the_tokenizer_beside_it_or_says_what_is_wron
     shutil.copytree(folder, tmp_path / "cut")
     (tmp_path / "cut" / "config.json").write_text(json.dumps(entries))
     with pytest.raises(SystemExit):
-        command.run(convert.main, ["convert", f"--from={tmp_path}/cut", f"--to={tmp_path}/x"])
+        cli.run(convert.main, ["convert", f"--from={tmp_path}/cut", f"--to={tmp_path}/x"])
     assert "num_hidden_layers 4 of vision_config, but the checkpoint holds 3" in capfd.readouterr().err

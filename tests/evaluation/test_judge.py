@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.stats import fit_gaussian
-from shortcut_jax.evaluation import judge
+from shortcut_jax.evaluation import metrics
+from shortcut_jax.evaluation.accumulators import add, no_tally
 from shortcut_jax.evaluation.features import pixels
-from shortcut_jax.evaluation.judge import Cell, against_teacher, figures, public_names
+from shortcut_jax.evaluation.metrics import Cell, against_teacher, figures, public_names
 from shortcut_jax.evaluation.reference import Reference
-from shortcut_jax.evaluation.tally import add, no_tally
 
 FEATURES = pixels((2, 2, 1))
 
@@ -57,7 +57,7 @@ def test_standard_errors_stand_beside_the_figures():
 
 @pytest.mark.parametrize("subset", [50, 200])
 def test_the_standard_error_of_kid_is_what_another_seed_changes_it_by(subset, monkeypatch):
-    monkeypatch.setattr(judge, "SUBSET", subset)
+    monkeypatch.setattr(metrics, "SUBSET", subset)
     rows = [figures(*_cell("slow", 1, _normal(300, 1.0, seed=i)), REFERENCE, FEATURES) for i in range(2, 22)]
     spread = np.std([row["kid"] for row in rows], ddof=1)
     assert spread == pytest.approx(np.mean([row["kid_error"] for row in rows]), rel=0.4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax.core.paths import CONSISTENCY_STEPS, PATH_STEPS
+from shortcut_jax.core.straightness import CONSISTENCY_STEPS, PATH_STEPS
 from shortcut_jax.evaluation.page import Metric, best_rows, column, metric_table, table
 from shortcut_jax.evaluation.run import Result
 from shortcut_jax.evaluation.writing import to_html, write

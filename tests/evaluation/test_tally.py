@@ -3,8 +3,8 @@ import tracemalloc
 import numpy as np
 
 from shortcut_jax.core.stats import gaussian_of
-from shortcut_jax.evaluation import tally as tallies
-from shortcut_jax.evaluation.tally import add, load, merge, no_tally, save
+from shortcut_jax.evaluation import accumulators as tallies
+from shortcut_jax.evaluation.accumulators import add, load, merge, no_tally, save
 
 SIZE = 16
 

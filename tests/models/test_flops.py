@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.models.flops import forward_flops, step_flops
 from shortcut_jax.models.flux import Flux
 from shortcut_jax.models.presets import preset
+from shortcut_jax.run.assembly import init_params
 
 
 @pytest.mark.parametrize(

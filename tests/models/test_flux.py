@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.latents import image_ids, text_ids
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.flux import REMAT_POLICIES, Flux, layer_norm, modulate
 from shortcut_jax.models.presets import preset
+from shortcut_jax.run.assembly import init_params
 
 TINY = preset("tiny")
 FULL = dataclasses.replace(TINY, guidance=True, step_size=True)

@@ -5,7 +5,7 @@ import numpy as np
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.lora import adapter_shapes, concatenate, init_adapters, scales
 from shortcut_jax.models.presets import preset
-from shortcut_jax.sources import abstract_params
+from shortcut_jax.sources.models import abstract_params
 from shortcut_jax.weights.lora import stack
 from shortcut_jax.weights.rules import nest
 from tests.weights.lora_cases import random_modules

@@ -1,9 +1,9 @@
 import jax
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.tree import count_parameters, flat_paths
 from shortcut_jax.models.presets import PRESETS, preset
+from shortcut_jax.run.assembly import init_params
 
 
 def _count(name):

@@ -2,10 +2,10 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.formats.safetensors import Writer
 from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime.safetensors import Writer
+from shortcut_jax.run.assembly import init_params
 from shortcut_jax.weights.params import Spec
 
 AXES = {"axes_dims_rope": [4, 6, 6]}

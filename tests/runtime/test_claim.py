@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from shortcut_jax.cluster import claim, failures, key_value
+from shortcut_jax.cluster.claim import CLAIM, Claim, Member, Times
 from shortcut_jax.errors import ClaimError, FolderError
-from shortcut_jax.runtime import claim, failures, key_value
-from shortcut_jax.runtime.claim import CLAIM, Claim, Member, Times
 
 FAST = Times(interval=0.02, stale=0.3, patience=1.0, poll=0.005)
 

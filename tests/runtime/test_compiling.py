@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax.runtime.compiling import CompileClock, keep_programs
+from shortcut_jax.runtime.compilation_cache import CompileClock, keep_programs
 
 
 @pytest.fixture

@@ -9,12 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.errors import ConvertedError
-from shortcut_jax.models.clip import ClipConfig
-from shortcut_jax.models.presets import preset
-from shortcut_jax.models.t5 import T5Config
-from shortcut_jax.models.vae import VaeConfig
-from shortcut_jax.runtime import converted
-from shortcut_jax.runtime.converted import (
+from shortcut_jax.formats import inference_checkpoint
+from shortcut_jax.formats.inference_checkpoint import (
     LoraInfo,
     OrbaxParams,
     Sampling,
@@ -24,6 +20,10 @@ from shortcut_jax.runtime.converted import (
     write_params,
     write_record,
 )
+from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.presets import preset
+from shortcut_jax.models.t5 import T5Config
+from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 
 VALUES = {
@@ -55,7 +55,7 @@ def test_parameters_written_one_by_one_are_read_into_shards_in_their_own_dtype(t
 
 @pytest.mark.parametrize(("group_bytes", "loads"), [(2**24, 1), (40, len(VALUES))])
 def test_small_parameters_are_read_together_and_each_time_anew(tmp_path, monkeypatch, group_bytes, loads):
-    monkeypatch.setattr(converted, "_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(inference_checkpoint, "_GROUP_BYTES", group_bytes)
     write_params(tmp_path / "flux", iter(VALUES.items()))
     lazy, asked = OrbaxParams(tmp_path / "flux"), []
     load = lazy._load

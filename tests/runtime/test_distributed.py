@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shortcut_jax.runtime.distributed import platform_of
+from shortcut_jax.cluster.distributed import platform_of
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from absl import logging
 from orbax.checkpoint import checkpoint_manager
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
+from shortcut_jax.cluster.logs import log_file, process_log
 from shortcut_jax.errors import CheckpointError
 from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints
-from shortcut_jax.runtime.logs import log_file, process_log
 
 
 def _items(value):

@@ -1,6 +1,6 @@
 import pytest
 
-from shortcut_jax.runtime.goodput import account, goodput_line, goodput_table
+from shortcut_jax.cluster.goodput import account, goodput_line, goodput_table
 
 
 def _record(session, step, state="training", skipped=0.0, **seconds):

@@ -6,10 +6,10 @@ import time
 import jax
 import pytest
 
-from shortcut_jax.runtime import heartbeat
-from shortcut_jax.runtime.heartbeat import Progress
-from shortcut_jax.runtime.json_lines import read_lines
-from shortcut_jax.runtime.timing import Stopwatch
+from shortcut_jax.cluster import heartbeat
+from shortcut_jax.cluster.heartbeat import Progress
+from shortcut_jax.cluster.json_lines import read_lines
+from shortcut_jax.cluster.timing import Stopwatch
 
 
 def _progress(workdir, step=0, every=1000.0):

@@ -3,13 +3,13 @@ import re
 import pytest
 
 from shortcut_jax.errors import ConversionError
+from shortcut_jax.formats.detect import identify
 from shortcut_jax.models.clip import ClipConfig, ClipPairConfig
 from shortcut_jax.models.inception import InceptionConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
-from shortcut_jax.runtime.identify import identify
-from shortcut_jax.sources import param_shapes
+from shortcut_jax.sources.models import param_shapes
 from shortcut_jax.weights import flux_bfl, flux_diffusers, inception
 from shortcut_jax.weights.rules import torch_shapes
 from shortcut_jax.weights.text import CLIP_PAIR_RULES, CLIP_RULES, T5_RULES

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from shortcut_jax.cluster import rendezvous
+from shortcut_jax.cluster.bootstrap import Place, find_place
+from shortcut_jax.cluster.consistency import describe
+from shortcut_jax.cluster.rendezvous import names
+from shortcut_jax.cluster.shared_folder import check_folder
 from shortcut_jax.errors import FolderError, JoinError
-from shortcut_jax.runtime import lobby
-from shortcut_jax.runtime.agreement import describe
-from shortcut_jax.runtime.joining import Place, find_place
-from shortcut_jax.runtime.lobby import names
-from shortcut_jax.runtime.shared_folder import check_folder
 from tests.processes import error_lines, free_address, start, wait
 
 VARIABLES = (
@@ -152,13 +152,13 @@ def test_differences_are_grouped_by_value():
 def test_a_port_in_use_is_told():
     server = socket.create_server(("", 0))
     with server as taken, pytest.raises(JoinError, match="process 0 cannot listen at localhost:"):
-        lobby.meet(f"localhost:{taken.getsockname()[1]}", 2, 0, 5.0)
+        rendezvous.meet(f"localhost:{taken.getsockname()[1]}", 2, 0, 5.0)
 
 
 def test_nobody_is_alone_after_the_time_is_over():
     address, started = free_address(), time.monotonic()
     with pytest.raises(JoinError, match=f"process 1 of 2: the coordinator {address} did not answer within 1 s"):
-        lobby.meet(address, 2, 1, 1.0)
+        rendezvous.meet(address, 2, 1, 1.0)
     assert time.monotonic() - started < 10
 
 
@@ -306,7 +306,7 @@ def test_a_workdir_that_cannot_be_written_to_is_told_in_every_process(arguments,
 def test_a_stranger_at_the_port_is_no_process():
     address = free_address()
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(lobby.meet, address, 2, 0, 60.0)
+        first = threads.submit(rendezvous.meet, address, 2, 0, 60.0)
         for _ in range(50):
             try:
                 with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as stranger:
@@ -314,5 +314,5 @@ def test_a_stranger_at_the_port_is_no_process():
                 break
             except OSError:
                 time.sleep(0.1)
-        lobby.meet(address, 2, 1, 60.0)
+        rendezvous.meet(address, 2, 1, 60.0)
         first.result()

@@ -1,4 +1,4 @@
-from shortcut_jax.runtime.json_lines import append_line, read_lines
+from shortcut_jax.cluster.json_lines import append_line, read_lines
 
 
 def test_nan_is_null_in_a_line(tmp_path):

@@ -10,9 +10,9 @@ import jax
 import pytest
 from absl import logging as absl_logging
 
-from shortcut_jax.runtime import key_value
-from shortcut_jax.runtime.distributed import say
-from shortcut_jax.runtime.logs import LOGGER, Prefixed, log_file, mark_stderr, process_log
+from shortcut_jax.cluster import key_value
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.logs import LOGGER, Prefixed, log_file, mark_stderr, process_log
 
 
 def _lines(workdir, index=0):

@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from shortcut_jax.runtime import timing
+from shortcut_jax.cluster import timing
+from shortcut_jax.cluster.timing import Stopwatch
 from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics, save_curves
-from shortcut_jax.runtime.timing import Stopwatch
 from tests.helpers import read_events
 
 

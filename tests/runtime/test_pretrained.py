@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert
+from shortcut_jax import cli, convert
 from shortcut_jax.errors import ConversionError, SafetensorsError
-from shortcut_jax.runtime.pretrained import open_pretrained
-from shortcut_jax.runtime.safetensors import choose_files
-from shortcut_jax.sources import open_models
+from shortcut_jax.formats.pretrained import open_pretrained
+from shortcut_jax.formats.safetensors import choose_files
+from shortcut_jax.sources.models import open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import to_flax, to_torch
 from tests.runtime.conftest import AXES, save
@@ -120,7 +120,7 @@ def test_the_line_that_is_printed_for_pickles_works_also_where_tensors_share_mem
     table = torch.arange(12.0).reshape(3, 4)
     torch.save({"shared.weight": table, "tied.weight": table, "turned": table.T}, tmp_path / f"{name}.pt")
     with pytest.raises(SystemExit):
-        command.run(convert.main, ["convert", f"--from={tmp_path}/{name}.pt", f"--to={tmp_path}/x"])
+        cli.run(convert.main, ["convert", f"--from={tmp_path}/{name}.pt", f"--to={tmp_path}/x"])
     (printed,) = [line for line in capfd.readouterr().err.splitlines() if "is a pickle" in line]
     subprocess.run(printed.split("in its folder: ")[1], shell=True, check=True, cwd=tmp_path)
     saved = load_file(tmp_path / f"{name}.safetensors")

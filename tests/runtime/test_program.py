@@ -1,6 +1,6 @@
 import pytest
 
-from shortcut_jax.runtime.program import Program, num_bytes
+from shortcut_jax.runtime.hlo_schedule import Program, num_bytes
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 FSDP = "replica_groups={{0,1,2,3},{4,5,6,7}}"

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.runtime.pretrained import open_pretrained
-from shortcut_jax.runtime.quantised import METADATA_KEY, Widened
-from shortcut_jax.runtime.safetensors import LazyTensors
+from shortcut_jax.formats.pretrained import open_pretrained
+from shortcut_jax.formats.quantised import METADATA_KEY, Widened
+from shortcut_jax.formats.safetensors import LazyTensors
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.rules import to_torch
 from tests.runtime.conftest import AXES, save

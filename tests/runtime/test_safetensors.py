@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import SafetensorsError
-from shortcut_jax.runtime.safetensors import LazyTensors, Writer, shard_files
+from shortcut_jax.formats.safetensors import LazyTensors, Writer, shard_files
 from shortcut_jax.weights.params import Spec
 
 VALUES = {

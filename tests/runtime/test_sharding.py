@@ -29,7 +29,7 @@ from shortcut_jax.runtime.sharding import (
     to_global,
     tree_shardings,
 )
-from shortcut_jax.sources import KINDS, abstract_params
+from shortcut_jax.sources.models import KINDS, abstract_params
 from tests.helpers import BOTH_BLOCKS, POST_TRAINING, host_copy, noisy_state, random_batch, relative, tiny_assembly
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
@@ -217,7 +217,7 @@ def test_a_sliced_sharded_batch_would_be_caught():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_of_every_preset_has_a_rule_and_large_ones_are_split(name):
-    from shortcut_jax.assemble import init_params
+    from shortcut_jax.run.assembly import init_params
 
     mesh = make_mesh(MeshShape(1, 4, 2))
     cfg = dataclasses.replace(PRESETS[name], step_size=True)

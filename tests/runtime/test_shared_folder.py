@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.errors import FolderError
-from shortcut_jax.runtime.shared_folder import check_place
 
 
 @pytest.mark.parametrize("folder", [True, False])

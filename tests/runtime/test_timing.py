@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from shortcut_jax.runtime import timing
-from shortcut_jax.runtime.timing import Stopwatch
+from shortcut_jax.cluster import timing
+from shortcut_jax.cluster.timing import Stopwatch
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import ConvertedError
-from shortcut_jax.runtime.tokenizers import LAYOUTS, Tokenizer, copy_tokenizer
+from shortcut_jax.formats.tokenizers import LAYOUTS, Tokenizer, copy_tokenizer
 from tests.flux_pipeline import CLIP_TOKENS
 
 PROMPTS = ["", "a red cat", "A photo of   two dogs, holding 7 zebras!", "small " * 70]

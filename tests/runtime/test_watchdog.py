@@ -2,7 +2,7 @@ import subprocess
 import sys
 import time
 
-from shortcut_jax.runtime.watchdog import Watchdog, WatchdogSettings
+from shortcut_jax.cluster.watchdog import Watchdog, WatchdogSettings
 
 HANG = """
 import pathlib, sys, threading, time

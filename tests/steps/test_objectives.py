@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.core.rows import RowGroup
+from shortcut_jax.core.batch_split import RowGroup
 from shortcut_jax.core.schedules import FIRST_TIME, AlphaSchedule, ShiftRange, StudentSteps
 from shortcut_jax.core.types import Condition
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, Rows, draw, row_group

@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.core.spikes import init_spikes
+from shortcut_jax.config.checks import step_settings
+from shortcut_jax.core.loss_spikes import init_spikes
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.resolve import step_settings
-from shortcut_jax.steps import views
+from shortcut_jax.steps import networks
+from shortcut_jax.steps.networks import Networks, make_velocity, teacher_of, whole
 from shortcut_jax.steps.state import choose_view, from_items, to_counters, to_items
 from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
-from shortcut_jax.steps.views import Networks, make_velocity, teacher_of, whole
 from tests.helpers import POST_TRAINING, host_copy, moved, noisy_state, random_batch, relative, tiny_assembly
 
 TEACHERS = {
@@ -177,7 +177,7 @@ def test_views_are_whole_networks(lora):
     state = noisy_state(lora)
     for view, tree in (("online", state.params), ("fast", state.ema.fast), ("slow", state.ema.slow)):
         chosen = choose_view(state, view)
-        assert isinstance(chosen, views.Adapted) and chosen.lora is tree and chosen.base is state.frozen.base
+        assert isinstance(chosen, networks.Adapted) and chosen.lora is tree and chosen.base is state.frozen.base
     assert choose_view(state, "teacher") is state.frozen.base
 
 

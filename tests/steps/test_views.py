@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.types import Condition
-from shortcut_jax.steps.views import (
+from shortcut_jax.steps.networks import (
     Adapted,
     Networks,
     evaluations,

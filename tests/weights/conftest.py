@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.run.assembly import init_params
 from tests.weights.lora_cases import CFG
 
 

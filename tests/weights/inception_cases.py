@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from shortcut_jax.models.inception import InceptionConfig
-from shortcut_jax.sources import param_shapes
+from shortcut_jax.sources.models import param_shapes
 from shortcut_jax.weights.inception import RULES
 from shortcut_jax.weights.rules import torch_shapes
 

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.presets import preset
+from shortcut_jax.run.assembly import init_params
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import to_flax, to_torch
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.assemble import init_params
 from shortcut_jax.core.latents import image_ids, text_ids
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError
 from shortcut_jax.models.flux import Flux
 from shortcut_jax.models.presets import preset
+from shortcut_jax.run.assembly import init_params
 from shortcut_jax.weights.flux_diffusers import RULES
 from shortcut_jax.weights.rules import nest, to_flax, to_torch
 

@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from shortcut_jax import command, convert
-from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.converted import OrbaxParams, read_record
+from shortcut_jax import cli, convert
+from shortcut_jax.formats import export
+from shortcut_jax.formats.inference_checkpoint import OrbaxParams, read_record
 from shortcut_jax.weights.inception import RULES
 from shortcut_jax.weights.rules import to_flax, to_torch
 from tests.weights.inception_cases import SMALL, random_release, shapes
@@ -17,10 +17,10 @@ def released():
 
 
 def _convert(folder, tensors, *flags):
-    exported.write_tensors(folder / "inception.safetensors", tensors, {})
+    export.write_tensors(folder / "inception.safetensors", tensors, {})
     argv = ["convert", f"--from={folder}/inception.safetensors", f"--to={folder}/inception", *flags]
     with pytest.raises(SystemExit) as stop:
-        command.run(convert.main, argv)
+        cli.run(convert.main, argv)
     return stop.value.code
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.runtime import exported
+from shortcut_jax.formats import export
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora import Factors, Merged, expand, stack
 from shortcut_jax.weights.lora_files import METADATA_KEY, kohya_notes, read, to_kohya, to_peft
@@ -91,7 +91,7 @@ def test_diffusers_loads_what_we_write_with_the_same_output(
     assert loaded.keys() == {k.removeprefix("transformer.") for k in tensors}
     assert all(np.array_equal(loaded[k.removeprefix("transformer.")], v) for k, v in tensors.items())
     # The file itself, with its header, by its path.
-    exported.write_tensors(tmp_path / "lora.safetensors", tensors, metadata)
+    export.write_tensors(tmp_path / "lora.safetensors", tensors, metadata)
     by_path = _reference(params)
     by_path.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors")
     np.testing.assert_array_equal(_run_reference(by_path), _run_reference(model))

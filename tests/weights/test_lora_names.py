@@ -8,9 +8,9 @@ import torch
 from diffusers.loaders import lora_conversion_utils
 from safetensors.numpy import save_file
 
-from shortcut_jax import sources
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.sources import holds_lora, open_lora, open_models
+from shortcut_jax.sources import models
+from shortcut_jax.sources.models import holds_lora, open_lora, open_models
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from tests.weights.lora_cases import CFG, random_modules
 from tests.weights.test_lora_files import _same
@@ -42,7 +42,7 @@ KOHYA = {
 @pytest.fixture(autouse=True)
 def known_shapes(shapes, monkeypatch):
     """Those of the base, which take a second to trace."""
-    monkeypatch.setattr(sources, "param_shapes", lambda kind, config: shapes)
+    monkeypatch.setattr(models, "param_shapes", lambda kind, config: shapes)
 
 
 def _file(folder, tensors, metadata=None, name="lora.safetensors"):

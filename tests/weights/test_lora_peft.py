@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from shortcut_jax import sources
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.runtime.safetensors import LazyTensors
-from shortcut_jax.sources import open_lora
+from shortcut_jax.formats.safetensors import LazyTensors
+from shortcut_jax.sources import models
+from shortcut_jax.sources.models import open_lora
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora_files import METADATA_KEY, to_peft
 from shortcut_jax.weights.rules import to_torch
@@ -19,7 +19,7 @@ from tests.weights.lora_cases import CFG, random_modules
 @pytest.fixture(autouse=True)
 def known_shapes(shapes, monkeypatch):
     """Those of the base, which take a second to trace."""
-    monkeypatch.setattr(sources, "param_shapes", lambda kind, config: shapes)
+    monkeypatch.setattr(models, "param_shapes", lambda kind, config: shapes)
 
 
 def _folder(folder, shapes, config, name="adapter_model.safetensors", metadata=None, **tensors):

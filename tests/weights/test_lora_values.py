@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shortcut_jax import sources
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.runtime import exported
-from shortcut_jax.sources import open_lora, open_loras
+from shortcut_jax.formats import export
+from shortcut_jax.sources import models
+from shortcut_jax.sources.models import open_lora, open_loras
 from shortcut_jax.weights.lora import Merged, added, check_values
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
 from shortcut_jax.weights.params import Cast
@@ -21,13 +21,13 @@ QKV = "lora_unet_double_blocks_1_img_attn_qkv"
 @pytest.fixture(autouse=True)
 def known_shapes(shapes, monkeypatch):
     """Those of the base, which take a second to trace."""
-    monkeypatch.setattr(sources, "param_shapes", lambda kind, config: shapes)
+    monkeypatch.setattr(models, "param_shapes", lambda kind, config: shapes)
 
 
 def _lora(folder, shapes, changes, names=to_kohya):
     modules = random_modules(shapes, keep=lambda n: n.startswith("transformer_blocks.1.attn.to_"))
     tensors, header = names(modules, shapes) if names is to_kohya else names(modules)
-    exported.write_tensors(folder / "lora.safetensors", tensors | changes(tensors), header)
+    export.write_tensors(folder / "lora.safetensors", tensors | changes(tensors), header)
     return folder / "lora.safetensors"
 
 
@@ -106,7 +106,7 @@ def test_the_sum_of_several_is_that_of_their_products_whatever_their_ranks_and_m
     assert "double_blocks/img_attn/qkv/kernel" in changed and "img_in/kernel" not in changed
     files = []
     for name, modules in (("one", one), ("two", two)):
-        exported.write_tensors(tmp_path / f"{name}.safetensors", *to_peft(modules))
+        export.write_tensors(tmp_path / f"{name}.safetensors", *to_peft(modules))
         files.append(tmp_path / f"{name}.safetensors")
     half, notes = open_loras([(files[0], 0.5), (files[1], -1.0)], CFG)
     f, g = (x["transformer_blocks.0.attn.to_q"] for x in (one, two))

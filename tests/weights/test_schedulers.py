@@ -9,11 +9,11 @@ import pytest
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from shortcut_jax import sources
 from shortcut_jax.convert import start_note
 from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.runtime.converted import Sampling, read_record, write_record
+from shortcut_jax.formats.inference_checkpoint import Sampling, read_record, write_record
+from shortcut_jax.sources import models
 from shortcut_jax.weights import schedulers
 
 TOKENS = 1024
@@ -41,7 +41,7 @@ SUPPORTED = [
 def test_times_are_the_sigmas_of_the_reference(options, tmp_path):
     reference = FlowMatchEulerDiscreteScheduler(**options)
     reference.save_pretrained(tmp_path / "scheduler")
-    sampling = sources.sampling_of(tmp_path, [])
+    sampling = models.sampling_of(tmp_path, [])
     c = reference.config
     mu = calculate_shift(TOKENS, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     for steps in (1, 2, 5, 28):
@@ -95,7 +95,7 @@ def test_what_is_not_computed_is_refused_with_a_way_out(config, reason, tmp_path
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ConversionError, match=reason) as error:
-        sources.sampling_of(tmp_path, [])
+        models.sampling_of(tmp_path, [])
     assert "scheduler_config.json" in str(error.value)
 
 
@@ -103,18 +103,18 @@ def test_the_flow_shift_of_another_solver_is_kept_by_the_way_out(tmp_path):
     solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     solver.save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ConversionError, match="DPMSolverMultistepScheduler") as error:
-        sources.sampling_of(tmp_path, [])
+        models.sampling_of(tmp_path, [])
     assert str(error.value).endswith('write {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0} into it')
 
 
 def test_the_class_that_the_index_names_counts_and_unknown_entries_are_named(tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_x": 1, "shift": 2, "snr_gamma": 5}))
-    (note,) = sources.scheduler_notes(tmp_path)
-    assert "snr_gamma has no meaning" in note and sources.sampling_of(tmp_path, []).shift.shift == 2
+    (note,) = models.scheduler_notes(tmp_path)
+    assert "snr_gamma has no meaning" in note and models.sampling_of(tmp_path, []).shift.shift == 2
     (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", "EulerDiscreteScheduler"]}))
     with pytest.raises(ConversionError, match=r"model_index\.json names the scheduler EulerDiscreteScheduler"):
-        sources.sampling_of(tmp_path, [])
+        models.sampling_of(tmp_path, [])
 
 
 def test_the_sigmas_that_convert_names_are_the_times_of_an_earlier_start(tmp_path):

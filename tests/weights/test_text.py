@@ -5,7 +5,7 @@ import pytest
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.clip import ClipConfig, ClipPair, ClipPairConfig, ClipText
 from shortcut_jax.models.t5 import T5Config, T5Encoder
-from shortcut_jax.sources import param_shapes
+from shortcut_jax.sources.models import param_shapes
 from shortcut_jax.weights.rules import nest, to_flax, to_torch
 from shortcut_jax.weights.text import CLIP_PAIR_RULES, CLIP_RULES, T5_RULES
 from tests.helpers import relative

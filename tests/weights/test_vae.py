@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.formats import export
+from shortcut_jax.formats.safetensors import LazyTensors
 from shortcut_jax.models.vae import Autoencoder, VaeConfig, latents_from
-from shortcut_jax.runtime import exported
-from shortcut_jax.runtime.safetensors import LazyTensors
 from shortcut_jax.weights.rules import nest, to_flax, to_torch
 from shortcut_jax.weights.vae import bfl_rules, diffusers_rules
 from tests.helpers import relative
@@ -111,8 +111,8 @@ def test_diffusers_reads_our_single_file_with_the_same_output(reference, tmp_pat
 
     params = to_flax(_weights(reference), RULES["diffusers"], _shapes())
     file, config = tmp_path / "ae.safetensors", tmp_path / "config"
-    exported.write_file(file, [exported.Part(params, RULES["bfl"])], lambda n: None)
-    exported.write_component(config, "vae", CFG, params, lambda n: None)
+    export.write_file(file, [export.Part(params, RULES["bfl"])], lambda n: None)
+    export.write_component(config, "vae", CFG, params, lambda n: None)
     (config / "diffusion_pytorch_model.safetensors").unlink()  # the weights are the single file's
     load, told = AutoencoderKL.load_state_dict, []
     monkeypatch.setattr(AutoencoderKL, "load_state_dict", lambda *a, **kw: told.append(load(*a, **kw)) or told[-1])

@@ -1,0 +1,1 @@
+"""The life and death of processes: joining, claims, signs of life, logs."""

@@ -1,0 +1,1 @@
+"""Files of others and of ours that hold weights: read, recognised, written."""

@@ -1,0 +1,109 @@
+"""The work of `sample`: a model's pictures in batches, into files, with what it cost."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, fit
+from shortcut_jax.errors import UsageError
+from shortcut_jax.inference.backends import Row, SampleModel, Wanted, grid_times, record
+from shortcut_jax.inference.image_files import IMAGE, Output, layout_of
+from shortcut_jax.runtime.compilation_cache import CompileClock
+
+Draw = Callable[[Sequence[Row]], np.ndarray]
+
+
+def paint(model: SampleModel, wanted: Wanted, output: Output, trajectory: bool = False) -> list[Path]:
+    """Samples what is wanted and writes it; returns the files of a folder.
+
+    With `trajectory` every picture is accompanied by what each step aimed at.
+    """
+    draw: Draw = lambda rows: model.trajectories(rows, wanted) if trajectory else model.pictures(rows, wanted)
+    return _paint(model, wanted, output, draw, trajectory=trajectory)
+
+
+def repaint(
+    model: SampleModel,
+    wanted: Wanted,
+    output: Output,
+    picture_hwc: np.ndarray,
+    source_prompt: str,
+    plan: dict[str, Any],
+) -> list[Path]:
+    """Edits one picture, as `plan` for `SampleModel.edit` says, and writes it; returns the files of a folder."""
+    draw: Draw = lambda rows: model.edit(picture_hwc, source_prompt, rows, wanted, **plan)
+    return _paint(model, wanted, output, draw, source=picture_hwc, told={"source_prompt": source_prompt, **plan})
+
+
+def _paint(
+    model: SampleModel,
+    wanted: Wanted,
+    output: Output,
+    draw: Draw,
+    trajectory: bool = False,
+    source: np.ndarray | None = None,
+    told: dict[str, Any] | None = None,
+) -> list[Path]:
+    rows, size, written = wanted.rows, model.batch_size, list[Path]()
+    times = grid_times(model, wanted) if trajectory else []
+    starts = range(0, len(rows), size)
+    spent = 0.0
+    with CompileClock() as clock:
+        for first in tqdm(starts, unit="batch", disable=len(starts) == 1):
+            begin = time.perf_counter()
+            chunk = rows[first : first + size]
+            drawn = draw(chunk)
+            spent += time.perf_counter() - begin
+            records = [{**record(model, row, wanted), **(told or {})} for row in chunk]
+            along = drawn if trajectory else None
+            written += output.add(drawn[:, -1] if trajectory else drawn, records, along, times)
+    output.close(source)
+    if clock.programs:
+        say(f"{clock}: the next pictures of this kind need none of it")
+    rate = len(rows) / max(spent - clock.seconds, 1e-9)
+    how = "" if wanted.method == "euler" else f" by {wanted.method}"
+    say(
+        f"{len(rows)} pictures of {model.title(wanted)} in {wanted.steps} steps{how}, {rate:.3g} images/s "
+        f"without compiling, {size} at once: {output.target}"
+    )
+    return written
+
+
+def read_picture(path: str, name: str = "--edit") -> Image.Image:
+    """The picture to edit, 8-bit RGB; `name` is what an error calls it.
+
+    Raises:
+      UsageError: it cannot be read, or is a sheet of several or a trajectory, as its metadata says.
+    """
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        picture = decode(data)
+    except OSError as error:
+        raise UsageError(f"{name}={path} cannot be read: {error.strerror}") from error
+    except BadImage as error:
+        raise UsageError(f"{name}={path} cannot be read as a picture: {error}") from error
+    with Image.open(io.BytesIO(data)) as image:
+        layout = layout_of(image)
+    if layout != IMAGE:
+        raise UsageError(
+            f"{name}={path} is a {layout} of several images, but one is edited: sample it alone (--num=1), or take one "
+            "from a folder (--out=samples/)"
+        )
+    return picture
+
+
+def fit_picture(model: SampleModel, image: Image.Image, wanted: Wanted) -> np.ndarray:
+    """Its pixels [h, w, c], uint8, of a size that the model makes: resized to cover it, and cut to its middle."""
+    height, width, channels = model.picture_size(image.height, image.width, wanted)
+    pixels, _ = fit(image, (height, width))
+    if (image.height, image.width) != (height, width):
+        say(f"the picture of {image.height} x {image.width} is resized and cut to {height} x {width}")
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if channels == 1 else pixels

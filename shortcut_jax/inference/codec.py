@@ -1,0 +1,75 @@
+"""The ends of a network while it trains: captions that are known beforehand, and latents as pictures."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from shortcut_jax.data.format import VAE
+from shortcut_jax.data.records import data_folder, is_prepared
+from shortcut_jax.data.training import TrainingData
+from shortcut_jax.errors import ConfigError
+from shortcut_jax.inference.generator import Ends, pixel_ends
+from shortcut_jax.run.assembly import Assembly, text_encoder
+
+
+def training_ends(assembly: Assembly, data: TrainingData) -> Ends:
+    """Captions and pictures of a run on `data`: of stored text states, those of the set's prompts only.
+
+    The decoder of a set of latents is read from the set itself.
+    """
+    ends = pixel_ends(assembly)
+    if assembly.settings.data.text_encoder == "stored":
+        ends = ends._replace(encode=stored_captions(data))
+    prepared = data.sets[0].prepared
+    if prepared and prepared.info.latents:
+        from shortcut_jax.inference.encoders import load_halves
+
+        halves = load_halves(prepared.folder / VAE)
+        ends = ends._replace(decode=halves.decode, latents=halves.latents)
+    return ends
+
+
+def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
+    """Captions and pictures of a trained model: of a converted pipeline, or else of the set it was trained on.
+
+    Raises:
+      ConfigError: neither is at hand, or encoders are given for a run that has its own.
+      ConvertedError: `encoders` is no whole pipeline.
+    """
+    data = assembly.settings.data
+    if data.text_encoder == "words" and data.store != "latents":
+        if encoders is not None:
+            raise ConfigError("encoders are for runs on latents: this one reads words and makes pixels")
+        return pixel_ends(assembly)
+    if encoders is not None:
+        from shortcut_jax.inference.encoders import load_halves, load_text_encoder
+
+        folder = Path(encoders).expanduser()
+        halves = load_halves(folder)
+        ends = Ends(text_encoder(assembly.settings, assembly.model), halves.decode, halves.latents)
+        if data.text_encoder == "words":
+            return ends
+        # A grid asks for the same captions at every step count.
+        encode = functools.lru_cache(maxsize=256)(load_text_encoder(folder, data.text_tokens, data.text_states))
+        return ends._replace(encode=encode)
+    if not is_prepared(data_folder(data)):
+        raise ConfigError(
+            f"the run was trained on prepared text states, and its set {data_folder(data)} is not here: name the "
+            f"pipeline that made them with --encoders=CONVERTED"
+        )
+    return training_ends(assembly, TrainingData(dataclasses.replace(data, mix=(), weights=())))
+
+
+def stored_captions(data: TrainingData) -> Any:
+    """Caption -> its stored text states; a caption that has none is a ConfigError."""
+
+    def encode(caption: str) -> Any:
+        if caption not in data.prompts:
+            raise ConfigError(
+                f"the set {data.settings.name!r} has no text states of {caption!r}: choose among its "
+                f"{len(data.prompts) - 1} prompts, prepare it with --eval_prompts, or sample with --encoders=CONVERTED"
+            )
+        return data.prompts[caption]
+
+    return encode

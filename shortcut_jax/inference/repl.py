@@ -1,0 +1,87 @@
+"""`sample --interactive`: prompts in, files out, until `:quit`."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+from shortcut_jax.cluster.distributed import say
+from shortcut_jax.errors import UsageError, UserError
+from shortcut_jax.inference.backends import SampleModel, Wanted
+from shortcut_jax.inference.batches import paint
+from shortcut_jax.inference.image_files import Output
+
+HELP = """A line is a prompt; a line that begins with a colon is a setting:
+  :steps 2          sampling steps
+  :guidance 3.5     guidance scale; without a guidance embedding 0 and 1 mean none
+  :seed 7           seed of the noise
+  :num 4            pictures a prompt
+  :size 512x512     height x width in pixels
+  :method heun      euler or heun
+  :shift 3          timestep shift
+  :help             this text
+  :quit             the end, as is Ctrl-D"""
+
+_READ: dict[str, Callable[[str], dict[str, object]]] = {
+    "steps": lambda text: {"steps": int(text)},
+    "guidance": lambda text: {"guidance": float(text)},
+    "seed": lambda text: {"seed": int(text), "seeds": ()},
+    "num": lambda text: {"num": int(text), "seeds": ()},
+    "size": lambda text: dict(zip(("height", "width"), map(int, text.lower().split("x")), strict=True)),
+    "method": lambda text: {"method": text},
+    "shift": lambda text: {"shift": float(text)},
+}
+"""Setting -> its text as fields of `Wanted`; ValueError where it cannot be read."""
+
+
+def interact(
+    model: SampleModel, wanted: Wanted, output: Output, trajectory: bool = False, ask: Callable[[str], str] = input
+) -> None:
+    """Reads lines and samples, with the settings of `wanted` to begin with. Errors are told, and it goes on.
+
+    Every prompt of one size runs the same compiled program, whatever its steps, guidance and seed.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lines can be edited, and have a history)
+    say("a prompt makes pictures; :help tells the settings, :quit ends")
+    while True:
+        try:
+            line = ask("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in (":quit", ":q"):
+            return
+        try:
+            if line.startswith(":"):
+                wanted = _set(model, wanted, line)
+            elif line:
+                _answer(model, dataclasses.replace(wanted, prompts=(line,)), output, trajectory)
+        except UserError as error:
+            say(f"error: {error}")
+        except KeyboardInterrupt:
+            say("interrupted")
+
+
+def _set(model: SampleModel, wanted: Wanted, line: str) -> Wanted:
+    """The settings after a line such as `:steps 2`. Raises UsageError where it cannot be understood or done."""
+    name, _, text = line[1:].partition(" ")
+    if name == "help":
+        say(HELP)
+        return wanted
+    if name not in _READ:
+        raise UsageError(f"there is no setting :{name}; :help tells those there are")
+    try:
+        changed = dataclasses.replace(wanted, **_READ[name](text.strip()))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f":{name} {text}: cannot be read; :help shows an example") from error
+    changed.check()
+    model.check(changed)
+    return changed
+
+
+def _answer(model: SampleModel, wanted: Wanted, output: Output, trajectory: bool) -> None:
+    wanted.check()
+    model.check(wanted)
+    for note in model.notes(wanted):
+        say(note)
+    for path in paint(model, wanted, output, trajectory):
+        say(str(path))

@@ -1,0 +1,1 @@
+"""From images and captions to sets that training streams."""

@@ -1,0 +1,1 @@
+"""One run: from settings to a compiled step, a state and its folder."""
