@@ -2,7 +2,8 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+from shortcut_jax.core.version import __version__
+
 __all__ = ["Pipeline", "TextToImage", "__version__"]
 
 

@@ -22,6 +22,7 @@ from shortcut_jax.cluster.bootstrap import find_place
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.errors import UsageError
 from shortcut_jax.runtime.compilation_cache import keep_programs
+from shortcut_jax.sources.models import with_strengths
 from shortcut_jax.steps.networks import VIEWS
 from shortcut_jax.webapp.guard import MAX_UPLOAD, Guard, Hosts, hosts_of
 from shortcut_jax.webapp.models import ConvertedPipeline, Model, TrainedRun
@@ -82,7 +83,7 @@ def _check(options: types.SimpleNamespace) -> None:
     views = options.views or ("slow", "online", "fast")
     if set(views) - set(VIEWS) or len(set(views)) < len(views):
         raise UsageError(f"--views is {','.join(views)}, but must be some of {', '.join(VIEWS)}, each once")
-    loras = cli.adapters(options)
+    loras = with_strengths(options.lora, options.lora_scale)
     cli.check_finite("lora_scale", options.lora_scale or ())
     size = 1024 if options.max_size is None else options.max_size
     if size < SIZE_UNIT or size % SIZE_UNIT:

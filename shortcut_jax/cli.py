@@ -16,11 +16,11 @@ from typing import Any
 
 from absl import flags, logging
 
-from shortcut_jax import __version__
 from shortcut_jax.cluster import failures
 from shortcut_jax.config.fields import field_help
 from shortcut_jax.config.load import load_config
 from shortcut_jax.config.schema import Settings, known_fields
+from shortcut_jax.core.version import __version__
 from shortcut_jax.errors import UsageError, UserError
 from shortcut_jax.local_path import local_path
 
@@ -98,15 +98,6 @@ def note_unused(options: types.SimpleNamespace, reason: str, names: Iterable[str
     lost = [f"--{name}" for name in names if name in options.given]
     if lost:
         print(f"note: unused with {reason}: {', '.join(lost)}", file=sys.stderr, flush=True)
-
-
-def adapters(options: types.SimpleNamespace) -> list[tuple[str, float]]:
-    """Each `--lora` and its `--lora_scale`, 1 by default. Raises UsageError for unequal numbers of them."""
-    loras = options.lora or []
-    scales = options.lora_scale or [1.0] * len(loras)
-    if len(scales) != len(loras):
-        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
-    return list(zip(loras, scales, strict=True))
 
 
 def check_finite(name: str, numbers: Iterable[float]) -> None:

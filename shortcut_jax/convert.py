@@ -50,6 +50,7 @@ from shortcut_jax.sources.models import (
     param_shapes,
     sampling_of,
     scheduler_notes,
+    with_strengths,
 )
 from shortcut_jax.steps.networks import VIEWS
 from shortcut_jax.weights.finite import Finite
@@ -114,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     others = [*(options.lora or []), *(getattr(options, name) for name in ("base", *export.TOKENIZERS))]
     _check_target(target, sources, [Path(p).resolve() for p in others if p], options.overwrite)
     cli.check_finite("lora_scale", options.lora_scale or [])
-    options.loras = cli.adapters(options)
+    options.loras = with_strengths(options.lora, options.lora_scale)
     check_place(target, "--to", folder=False)
     job = _gather(sources, options)
     _check_format(job, options.format)

@@ -33,6 +33,7 @@ from shortcut_jax.evaluation.subjects import CHECKPOINT, ConvertedSubject, RunSu
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.formats.inference_checkpoint import RECORD
 from shortcut_jax.runtime.compilation_cache import keep_programs
+from shortcut_jax.sources.models import with_strengths
 
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
 ONLY_WITH = {"workdir": (), "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale")}
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = (cli.whole_numbers(name, getattr(options, name), 1, 1000) for name in ("steps", "other_steps"))
     steps, other_steps = (sorted(set(numbers)) for numbers in chosen)
     _check(options)
-    loras = cli.adapters(options)
+    loras = with_strengths(options.lora, options.lora_scale)
     if options.save_reference is not None:
         out = Path(options.save_reference).parent
         check_place(Path(options.save_reference), "--save_reference", folder=False)

@@ -1,21 +1,50 @@
-"""The options of `prepare`: its flags, which of them go together, and which are given for nothing."""
+"""Preparing a data set: `python -m shortcut_jax.prepare --source=images --out=data/set --store=pixels --resolution=64`.
+
+Reads captioned images (a folder in one of several layouts, tar files, or a TFDS set) and writes an ArrayRecord
+set that training streams. Interrupted, by whatever, the same command goes on where it was.
+"""
 
 import types
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from shortcut_jax import cli
-from shortcut_jax.data.format import TEXT_DTYPES
+from shortcut_jax.cluster.shared_folder import check_place
+from shortcut_jax.data.format import INFO, TEXT_DTYPES
 from shortcut_jax.data.records import STORES
 from shortcut_jax.errors import UsageError
-from shortcut_jax.preparation.inputs import NAMES, SourceOptions
+from shortcut_jax.preparation.inputs import NAMES
+from shortcut_jax.preparation.jobs import claim, join, prepare, prepare_captions, prepare_from_teacher
 
-DEFAULT_UNIT = 4096
 USAGE = (
     "usage: python -m shortcut_jax.prepare --source=FOLDER|TARS|tfds:NAME --out=DIR "
     "[--store=pixels|latents --checkpoint=CONVERTED] [--resolution=64] [--buckets=square|aspect|published|64x64,48x80]"
     "; or --from_teacher=CONVERTED --prompts=FILE --per_bucket=N --out=DIR; or --store=captions --prompts=FILE "
     "--checkpoint=CONVERTED --out=DIR; or --inspect=SET"
 )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line and prepares a set. Returns the exit code."""
+    options = cli.parse(define_flags(), argv, USAGE)
+    note_unused(options)
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
+    if options.inspect is not None:
+        from shortcut_jax.preparation.inspect import inspect
+
+        print("\n".join(inspect(Path(options.inspect), options.out and Path(options.out))))
+        return 0
+    check_options(options)
+    if not (Path(options.out) / INFO).is_file():  # a set that is there may be read only
+        check_place(Path(options.out), "--out")
+    processes = join("latents" if options.from_teacher else options.store)
+    with claim(Path(options.out), processes):
+        pass  # a set that another command makes is refused before anything is opened
+    if options.from_teacher:
+        return prepare_from_teacher(options, processes)
+    return (prepare_captions if options.store == "captions" else prepare)(options, processes)
 
 
 def define_flags() -> Any:
@@ -107,8 +136,5 @@ def note_unused(options: types.SimpleNamespace) -> None:
         cli.note_unused(options, f"--store={options.store}", OF_LATENTS if options.store == "pixels" else ())
 
 
-def source_options(options: types.SimpleNamespace) -> SourceOptions:
-    """How the source is read."""
-    where = tuple(options.where or ())
-    fields = options.caption_field, options.template
-    return SourceOptions(options.unit or DEFAULT_UNIT, where, *fields, options.tfds_dir, options.layout)
+if __name__ == "__main__":
+    cli.run(main)

@@ -34,7 +34,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_first(name, kind, tmp_p
     monkeypatch.setattr(module, work, lambda *args, **options: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
     place = "/proc/x" if kind == "/proc" else str(tmp_path / "file" / "x")
-    main = jobs.main if module is inspect else module.main
+    main = prepare.main if module is inspect else module.main
     with pytest.raises(SystemExit) as stop:
         cli.run(main, ["command", *(part.format(place=place) for part in argv)])
     assert stop.value.code == 1
@@ -62,7 +62,7 @@ def test_a_set_is_refused_where_another_command_makes_it_but_processes_of_one_co
     with jobs.claim(out, Processes(0, 1), Times(interval=0.02)) as first:
         first.take()
         with pytest.raises(SystemExit):
-            cli.run(jobs.main, argv)
+            cli.run(prepare.main, argv)
         assert not out.exists() and not (tmp_path / ".set.partial").exists()
     error = capfd.readouterr().err
     assert f"error: {out} is in use by process {os.getpid()} on " in error and "give another --out" in error

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from shortcut_jax import __version__, cli
 from shortcut_jax.cluster.distributed import say, tell
 from shortcut_jax.config.bounds import MAX_IMAGES, MAX_STEPS, check_prompts, check_seed, check_whole
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.schedules import Spacing, sampling_grid
+from shortcut_jax.core.version import __version__
 from shortcut_jax.errors import UsageError
 from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.inference.image_files import Record
 from shortcut_jax.inference.run_pipeline import Pipeline
+from shortcut_jax.sources.models import with_strengths
 
 
 class Row(NamedTuple):
@@ -218,7 +219,7 @@ class ConvertedModel:
         Raises:
           UsageError, and those of `TextToImage`.
         """
-        self._loras = cli.adapters(options)
+        self._loras = with_strengths(options.lora, options.lora_scale)
         self._name = Path(options.checkpoint).resolve().name
         self.pipeline = TextToImage(options.checkpoint, loras=self._loras)
         self.batch_size, self.spacing = self.pipeline.rounded(options.batch), self.pipeline.sampling.spacing

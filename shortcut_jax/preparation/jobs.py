@@ -1,8 +1,4 @@
-"""Preparing a data set: `python -m shortcut_jax.prepare --source=images --out=data/set --store=pixels --resolution=64`.
-
-Reads captioned images (a folder in one of several layouts, tar files, or a TFDS set) and writes an ArrayRecord
-set that training streams. Interrupted, by whatever, the same command goes on where it was.
-"""
+"""The work of `prepare`: from its options to a set, one function for each kind of set."""
 
 import contextlib
 import os
@@ -10,26 +6,26 @@ import signal
 import sys
 import time
 import types
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortcut_jax import cli
 from shortcut_jax.cluster import distributed
 from shortcut_jax.cluster.claim import Claim, Member, Times
-from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.data.buckets import parse_buckets
-from shortcut_jax.data.format import INFO, Size
+from shortcut_jax.data.format import Size
 from shortcut_jax.errors import UsageError
-from shortcut_jax.preparation.inputs import Source, open_source
+from shortcut_jax.preparation.inputs import Source, SourceOptions, open_source
 from shortcut_jax.preparation.job import Job, Produce
 from shortcut_jax.preparation.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.preparation.progress import summary
 from shortcut_jax.preparation.writing import already_written, captions_hash, units_done, write_units
-from shortcut_jax.prepare import DEFAULT_UNIT, USAGE, check_options, define_flags, note_unused, source_options
+from shortcut_jax.sources.models import with_strengths
+
+DEFAULT_UNIT = 4096
+"""Items of a unit of work."""
 
 PIXEL_MULTIPLE = 2
 """Sides of a picture that is trained on as pixels: a token is 2 x 2 of them."""
@@ -47,25 +43,11 @@ class Stopped(KeyboardInterrupt):
     """A signal, its argument, that asks the command to stop."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parses the command line and prepares a set. Returns the exit code."""
-    options = cli.parse(define_flags(), argv, USAGE)
-    note_unused(options)
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
-    if options.inspect is not None:
-        from shortcut_jax.preparation.inspect import inspect
-
-        print("\n".join(inspect(Path(options.inspect), options.out and Path(options.out))))
-        return 0
-    check_options(options)
-    if not (Path(options.out) / INFO).is_file():  # a set that is there may be read only
-        check_place(Path(options.out), "--out")
-    processes = join("latents" if options.from_teacher else options.store)
-    with claim(Path(options.out), processes):
-        pass  # a set that another command makes is refused before anything is opened
-    if options.from_teacher:
-        return prepare_from_teacher(options, processes)
-    return (prepare_captions if options.store == "captions" else prepare)(options, processes)
+def source_options(options: types.SimpleNamespace) -> SourceOptions:
+    """How the source is read."""
+    where = tuple(options.where or ())
+    fields = options.caption_field, options.template
+    return SourceOptions(options.unit or DEFAULT_UNIT, where, *fields, options.tfds_dir, options.layout)
 
 
 def prepare(options: types.SimpleNamespace, processes: Processes) -> int:
@@ -104,7 +86,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
 
     captions = read_prompts("eval_prompts", options.eval_prompts)
     prompts = read_prompts("prompts", options.prompts) or ()
-    loras = cli.adapters(options)
+    loras = with_strengths(options.lora, options.lora_scale)
     buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
     named = {n: getattr(options, n) for n in ("per_bucket", "steps", "guidance", "seed", "text_tokens", "text_dtype")}
     settings = TeacherSettings(prompts, buckets, per_device=options.batch or 1, unit=options.unit or 512, **named)
@@ -301,7 +283,3 @@ def _signals() -> Iterator[None]:
     finally:
         for which, handler in previous.items():
             signal.signal(which, handler)
-
-
-if __name__ == "__main__":
-    cli.run(main)

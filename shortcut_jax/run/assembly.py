@@ -19,18 +19,17 @@ from shortcut_jax.config.checks import (
     step_settings,
 )
 from shortcut_jax.config.schema import Settings
-from shortcut_jax.core.latents import PATCH, image_ids, text_ids
-from shortcut_jax.core.tree import flat_paths, path_name
+from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.core.types import Batch, Condition
 from shortcut_jax.data.format import PreparedSet, Size
 from shortcut_jax.data.records import data_folder, is_prepared, latent_size
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.data.words import encode_words
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.models.attention import unsharded
 from shortcut_jax.models.flops import step_flops
-from shortcut_jax.models.flux import Flux, FluxConfig
-from shortcut_jax.models.linear import no_constraint
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.init import BASE_DTYPE, init_params, weight_shapes
 from shortcut_jax.models.lora import init_adapters
 from shortcut_jax.runtime.metrics import peak_flops
 from shortcut_jax.runtime.sharding import (
@@ -49,14 +48,8 @@ from shortcut_jax.steps.state import TrainState, init_state
 from shortcut_jax.steps.train_step import make_train_step
 from shortcut_jax.weights.rules import nest
 
-BASE_DTYPE = jnp.bfloat16
-"""What a frozen base is held in."""
-
 STORED_TEXT_DTYPE = jnp.bfloat16
 """What stored T5 states reach the devices in."""
-
-FRESH_INPUTS = ("step_in/", "guidance_in/")
-"""Embeddings that a network may have and its checkpoint not; their output starts at zero."""
 
 
 class Assembly:
@@ -231,42 +224,10 @@ class Assembly:
         )
 
 
-def init_params(cfg: FluxConfig, key: jax.Array) -> Any:
-    """Weights of a network from scratch; shapes of the inputs do not matter beyond their widths."""
-    one = lambda *shape: jnp.zeros((1, *shape))
-    optional = (one() if cfg.guidance else None, one() if cfg.step_size else None)
-    inputs = (one(4, cfg.channels), one(), one(1, cfg.text_width), one(cfg.pooled_width))
-    # Without constraints: a batch of one row does not divide over a mesh.
-    plain = dataclasses.replace(cfg, constrain=no_constraint, per_shard=unsharded, attention="xla")
-    return Flux(plain).init(key, *inputs, image_ids(4, 4), text_ids(1), *optional)["params"]
-
-
-@lru_cache(maxsize=16)
-def weight_shapes(cfg: FluxConfig) -> Any:
-    """The weights of a network as abstract arrays."""
-    return jax.eval_shape(partial(init_params, cfg), jax.random.key(0))
-
-
 @lru_cache(maxsize=16)
 def _random_weights(cfg: FluxConfig, mesh: Mesh, min_shard: int) -> Callable[[jax.Array], Any]:
     """Key -> weights, each device its own shards; compiled once for all runs of such a network."""
     return jax.jit(partial(init_params, cfg), out_shardings=tree_shardings(mesh, weight_shapes(cfg), min_shard))
-
-
-def fresh_embeddings(model: FluxConfig, names: list[str]) -> dict[str, Any]:
-    """Embedders from scratch whose output is zero, so that the network is the one it was without them.
-
-    They are the same for every run and on all hardware, bit for bit and also in bfloat16 (multiples of 2^-12, of
-    standard deviation 0.018): adapters that were trained on them fit again.
-    """
-    shapes = weight_shapes(model)
-
-    def draw(path: Any, shape: Any) -> jax.Array:
-        if path_name(path) != "in_layer/kernel":
-            return jnp.zeros(shape.shape, shape.dtype)
-        return (jax.random.randint(jax.random.key(0), shape.shape, -127, 128) * 2.0**-12).astype(shape.dtype)
-
-    return {name: jax.tree_util.tree_map_with_path(draw, shapes[name]) for name in names}
 
 
 def mean_flops(assembly: Assembly, data: TrainingData) -> int:

@@ -15,8 +15,9 @@ from shortcut_jax.errors import ConfigError, ConversionError
 from shortcut_jax.formats.to_devices import place
 from shortcut_jax.local_path import download_hint, local_path
 from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.init import FRESH_INPUTS, fresh_embeddings
 from shortcut_jax.models.lora import adapter_shapes
-from shortcut_jax.run.assembly import FRESH_INPUTS, Assembly, fresh_embeddings
+from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.sources.models import Model, base_of, holds_lora, open_lora, open_models, param_shapes, sampling_of
 from shortcut_jax.steps.networks import Frozen

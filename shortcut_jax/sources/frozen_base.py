@@ -9,7 +9,7 @@ from shortcut_jax.core.fingerprint import fingerprint_of
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConvertedError
 from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.run.assembly import BASE_DTYPE, FRESH_INPUTS, fresh_embeddings
+from shortcut_jax.models.init import BASE_DTYPE, FRESH_INPUTS, fresh_embeddings
 from shortcut_jax.weights.params import Cast, Params, Spec, shapes_of, spec_of
 
 

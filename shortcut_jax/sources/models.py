@@ -13,7 +13,7 @@ from shortcut_jax.config.checks import from_config, model_config, sampling_start
 from shortcut_jax.config.schema import Settings, build, complete
 from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.errors import ConversionError, ConvertedError
+from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
 from shortcut_jax.formats.detect_encoders import Found, describe
 from shortcut_jax.formats.inference_checkpoint import RECORD, OrbaxParams, Sampling, read_record
 from shortcut_jax.formats.json_objects import parse_json, read_json
@@ -74,7 +74,7 @@ class Model(NamedTuple):
 
 def abstract_params(kind: str, config: Any) -> dict[str, Any]:
     """The parameters of a model as abstract arrays, nested."""
-    from shortcut_jax.run.assembly import weight_shapes
+    from shortcut_jax.models.init import weight_shapes
 
     key, tokens = jax.random.key(0), np.zeros((1, 2), np.int32)
     if kind == "flux":
@@ -310,6 +310,15 @@ def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules
         raise ConversionError(f"{path} adapts no layer of the transformer{': ' if notes else ''}{'; '.join(notes)}")
     check_lora(modules, shapes)
     return modules, notes
+
+
+def with_strengths(loras: Sequence[str] | None, scales: Sequence[float] | None) -> list[tuple[str, float]]:
+    """Each `--lora` with its `--lora_scale`, 1 by default. Raises UsageError for unequal numbers of them."""
+    loras = loras or []
+    scales = scales or [1.0] * len(loras)
+    if len(scales) != len(loras):
+        raise UsageError(f"--lora is given {len(loras)} times, --lora_scale {len(scales)}: give one for each")
+    return list(zip(loras, scales, strict=True))
 
 
 def open_loras(loras: Sequence[tuple[str | Path, float]], base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from shortcut_jax import __version__
+from shortcut_jax.core.version import __version__
 from shortcut_jax.errors import RequestError
 from shortcut_jax.inference.image_files import Record
 from shortcut_jax.webapp.models import Model

@@ -7,8 +7,8 @@ import pytest
 
 from shortcut_jax.models.flops import forward_flops, step_flops
 from shortcut_jax.models.flux import Flux
+from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import preset
-from shortcut_jax.run.assembly import init_params
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def _dot_flops(jaxpr):
 @pytest.mark.parametrize("optional", [False, True])
 def test_the_formula_counts_every_matrix_product_of_the_traced_model(optional):
     cfg = dataclasses.replace(preset("digits"), single_blocks=3, guidance=optional, step_size=optional)
-    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    params = weight_shapes(cfg)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     inputs = [shape(1, 6, cfg.channels), shape(1), shape(1, 5, cfg.text_width), shape(1, cfg.pooled_width)]
     inputs += [shape(6, 3), shape(5, 3), *([shape(1)] * 2 if optional else [None] * 2)]

@@ -1,13 +1,12 @@
-import jax
 import pytest
 
 from shortcut_jax.core.tree import count_parameters, flat_paths
+from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import PRESETS, preset
-from shortcut_jax.run.assembly import init_params
 
 
 def _count(name):
-    return count_parameters(jax.eval_shape(lambda: init_params(preset(name), jax.random.key(0))))
+    return count_parameters(weight_shapes(preset(name)))
 
 
 @pytest.mark.parametrize(("name", "count"), [("flux-dev", 11_901_408_320), ("flux-schnell", 11_891_178_560)])
@@ -41,7 +40,7 @@ def test_an_unknown_preset_raises_and_names_the_choices():
 
 
 def test_kernels_carry_their_parts_and_heads_as_axes():
-    flat = flat_paths(jax.eval_shape(lambda: init_params(preset("flux-schnell"), jax.random.key(0))))
+    flat = flat_paths(weight_shapes(preset("flux-schnell")))
     for path, shape in {
         "double_blocks/img_attn/qkv/kernel": (19, 3072, 3, 24, 128),
         "double_blocks/txt_attn/qkv/kernel": (19, 3072, 3, 24, 128),

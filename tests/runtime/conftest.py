@@ -1,11 +1,10 @@
-import jax
 import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.formats.safetensors import Writer
+from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import preset
-from shortcut_jax.run.assembly import init_params
 from shortcut_jax.weights.params import Spec
 
 AXES = {"axes_dims_rope": [4, 6, 6]}
@@ -14,7 +13,7 @@ AXES = {"axes_dims_rope": [4, 6, 6]}
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = flat_paths(jax.eval_shape(lambda key: init_params(preset("tiny"), key), jax.random.key(0)))
+    shapes = flat_paths(weight_shapes(preset("tiny")))
     rng = np.random.default_rng(0)
     return {k: rng.standard_normal(v.shape, np.float32) for k, v in shapes.items()}
 

@@ -217,11 +217,11 @@ def test_a_sliced_sharded_batch_would_be_caught():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_of_every_preset_has_a_rule_and_large_ones_are_split(name):
-    from shortcut_jax.run.assembly import init_params
+    from shortcut_jax.models.init import weight_shapes
 
     mesh = make_mesh(MeshShape(1, 4, 2))
     cfg = dataclasses.replace(PRESETS[name], step_size=True)
-    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    shapes = weight_shapes(cfg)
     shardings = flat_paths(tree_shardings(mesh, shapes))
     for path, leaf in flat_paths(shapes).items():
         local = math.prod(shardings[path].shard_shape(leaf.shape))

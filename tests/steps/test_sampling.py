@@ -74,7 +74,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 
 @pytest.mark.slow
 def test_guidance_reaches_the_embedding_of_a_model_that_has_one():
-    from shortcut_jax.run.assembly import init_params
+    from shortcut_jax.models.init import init_params
 
     cfg = dataclasses.replace(tiny_assembly().model, guidance=True)
     params = jax.tree.map(lambda x: x + 0.05, init_params(cfg, jax.random.key(0)))

@@ -1,20 +1,19 @@
 import dataclasses
 import inspect
 
-import jax
 import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import preset
-from shortcut_jax.run.assembly import init_params
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import to_flax, to_torch
 
 
 def _random_params(**changes):
     cfg = dataclasses.replace(preset("tiny"), **changes)
-    shapes = flat_paths(jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
+    shapes = flat_paths(weight_shapes(cfg))
     rng = np.random.default_rng(0)
     return cfg, {k: rng.standard_normal(v.shape, np.float32) for k, v in shapes.items()}
 

@@ -9,8 +9,8 @@ from shortcut_jax.core.latents import image_ids, text_ids
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError
 from shortcut_jax.models.flux import Flux
+from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import preset
-from shortcut_jax.run.assembly import init_params
 from shortcut_jax.weights.flux_diffusers import RULES
 from shortcut_jax.weights.rules import nest, to_flax, to_torch
 
@@ -48,9 +48,7 @@ def _reference(cfg):
 
 
 def _shapes(cfg):
-    return {
-        k: v.shape for k, v in flat_paths(jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))).items()
-    }
+    return {k: v.shape for k, v in flat_paths(weight_shapes(cfg)).items()}
 
 
 def _weights(model):

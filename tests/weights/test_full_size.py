@@ -6,10 +6,10 @@ import pytest
 
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.clip import ClipConfig, ClipPairConfig, ClipText
+from shortcut_jax.models.init import init_params
 from shortcut_jax.models.presets import preset
 from shortcut_jax.models.t5 import T5Config, T5Encoder
 from shortcut_jax.models.vae import Autoencoder, VaeConfig
-from shortcut_jax.run.assembly import init_params
 from shortcut_jax.sources.models import param_shapes
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import check, torch_shapes
