@@ -10,7 +10,7 @@ import typing
 import pytest
 from absl import flags
 
-from shortcut_jax import __version__, app, bench, cli, compare, convert, evaluate, sample, train
+from shortcut_jax import __version__, app, bench, cli, compare, convert, evaluate, prepare, sample, train
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.config.fields import attribute_docs, field_types
 from shortcut_jax.config.load import load_config, load_teacher_config
@@ -407,7 +407,7 @@ def test_whole_numbers_of_a_flag_are_decimal():
     ],
 )
 def test_flags_that_a_set_is_not_made_by_are_named(argv, note, capsys):
-    jobs.note_unused(cli.parse(jobs.define_flags(), ["prepare", *argv], "usage"))
+    prepare.note_unused(cli.parse(prepare.define_flags(), ["prepare", *argv], "usage"))
     assert capsys.readouterr().err == (f"note: unused with {note}\n" if note else "")
 
 

@@ -1,4 +1,4 @@
-"""A file imports strictly lower floors, plus siblings in its own folder; `steps/` and `runtime/` never meet."""
+"""The order of rooms: a file imports only from floors below its own, and from its own room, without a circle."""
 
 import ast
 import io
@@ -8,55 +8,93 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "shortcut_jax"
-MAY_IMPORT = {
-    "core": set(),
-    "models": {"core"},
-    "weights": {"core"},
-    "steps": {"core", "models"},
-    "runtime": {"core", "models", "weights"},
-    "data": {"core"},
-    "evaluation": {"core", "models", "weights", "steps", "runtime", "data", ""},
-    "": {"core", "models", "weights", "steps", "runtime", "data", "evaluation"},
-}
-LOWEST = ("errors", "local_path")
-"""Files of the top level that every floor may import: each imports nothing of ours but those before it."""
+COMMANDS = ("app", "bench", "compare", "convert", "evaluate", "prepare", "sample", "train")
+FLOORS = (
+    {"errors"},
+    {"local_path"},
+    {"core"},
+    {"models", "weights", "data", "cluster"},
+    {"steps", "runtime", "formats"},
+    {"config"},
+    {"sources"},
+    {"run"},
+    {"inference"},
+    {"preparation"},
+    {"evaluation"},
+    {"training", "diagnostics", "webapp"},
+    {"cli"},
+    {*COMMANDS, "__init__"},
+)
+"""Rooms, lowest first: folders, and files of the top level. Rooms of one floor do not know each other."""
+
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+NEVER = {"steps": {"data", "cluster"}}
+"""Rooms below that a room does not import all the same: steps know no disk."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 
 
-def _floor(path):
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else ""
+def _room(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def _imports(path):
+    """Names of all modules that a file imports, wherever it does: in functions and for types too."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "shortcut_jax")
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & MODULES
+            if names - MODULES:
+                yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
+def _room_of(module):
+    return "__init__" if module == "shortcut_jax" else module.split(".")[1]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_stay_below(path):
-    floor = _floor(path)
+    room = _room(path)
     for name in _imports(path):
-        parts = name.split(".")
-        if parts[0] in ("torch", "diffusers", "tensorflow"):
+        if name.split(".")[0] in ("torch", "diffusers", "tensorflow"):
             pytest.fail(f"{name} is a test-time reference only")
-        if parts[0] != "shortcut_jax" or len(parts) == 1:
+        if name.split(".")[0] != "shortcut_jax" or (other := _room_of(name)) == room:
             continue
-        if path.stem in LOWEST and not floor:
-            assert parts[1] in LOWEST[: LOWEST.index(path.stem)], f"{path.name} imports {name}"
-        if parts[1] in LOWEST:
-            continue
-        target = parts[1] if (PACKAGE / parts[1]).is_dir() else ""
-        assert target == floor or target in MAY_IMPORT[floor], f"{path.name} on floor {floor!r} imports {name}"
+        # What the package exports is opened where it is asked for.
+        below = FLOOR[other] < FLOOR[room] or room == "__init__"
+        assert below and other not in NEVER.get(room, ()), f"{room} imports {name}, which is not on a floor below"
 
 
-def test_every_folder_has_a_floor_and_every_file_fits_its_room():
-    assert {_floor(path) for path in FILES} == set(MAY_IMPORT)
+@pytest.mark.parametrize("room", sorted({_room(path) for path in FILES}))
+def test_no_room_has_a_circle(room):
+    """Of imports that run when a module is loaded."""
+    graph = {}
+    for path in FILES:
+        if _room(path) == room:
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+            graph[name] = set(_imports_at_the_top(path)) - {name}
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph
+
+
+def _imports_at_the_top(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & MODULES
+            if names - MODULES:
+                yield node.module
+
+
+def test_every_room_is_on_a_floor_and_every_file_fits_its_room():
+    assert {_room(path) for path in FILES} == FLOOR.keys()
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
     too_long = {path.name: n for path in FILES if (n := _code_lines(path)) > 350}
     assert not too_long
 

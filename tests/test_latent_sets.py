@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import TextToImage, cli, convert
+from shortcut_jax import TextToImage, cli, convert, prepare
 from shortcut_jax.core.latents import patchify, unpatchify
 from shortcut_jax.data.format import VAE, LatentInfo, PreparedSet, SetInfo, TextInfo, unpack_text
 from shortcut_jax.data.records import DataSettings
@@ -23,7 +23,7 @@ from shortcut_jax.formats.inference_checkpoint import RECORD, Sampling
 from shortcut_jax.formats.to_devices import place
 from shortcut_jax.inference.encoders import load_decoder, load_text_encoder
 from shortcut_jax.models.vae import Autoencoder
-from shortcut_jax.preparation import inspect, jobs
+from shortcut_jax.preparation import inspect
 from shortcut_jax.preparation.latents import LatentEncoder, as_half
 from shortcut_jax.preparation.pictures import Picture
 from shortcut_jax.preparation.progress import summary
@@ -64,7 +64,7 @@ def prepared(source, converted_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[:2]
         patch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
-        assert jobs.main(_arguments(source, converted_folder, out)) == 0
+        assert prepare.main(_arguments(source, converted_folder, out)) == 0
     return out
 
 
@@ -138,12 +138,12 @@ def test_stored_prompts_are_those_of_the_text_encoders(prepared, converted_folde
 
 @pytest.mark.slow
 def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, converted_folder, tmp_path, capsys):
-    assert jobs.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
+    assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
     assert _bytes(tmp_path / "set") == _bytes(prepared)
-    assert jobs.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
+    assert prepare.main(_arguments(source, converted_folder, tmp_path / "set")) == 0
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"text_dtype: bfloat16 -> float8"):
-        jobs.main(_arguments(source, converted_folder, tmp_path / "set", text_dtype="float8"))
+        prepare.main(_arguments(source, converted_folder, tmp_path / "set", text_dtype="float8"))
     out = tmp_path / "killed" / "set"
     out.parent.mkdir()
     slow = (  # so that the signal meets the work
@@ -160,7 +160,7 @@ def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, co
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -9 and not out.exists()
-    assert jobs.main(_arguments(source, converted_folder, out)) == 0
+    assert prepare.main(_arguments(source, converted_folder, out)) == 0
     assert "going on: " in capsys.readouterr().err
     assert _bytes(out) == _bytes(prepared)
 
@@ -260,7 +260,7 @@ def _teacher(converted_folder, out, prompts, **changes):
 def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_path, capfd):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\n\na photo of a small dog and the cat on the photo of a cat and the dog\n")
-    assert jobs.main(_teacher(converted_folder, tmp_path / "set", prompts)) == 0
+    assert prepare.main(_teacher(converted_folder, tmp_path / "set", prompts)) == 0
     err = capfd.readouterr().err
     assert "T5 reads 12 tokens of 'a photo" in err and "guidance 3.5: through the guidance embedding; 2 steps" in err
     info, records = PreparedSet(tmp_path / "set").info, _records(tmp_path / "set")
@@ -277,7 +277,7 @@ def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_
         assert relative(latents, expected[0]) < 2e-3
         assert relative(unpatchify(patchify(latents[None]), height // 2, width // 2)[0], latents) == 0
         assert relative(unpack_text(record, info.text).astype(np.float32), condition.txt_BMT[0]) < 4e-3
-    assert jobs.main(_teacher(converted_folder, tmp_path / "again", prompts, batch=2, buckets="16x16")) == 0
+    assert prepare.main(_teacher(converted_folder, tmp_path / "again", prompts, batch=2, buckets="16x16")) == 0
     for key, record in _records(tmp_path / "again").items():  # whatever the batch
         assert relative(record["mean"].astype(np.float32), records[key]["mean"].astype(np.float32)) < 1e-3
 
@@ -292,7 +292,7 @@ def _captions(converted_folder, out, prompts, **changes):
 def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(converted_folder, tmp_path, capfd):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*CAPTIONS, "a red cat " * 20]) + "\n")
-    assert jobs.main([*_captions(converted_folder, tmp_path / "set", prompts), "--resolution=32"]) == 0
+    assert prepare.main([*_captions(converted_folder, tmp_path / "set", prompts), "--resolution=32"]) == 0
     err = capfd.readouterr().err
     assert "reads 12 tokens of 'a red cat" in err and "unused with --store=captions: --resolution" in err
     prepared, captions = PreparedSet(tmp_path / "set"), prompts.read_text().splitlines()
@@ -323,7 +323,7 @@ def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_f
 
     def fails(argv, text):
         with pytest.raises(SystemExit) as stop:
-            cli.run(jobs.main, argv)
+            cli.run(prepare.main, argv)
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 1 and text in line, line
 
@@ -356,7 +356,7 @@ def test_latents_beyond_float16_are_an_error():
 
 def test_inspecting_tells_what_is_there_and_shows_it(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert jobs.main(["prepare", f"--inspect={prepared}"]) == 0
+    assert prepare.main(["prepare", f"--inspect={prepared}"]) == 0
     out, info = capsys.readouterr().out, PreparedSet(prepared).info
     for line in (
         f"train: {info.num_records('train')} records",

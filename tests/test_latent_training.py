@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import Pipeline, evaluate, train
+from shortcut_jax import Pipeline, evaluate, prepare, train
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.data.format import VAE, PreparedSet
 from shortcut_jax.data.training import TrainingData
@@ -15,7 +15,6 @@ from shortcut_jax.inference.codec import sampling_ends, training_ends
 from shortcut_jax.inference.encoders import load_decoder
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import PRESETS
-from shortcut_jax.preparation import jobs
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.checkpoint import stored_config
 from shortcut_jax.runtime.metrics import read_metrics
@@ -45,7 +44,7 @@ def prepared(folder, converted_folder):
     source = write_folder(folder / "source", pictures)
     options = dict(source=source, out=folder / "set", store="latents", checkpoint=converted_folder, validation=0.3)
     options |= dict(buckets="32x32,16x32", text_tokens=TOKENS)
-    assert jobs.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert prepare.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
     return folder / "set"
 
 
@@ -112,7 +111,7 @@ def test_a_run_goes_on_from_stored_captions_alone(trained_on_latents, converted_
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
     options = dict(store="captions", prompts=tmp_path / "prompts.txt", out=tmp_path / "set")
     options |= dict(checkpoint=converted_folder, text_tokens=TOKENS, validation=0)
-    assert jobs.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert prepare.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
     rows = dict(rows__self_rows=0, rows__flow_rows=0, rows__rolled_rows=1, init_from=str(trained_on_latents))
     settings = _settings(tmp_path / "set", data__store="captions", log_every=1, steps=2, **rows)
     assert train.train(Assembly(settings), tmp_path / "run") == 0

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from shortcut_jax import cli, compare, convert, evaluate, sample, train
+from shortcut_jax import cli, compare, convert, evaluate, prepare, sample, train
 from shortcut_jax.cluster.claim import Claim, Times
 from shortcut_jax.preparation import inspect, jobs
 from shortcut_jax.preparation.jobs import Processes
@@ -34,7 +34,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_first(name, kind, tmp_p
     monkeypatch.setattr(module, work, lambda *args, **options: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
     place = "/proc/x" if kind == "/proc" else str(tmp_path / "file" / "x")
-    main = prepare.main if module is inspect else module.main
+    main = prepare.main if module in (inspect, jobs) else module.main
     with pytest.raises(SystemExit) as stop:
         cli.run(main, ["command", *(part.format(place=place) for part in argv)])
     assert stop.value.code == 1

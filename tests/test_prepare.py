@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from shortcut_jax import cli
+from shortcut_jax import cli, prepare
 from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.errors import DataError, UsageError
 from shortcut_jax.preparation import jobs
@@ -36,7 +36,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "set"
-    assert jobs.main(_arguments(source, out, unit=20)) == 0
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
     return out
 
 
@@ -53,13 +53,13 @@ def test_tfds_opens_the_pixels_of_the_source(prepared):
 
 def test_prepared_twice_is_the_same_and_the_third_time_is_told(source, prepared, tmp_path, capsys):
     out = tmp_path / "set"
-    assert jobs.main(_arguments(source, out, unit=20)) == 0
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
     assert "left out" not in capsys.readouterr().err
     assert _bytes(out) == _bytes(prepared)
-    assert jobs.main(_arguments(source, out, unit=20)) == 0
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"buckets: \['32x32'\] -> \['16x16'\]; unit: 20 -> 30"):
-        jobs.main(_arguments(source, out, unit=30, resolution=16))
+        prepare.main(_arguments(source, out, unit=30, resolution=16))
 
 
 @pytest.mark.parametrize("which, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -83,7 +83,7 @@ def test_stopped_in_the_middle_and_run_again_is_the_same(source, prepared, tmp_p
         assert "of 10 units are done; the same command goes on" in err and "Traceback" not in err
     before = {p.name: os.stat(p).st_mtime_ns for p in work.glob("[0-9]*.json")}
     assert 3 <= len(before) < 10
-    assert jobs.main(_arguments(source, out, unit=20)) == 0
+    assert prepare.main(_arguments(source, out, unit=20)) == 0
     assert _bytes(out) == _bytes(prepared)
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
@@ -104,21 +104,21 @@ def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
     }
     folder = write_folder(tmp_path / "a", pictures | bad, ['{"file_name": "000.png", "prompt": "twice"}', "{"])
     with pytest.raises(DataError, match=r"more than --max_skipped=0\.1: 1 animated, 1 bad JSON, 1 corrupt, 1 dupl"):
-        jobs.main(_arguments(folder, tmp_path / "set", max_skipped=0.1, enlarge="false"))
+        prepare.main(_arguments(folder, tmp_path / "set", max_skipped=0.1, enlarge="false"))
     assert not (tmp_path / "set").exists()
-    assert jobs.main(_arguments(folder, tmp_path / "set", max_skipped=0.2, enlarge="false")) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "set", max_skipped=0.2, enlarge="false")) == 0
     info = PreparedSet(tmp_path / "set").info
     names = ("animated", "bad JSON", "corrupt", "duplicate key", "empty", "empty caption", "missing file")
     assert info.skipped == dict.fromkeys((*names, "too small", "truncated", "unsupported format"), 1)
     listed = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
     assert {skip["key"]: skip["reason"] for skip in listed}["moves.gif"] == "animated" and len(listed) == 10
     capsys.readouterr()
-    assert jobs.main(_arguments(folder, tmp_path / "enlarged", max_skipped=0.2)) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "enlarged", max_skipped=0.2)) == 0
     assert "1 of 61 pictures were smaller than their bucket and were enlarged" in capsys.readouterr().err
 
 
 def test_a_set_that_ends_without_a_train_split_says_so(source, tmp_path, capsys):
-    assert jobs.main(_arguments(source, tmp_path / "set", validation=1)) == 0
+    assert prepare.main(_arguments(source, tmp_path / "set", validation=1)) == 0
     assert "there is no train split, so nothing to train on" in capsys.readouterr().err
 
 
@@ -130,16 +130,16 @@ def test_a_corrected_source_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, 
     os.mkfifo(folder / "p/021.png")
     (folder / "p/022.png").unlink()
     with pytest.raises(DataError, match=r"3 of 30 .*: 1 missing file, 1 not a file, 1 truncated; "):
-        jobs.main(_arguments(folder, tmp_path / "set", unit=10))
+        prepare.main(_arguments(folder, tmp_path / "set", unit=10))
     for i in (20, 21, 22):
         (folder / f"p/{i:03d}.png").unlink(missing_ok=True)
         (folder / f"p/{i:03d}.png").write_bytes(encoded(picture(i)))
     capsys.readouterr()
-    assert jobs.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
     told = capsys.readouterr().err
     assert "going on: 2 of 4 units are done" in told and "read again: 1 units" in told
     (tmp_path / "clean").mkdir()
-    assert jobs.main(_arguments(folder, tmp_path / "clean/set", unit=10)) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "clean/set", unit=10)) == 0
     assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
 
 
@@ -147,16 +147,16 @@ def test_an_image_that_was_read_and_is_replaced_is_read_again(tmp_path, monkeypa
     folder = simple_folder(tmp_path / "a", 40)
     (folder / "p/025.png").unlink()  # refused when three of four units are done
     with pytest.raises(DataError, match="1 of 30"):
-        jobs.main(_arguments(folder, tmp_path / "set", unit=10))
+        prepare.main(_arguments(folder, tmp_path / "set", unit=10))
     (folder / "p/025.png").write_bytes(encoded(picture(25)))
     (folder / "p/003.png").write_bytes(encoded(picture(103)))
     asked = []
     items = FolderSource.items
     monkeypatch.setattr(FolderSource, "items", lambda self, unit: asked.append(unit.index) or items(self, unit))
-    assert jobs.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
     assert asked == [0, 2, 3]
     (tmp_path / "clean").mkdir()
-    assert jobs.main(_arguments(folder, tmp_path / "clean/set", unit=10)) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "clean/set", unit=10)) == 0
     assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
 
 
@@ -169,7 +169,7 @@ def test_what_a_complete_set_left_out_and_was_corrected_is_told(tmp_path, capsys
             (folder / f"p/{name}.png").write_bytes(damaged)
     arguments = _arguments(folder, tmp_path / "set", max_skipped=0.5, enlarge="false")
     for _ in range(2):  # nothing has changed the second time
-        assert jobs.main(arguments) == 0
+        assert prepare.main(arguments) == 0
     assert "is there already" in capsys.readouterr().err
     for name in ("003", "004", "005"):
         before = (folder / f"p/{name}.png").read_bytes() if name != "004" else None
@@ -177,7 +177,7 @@ def test_what_a_complete_set_left_out_and_was_corrected_is_told(tmp_path, capsys
         with pytest.raises(
             DataError, match=rf"set left out files that have changed since \(1: .*{name}\.png\): give another --out, or"
         ) as error:
-            jobs.main(arguments)
+            prepare.main(arguments)
         assert "\n" not in str(error.value)
         (folder / f"p/{name}.png").unlink()
         if before:  # with the stamp that it had
@@ -185,10 +185,10 @@ def test_what_a_complete_set_left_out_and_was_corrected_is_told(tmp_path, capsys
             (stamped,) = (row["stamp"] for row in listed if row["file"].endswith(f"{name}.png"))
             (folder / f"p/{name}.png").write_bytes(before)
             os.utime(folder / f"p/{name}.png", ns=(0, int(stamped.split()[1])))
-    assert jobs.main(arguments) == 0
+    assert prepare.main(arguments) == 0
     (tmp_path / "set/skipped.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"skipped\.jsonl is damaged"):
-        jobs.main(arguments)
+        prepare.main(arguments)
 
 
 def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, capsys):
@@ -206,24 +206,24 @@ def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, caps
         write(number, damaged=number == 1)
     source = str(tmp_path / "{0..2}.tar")
     with pytest.raises(DataError, match=r"5 of 15 .*: 5 truncated; "):
-        jobs.main(_arguments(source, tmp_path / "set"))
+        prepare.main(_arguments(source, tmp_path / "set"))
     write(1)
     capsys.readouterr()
-    assert jobs.main(_arguments(source, tmp_path / "set")) == 0
+    assert prepare.main(_arguments(source, tmp_path / "set")) == 0
     told = capsys.readouterr().err
     assert "going on: 2 of 3 units" in told
     assert "not used: further captions of an image: the first one of a list is used (15)" in told
     (tmp_path / "clean").mkdir()
-    assert jobs.main(_arguments(source, tmp_path / "clean/set")) == 0
+    assert prepare.main(_arguments(source, tmp_path / "clean/set")) == 0
     assert _bytes(tmp_path / "set") == _bytes(tmp_path / "clean/set")
     write(1, damaged=True)
     with pytest.raises(DataError, match="the source has changed since: give another --out"):
-        jobs.main(_arguments(source, tmp_path / "set"))
+        prepare.main(_arguments(source, tmp_path / "set"))
     partly = _arguments(source, tmp_path / "partly", max_skipped=0.5)
-    assert jobs.main(partly) == 0 == jobs.main(partly)
+    assert prepare.main(partly) == 0 == prepare.main(partly)
     os.utime(tmp_path / "1.tar", (1, 1))  # as where what was corrected has the same size
     with pytest.raises(DataError, match=r"left out files that have changed since \(1: .*1\.tar\)"):
-        jobs.main(partly)
+        prepare.main(partly)
 
 
 def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
@@ -235,21 +235,21 @@ def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"--source=.*Permission denied$"):
         patch.setattr(jobs, "open_source", fails)
-        jobs.main(_arguments(folder, tmp_path / "set"))
+        prepare.main(_arguments(folder, tmp_path / "set"))
     with monkeypatch.context() as patch, pytest.raises(DataError, match=r"/a cannot be read: Permission denied; what"):
         patch.setattr(FolderSource, "items", fails)
-        jobs.main(_arguments(folder, tmp_path / "set"))
+        prepare.main(_arguments(folder, tmp_path / "set"))
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.read_bytes", fails)
         with pytest.raises(DataError, match="no record is left: 3 unreadable file were left out"):
-            jobs.main(_arguments(folder, tmp_path / "set", max_skipped=1))
-    assert jobs.main(_arguments(folder, tmp_path / "set", max_skipped=1)) == 0
+            prepare.main(_arguments(folder, tmp_path / "set", max_skipped=1))
+    assert prepare.main(_arguments(folder, tmp_path / "set", max_skipped=1)) == 0
 
 
 def test_a_source_that_leads_outside_writes_nothing(tmp_path):
     folder = write_folder(tmp_path / "a", {}, ['{"file_name": "../x.png", "prompt": "x"}'])
     with pytest.raises(DataError, match="leads out of the folder"):
-        jobs.main(_arguments(folder, tmp_path / "set"))
+        prepare.main(_arguments(folder, tmp_path / "set"))
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -259,7 +259,7 @@ def test_buckets_by_aspect_and_prompts_of_a_file(tmp_path):
     folder = write_folder(tmp_path / "a", pictures)
     (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
     options = dict(buckets="aspect", resolution=64, validation=0, eval_prompts=tmp_path / "prompts.txt")
-    assert jobs.main(_arguments(folder, tmp_path / "set", **options)) == 0
+    assert prepare.main(_arguments(folder, tmp_path / "set", **options)) == 0
     opened = PreparedSet(tmp_path / "set")
     assert opened.info.buckets == ((48, 80), (64, 64), (80, 48)) and opened.info.counts == {"train": (2, 1, 1)}
     assert opened.info.eval_prompts == ("first", "second") and opened.info.enlarged == 0
@@ -269,7 +269,7 @@ def test_buckets_by_aspect_and_prompts_of_a_file(tmp_path):
 
 def test_the_digits_of_tfds(data_dir, tmp_path):
     arguments = _arguments("tfds:digits", tmp_path / "set", resolution=16, tfds_dir=data_dir)
-    assert jobs.main(arguments) == 0
+    assert prepare.main(arguments) == 0
     info = PreparedSet(tmp_path / "set").info
     assert info.enlarged == sum(map(info.num_records, info.counts)) == 1797 and len(info.eval_prompts) == 10
 
@@ -285,12 +285,12 @@ def test_the_digits_of_tfds(data_dir, tmp_path):
 )
 def test_unfit_options_are_told(source, tmp_path, changes, told):
     with pytest.raises(UsageError, match=told):
-        jobs.main(_arguments(source, tmp_path / "set", **changes))
+        prepare.main(_arguments(source, tmp_path / "set", **changes))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_caption_column_has_a_short_name():
-    parse = lambda *argv: cli.parse(jobs.define_flags(), ["prepare", *argv], "usage")
+    parse = lambda *argv: cli.parse(prepare.define_flags(), ["prepare", *argv], "usage")
     assert parse("--caption=text").caption_field == parse("--caption_field=text").caption_field == "text"
     with pytest.raises(UsageError, match="--caption_field is given 2 times"):
         parse("--caption=a", "--caption_field=b")

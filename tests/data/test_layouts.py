@@ -7,9 +7,9 @@ import tarfile
 
 import pytest
 
+from shortcut_jax import prepare
 from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.errors import DataError
-from shortcut_jax.preparation import jobs
 from shortcut_jax.preparation.inputs import NAMES, Item, SourceOptions, open_source
 from shortcut_jax.preparation.inputs.layouts import LAYOUTS
 from tests.data.pictures import encoded, picture
@@ -365,7 +365,7 @@ def test_files_that_are_not_used_reach_the_set(tmp_path, layout):
     else:
         _write(folder, images | ({f"{name}.txt": "x" for name in names} if layout == "sidecars" else {}))
     flags = [f"--{name}={value}" for name, value in options.items()]
-    assert jobs.main(["prepare", f"--source={folder}", f"--out={tmp_path / 'set'}", "--resolution=32", *flags]) == 0
+    assert prepare.main(["prepare", f"--source={folder}", f"--out={tmp_path / 'set'}", "--resolution=32", *flags]) == 0
     further = {"files of the split test": 1, "files of no split": 1} if layout == "parquet" else {}
     assert (
         PreparedSet(tmp_path / "set").info.unused
@@ -464,10 +464,10 @@ def test_prepare_says_which_layout_it_reads(tmp_path, capsys):
         tmp_path / "a", {f"{i}.{end}": data for i in range(4) for end, data in (("png", IMAGES[i]), ("txt", f"{i}"))}
     )
     arguments = ["prepare", f"--source={folder}", f"--out={tmp_path / 'set'}", "--resolution=32", "--validation=0"]
-    assert jobs.main(arguments) == 0
+    assert prepare.main(arguments) == 0
     assert f"source: images with a .txt or .caption of the same name beside each in {folder}" in capsys.readouterr().err
     records = PreparedSet(tmp_path / "set").records("train")
     assert [record["caption"].decode() for record in records] == list("0123")
     with pytest.raises(Exception, match="layout"):
-        jobs.main([*arguments, "--layout=nonsense"])
+        prepare.main([*arguments, "--layout=nonsense"])
     assert len(NAMES) == len(set(NAMES))
