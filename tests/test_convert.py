@@ -418,7 +418,7 @@ def test_a_broken_tokenizer_is_refused_before_anything_is_written(
     (tmp_path / "in" / name).unlink()
     folder = shutil.copytree(pipeline_folder / name, tmp_path / "in" / name)
     (folder / file).write_bytes(content)
-    monkeypatch.setattr(convert, "_write", lambda *args: pytest.fail("it was converted"))
+    monkeypatch.setattr(convert, "write", lambda *args: pytest.fail("it was converted"))
     assert f"{folder} cannot be read (" in _fails(capfd, f"--from={tmp_path}/in", f"--to={tmp_path}/out")
     rest = [f"--from={pipeline_folder}", f"--to={tmp_path}/out"]
     assert f"{folder} cannot be read (" in _fails(capfd, *rest, f"--{name}={folder}")

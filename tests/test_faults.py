@@ -18,7 +18,7 @@ from shortcut_jax.runtime import checkpoint
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.metrics import read_metrics
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.training import loop
+from shortcut_jax.training import loop, session
 from tests import fault_child
 from tests.fault_processes import end, start_two, wait_for
 from tests.helpers import BOTH_BLOCKS, tiny_assembly
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 @pytest.fixture
 def no_end(monkeypatch):
     """The sample grid at the end takes most of the time of a short run."""
-    monkeypatch.setattr(train, "finish", lambda *args: None)
+    monkeypatch.setattr(session, "finish", lambda *args: None)
 
 
 NO_REPORT = {"eval.views": "()", "eval.images": "()"}
@@ -189,7 +189,7 @@ def test_what_a_run_does_is_watched(tmp_path, arguments, monkeypatch):
         def beat(self, doing, slow=False):
             seen.append((doing, slow))
 
-    monkeypatch.setattr(train, "Watchdog", Noting)
+    monkeypatch.setattr(session, "Watchdog", Noting)
     assert train.main(arguments(tmp_path / "run", steps=3, checkpoint_every=2)) == 0
     named = [("step 1", True), ("step 2", False), ("saving at step 2", True), ("step 3", False)]
     assert seen == [("the start", True), *named, ("saving at step 3", True)]

@@ -17,7 +17,7 @@ FLOORS = (
     {"steps", "runtime", "formats"},
     {"config"},
     {"sources"},
-    {"run"},
+    {"run", "conversion"},
     {"inference"},
     {"preparation"},
     {"evaluation"},

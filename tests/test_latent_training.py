@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import Pipeline, evaluate, prepare, train
+from shortcut_jax import Pipeline, evaluate, prepare
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.data.format import VAE, PreparedSet
 from shortcut_jax.data.training import TrainingData
@@ -18,6 +18,7 @@ from shortcut_jax.models.presets import PRESETS
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.checkpoint import stored_config
 from shortcut_jax.runtime.metrics import read_metrics
+from shortcut_jax.training import session
 from tests.data.pictures import encoded, picture, write_folder
 from tests.helpers import tiny_config
 
@@ -57,7 +58,7 @@ def _settings(prepared, **changes):
 @pytest.fixture(scope="module")
 def trained_on_latents(folder, prepared):
     workdir = folder / "run"
-    assert train.train(Assembly(_settings(prepared, validation__every=4, log_every=1)), workdir) == 0
+    assert session.train(Assembly(_settings(prepared, validation__every=4, log_every=1)), workdir) == 0
     return workdir
 
 
@@ -114,7 +115,7 @@ def test_a_run_goes_on_from_stored_captions_alone(trained_on_latents, converted_
     assert prepare.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
     rows = dict(rows__self_rows=0, rows__flow_rows=0, rows__rolled_rows=1, init_from=str(trained_on_latents))
     settings = _settings(tmp_path / "set", data__store="captions", log_every=1, steps=2, **rows)
-    assert train.train(Assembly(settings), tmp_path / "run") == 0
+    assert session.train(Assembly(settings), tmp_path / "run") == 0
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(metrics[step]["loss/rolled"] == metrics[step]["loss"] > 0 for step in (1, 2))
     with Image.open(tmp_path / "run" / "samples" / "step_00000002.png") as grid:  # by the set's own decoder

@@ -20,7 +20,7 @@ CASES = {
         *(evaluate, "open_reference"),
         ["--reference=somewhere", "--features=random", "--save_reference={place}/x.npz"],
     ),
-    "convert": (convert, "_gather", ["--from=configs", "--to={place}"]),
+    "convert": (convert, "gather", ["--from=configs", "--to={place}"]),
     "compare": (compare, "Pipeline", ["--workdir=somewhere", "--out={place}/x"]),
     "sample": (sample, "_open", ["--workdir=somewhere", "--prompt=seven", "--out={place}.png"]),
     "sample, folder": (sample, "_open", ["--workdir=somewhere", "--prompt=seven", "--out={place}/"]),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import train
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.core.flow import interpolate, velocity_target
 from shortcut_jax.core.latents import patchify
@@ -26,6 +25,7 @@ from shortcut_jax.run.check_data import check_data, check_grid
 from shortcut_jax.runtime.metrics import read_metrics
 from shortcut_jax.steps.networks import make_velocity
 from shortcut_jax.steps.validation_loss import RULES
+from shortcut_jax.training import session
 from tests.data.prepared import TEXT, write_small_set
 from tests.helpers import noisy_state, tiny_config
 
@@ -67,7 +67,7 @@ def run(folder, tmp_path_factory):
     settings = _settings(folder, validation__every=24, log_every=1, **judged)
     assembly = Assembly(settings, jax.devices()[:1])
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    assert train.train(assembly, workdir) == 0
+    assert session.train(assembly, workdir) == 0
     return assembly, workdir
 
 
@@ -96,8 +96,8 @@ def test_all_micro_batches_of_a_step_are_of_one_bucket(folder):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path):
     assembly, workdir = run
-    assert train.train(assembly, tmp_path / "run", stop_at=7) == 0
-    assert train.train(assembly, tmp_path / "run") == 0
+    assert session.train(assembly, tmp_path / "run", stop_at=7) == 0
+    assert session.train(assembly, tmp_path / "run") == 0
     read = lambda folder: {k: row["loss"] for k, row in read_metrics(folder / "metrics.jsonl").items()}
     losses = read(workdir), read(tmp_path / "run")
     assert len(losses[0]) == 24 and losses[0] == losses[1]
@@ -211,7 +211,7 @@ def test_prompts_of_the_grid_need_not_be_among_those_of_the_validation_set(folde
 def test_a_set_that_does_not_fit_is_told_before_anything_is_compiled(folder, tmp_path, name, changes, message):
     settings = _settings(folder, name, **changes)
     with pytest.raises(UserError, match=message) as error:
-        train.train(Assembly(settings, jax.devices()[:1]), tmp_path / "run")
+        session.train(Assembly(settings, jax.devices()[:1]), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from shortcut_jax import train
 from shortcut_jax.errors import TrainingError
-from shortcut_jax.training import loop
+from shortcut_jax.training import loop, session
 from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -48,7 +48,7 @@ def test_grids_during_a_run_have_the_same_noise_and_captions(tmp_path, arguments
     ],
 )
 def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_path, capfd):
-    train.announce(tiny_assembly(**changes), tmp_path, start)
+    session.announce(tiny_assembly(**changes), tmp_path, start)
     err = capfd.readouterr().err
     assert (said in err) if said else ("untaught" not in err)
 
@@ -68,7 +68,7 @@ def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_pat
     ],
 )
 def test_what_trains_the_times_where_sampling_begins_is_told(changes, said, tmp_path, capfd):
-    train.announce(tiny_assembly(**changes), tmp_path, 0)
+    session.announce(tiny_assembly(**changes), tmp_path, 0)
     assert said in capfd.readouterr().err
 
 

@@ -20,7 +20,7 @@ from shortcut_jax.errors import ConfigError
 from shortcut_jax.run.workdir import check_workdir, keep_batch
 from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.steps.state import to_items
-from shortcut_jax.training import loop
+from shortcut_jax.training import loop, session
 from tests.helpers import BOTH_BLOCKS, relative, tiny_assembly, tiny_config
 from tests.processes import start
 
@@ -136,13 +136,13 @@ def test_a_signal_saves_says_where_and_exits(number, code, tmp_path, arguments, 
 def test_a_signal_before_the_first_step_says_that_nothing_was_to_be_saved(
     number, code, trained, tmp_path, arguments, capfd, monkeypatch
 ):
-    real = train.restore_or_init
+    real = session.restore_or_init
 
     def interrupted(*args):
         os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(train, "restore_or_init", interrupted)
+    monkeypatch.setattr(session, "restore_or_init", interrupted)
     assert train.main(arguments(tmp_path / "fresh")) == code
     assert f"{number.name}: nothing new was to be saved in {tmp_path / 'fresh'}" in capfd.readouterr().err
     assert Checkpoints(tmp_path / "fresh" / "checkpoints", read_only=True).steps() == []
@@ -152,7 +152,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_to_be_saved(
 
 
 def test_a_signal_while_judging_is_acted_on(tmp_path, arguments, capfd, monkeypatch):
-    monkeypatch.setattr(train, "judge", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), args[-1]("one cell")))
+    monkeypatch.setattr(session, "judge", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), args[-1]("one cell")))
     assert train.main(arguments(tmp_path / "run")) == 75
     assert "SIGTERM: saved step 4" in capfd.readouterr().err
     assert not (tmp_path / "run" / "report.md").exists()

@@ -6,12 +6,12 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from shortcut_jax import train
 from shortcut_jax.errors import CheckpointError, ConfigError, UserError
 from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.run.workdir import check_workdir, keep_batch, open_start, record_of, restore_or_init
 from shortcut_jax.runtime.checkpoint import ITEMS, Checkpoints, stored_meta
 from shortcut_jax.sources import models
+from shortcut_jax.training import session
 from tests.helpers import tiny_assembly
 
 
@@ -116,4 +116,4 @@ def test_counters_that_were_edited_are_damage_before_any_array_is_read(tmp_path,
 def test_a_teacher_whose_config_is_damaged_is_one_line(text, tmp_path, assembly):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        train._is_unfinished(tmp_path, assembly)
+        session._is_unfinished(tmp_path, assembly)

@@ -1,0 +1,1 @@
+"""The work of `convert`: sources gathered into a job, and the job written."""
