@@ -1,4 +1,4 @@
-"""Faults of real processes; `python -m tests.faults` strikes with all of them and compares more."""
+"""Faults of real processes; `python -m benchmarks.faults` strikes with all of them and compares more."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import fault_child
+from benchmarks.fault_processes import end, start_two, wait_for
 from shortcut_jax import cli, train
 from shortcut_jax.cluster.goodput import account
 from shortcut_jax.cluster.json_lines import read_lines
@@ -19,8 +21,6 @@ from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.runtime.metrics import read_metrics
 from shortcut_jax.steps.state import to_items
 from shortcut_jax.training import loop, session
-from tests import fault_child
-from tests.fault_processes import end, start_two, wait_for
 from tests.helpers import BOTH_BLOCKS, tiny_assembly
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -89,7 +89,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_restored_and_the_run_goes_on_bit_f
 ):
     workdir = tmp_path / "run"
     argv = arguments(workdir, **NO_REPORT, **BOTH_BLOCKS, checkpoint_every=2)
-    line = [sys.executable, "-m", "tests.fault_child", "save-items:4", "--", *argv[1:], "--config.mesh.fsdp=1"]
+    line = [sys.executable, "-m", "benchmarks.fault_child", "save-items:4", "--", *argv[1:], "--config.mesh.fsdp=1"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     killed = subprocess.run(line, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, timeout=200)
     assert killed.returncode == -9, killed.stderr

@@ -16,7 +16,7 @@ from shortcut_jax.errors import CheckpointError, TrainingError
 from shortcut_jax.runtime.metrics import read_metrics
 from shortcut_jax.training import loop
 from tests.helpers import BOTH_BLOCKS
-from tests.test_train import _with_nan_at
+from tests.training.test_train import _with_nan_at
 
 pytestmark = pytest.mark.usefixtures("one_device")
 NO_REPORT = {"eval__views": "()", "eval__images": "()"}

@@ -1,4 +1,4 @@
-"""Every fault that a run survives, with two real processes: `python -m tests.faults [--only=NAME ...] [--out=FILE]`.
+"""Every fault that a run survives, with two processes: `python -m benchmarks.faults [--only=NAME ...] [--out=FILE]`.
 
 Each fault strikes a run of two processes with two simulated CPU devices each, on the embedded digits, that saves every
 4 of its 12 steps. Then the same command runs once more, as a scheduler would start it. The weights, averages and
@@ -142,7 +142,7 @@ def compare(workdir: Path, reference: Path) -> str:
 
 def strike(fault: Fault, folder: Path, data: Path, reference: Path) -> dict[str, str]:
     """One fault: a row of the table."""
-    from tests.fault_processes import end, start_two, wait_for
+    from benchmarks.fault_processes import end, start_two, wait_for
 
     workdir, logs = folder / "run", folder
     folder.mkdir(parents=True)
@@ -212,8 +212,8 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    from benchmarks.fault_processes import end, start_two
     from shortcut_jax.data.records import DataSettings, open_source
-    from tests.fault_processes import end, start_two
 
     data, reference = folder / "data", folder / "reference"
     open_source(DataSettings(dir=str(data)))
@@ -259,7 +259,7 @@ Two real processes on one machine, two simulated devices each; {steps} steps on 
 loss of every step, are compared bit for bit with those of a run that nothing happened to: "none" means that all are the
 same, so no sample was lost or repeated.
 
-Written by `python -m tests.faults --out=docs/faults.md`, {date}, {hardware}, in {minutes:.0f} minutes. The run had
+Written by `python -m benchmarks.faults --out=docs/faults.md`, {date}, {hardware}, in {minutes:.0f} minutes. The run had
 `peer_timeout=10`, `watchdog.seconds=8` and `watchdog.grace_seconds=2`, and where the disk is full processes waited 15 s
 instead of 600 for each other's part of a checkpoint. Seconds count from the signal; where a process strikes itself,
 from the end of the first process to that of the last. Exit code 75 (EX_TEMPFAIL) asks a scheduler to start the command

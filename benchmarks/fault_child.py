@@ -1,4 +1,4 @@
-"""`python -m tests.fault_child FAULT[:STEP] ... -- ARGUMENTS`: trains, with faults of its own in this process.
+"""`python -m benchmarks.fault_child FAULT[:STEP] ... -- ARGUMENTS`: trains, with faults of its own in this process.
 
 hang: the batch of a step never comes. fail: it cannot be read. spike: it is 1,000 times too large. save-FOO: this
 process is killed while it writes the checkpoint of a step: when the folder was made (temp), when a part of the items is

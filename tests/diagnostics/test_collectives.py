@@ -88,7 +88,7 @@ def test_options_are_for_accelerators_only():
 
 
 def _compiles(platform, only):
-    argv = [sys.executable, "-m", "tests.compile_pods", f"--platform={platform}", f"--only={only}"]
+    argv = [sys.executable, "-m", "benchmarks.compile_pods", f"--platform={platform}", f"--only={only}"]
     done = subprocess.run([*argv, "--objectives=scfm"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| scfm | 16 |" in done.stdout

@@ -1,4 +1,4 @@
-"""Distilling guidance without burning colours: `python -m tests.compare_guidance [--steps=600] [--scale=3]`.
+"""Distilling guidance without burning colours: `python -m benchmarks.compare_guidance [--steps=600] [--scale=3]`.
 
 A student with a guidance embedding is post-trained on the digits' teacher, which has none, in two ways: the scale
 enters the teacher's jump only (`guide=teacher`), or every jump (`guide=targets`, the naive way). Printed as training

@@ -1,4 +1,4 @@
-"""When to restart the averages: `python -m tests.compare_restarts [--steps=600] [--seeds=0,1,2]`.
+"""When to restart the averages: `python -m benchmarks.compare_restarts [--steps=600] [--seeds=0,1,2]`.
 
 Trains the digits by post-training (from a teacher, which is trained first if absent) and from scratch, with the
 averages restarted never or every N steps, and prints the Frechet distance of the slow average

@@ -1,4 +1,4 @@
-"""How fast prepared records become batches: `python -m tests.measure_pipeline [--records=256] [--batch=16]`.
+"""How fast prepared records become batches: `python -m benchmarks.measure_pipeline [--records=256] [--batch=16]`.
 
 Records have the shape of MLPerf Training's Flux.1 benchmark: latents of 32 x 32 x 16 (mean and standard deviation), 256
 T5 states of 4,096, one CLIP vector of 768. The pipeline, and array_record alone, read the same files from the page

@@ -1,7 +1,7 @@
 """Compiles the 12B pretraining step for pods that are not there, and checks what the compiled programs do.
 
-    python -m tests.compile_pods --platform=gpu       # pip install '.[cuda]', no GPU needed
-    python -m tests.compile_pods --platform=tpu       # pip install '.[tpu]', no TPU needed
+    python -m benchmarks.compile_pods --platform=gpu       # pip install '.[cuda]', no GPU needed
+    python -m benchmarks.compile_pods --platform=tpu       # pip install '.[tpu]', no TPU needed
 
 Prints a line of a Markdown table for each mesh and objective, and fails where a program does not hold what
 `docs/pods.md` says: bytes of the arguments, dtypes and kinds of the collectives, attention kernels, memory.

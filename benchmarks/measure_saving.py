@@ -1,4 +1,4 @@
-"""What asynchronous saves cost: `python -m tests.measure_saving [--steps=200] [--every=20] [--turns=2]`.
+"""What asynchronous saves cost: `python -m benchmarks.measure_saving [--steps=200] [--every=20] [--turns=2]`.
 
 The digits run with a checkpoint every `--every` steps and the same run without (but for the one at its end), each a
 whole process with an empty workdir, in turn. Prints the total times and their ratios; fails where the median ratio is

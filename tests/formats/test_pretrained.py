@@ -10,7 +10,7 @@ from shortcut_jax.formats.safetensors import choose_files
 from shortcut_jax.sources.models import open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.rules import to_flax, to_torch
-from tests.runtime.conftest import AXES, save
+from tests.formats.conftest import AXES, save
 
 
 def _opened_equals(path, params, kind="flux"):

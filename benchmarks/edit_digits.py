@@ -1,4 +1,4 @@
-"""A seven becomes a one: `python -m tests.edit_digits --workdir=W --out=docs/edit [--steps=8] [--skip=1]`.
+"""A seven becomes a one: `python -m benchmarks.edit_digits --workdir=W --out=docs/edit [--steps=8] [--skip=1]`.
 
 Every real seven is edited by FlowEdit with the few-step model. Two figures of the result: the share that a support
 vector machine fitted on the real digits takes for ones, and the mean distance to the seven that it came from

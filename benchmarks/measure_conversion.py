@@ -1,4 +1,4 @@
-"""Memory and speed of conversion: `python -m tests.measure_conversion [--direction=in|out|merge] [--double=3 ...]`.
+"""Memory and speed of conversion: `python -m benchmarks.measure_conversion [--direction=in|out|merge] [--double=3]`.
 
 A synthetic FLUX.1 of full width in bfloat16 is written as one file in Black Forest Labs' layout. `in` converts it to
 Orbax, `out` the Orbax folder back to such a file, and `merge` adds a LoRA of rank 16 from file to file. Each runs in a
@@ -94,7 +94,7 @@ def _child(kind, source, target, *arguments):
 
 
 def _measure(kind, size, source, target, *arguments):
-    argv = [sys.executable, "-m", "tests.measure_conversion", "--child", kind, source, target, *arguments]
+    argv = [sys.executable, "-m", "benchmarks.measure_conversion", "--child", kind, source, target, *arguments]
     out = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, peak = json.loads(out.splitlines()[-1])
     print(f"{kind:8} {seconds:6.1f} s, {size / seconds:.2f} GB/s, peak memory {peak:.2f} GB", flush=True)

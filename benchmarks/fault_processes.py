@@ -16,8 +16,8 @@ def _copy(stream, path):
 
 
 def start_two(argv, errors, faults=("none", "none")):
-    """Starts both; `faults` are those of `tests.fault_child`, standard error goes to `errors`/PROCESS.txt."""
-    pair = start(2, ["-m", "tests.fault_child"], devices=2, extra=[(*f.split(), "--", *argv[1:]) for f in faults])
+    """Starts both; `faults` are those of `benchmarks.fault_child`, standard error goes to `errors`/PROCESS.txt."""
+    pair = start(2, ["-m", "benchmarks.fault_child"], devices=2, extra=[(*f.split(), "--", *argv[1:]) for f in faults])
     for index, process in enumerate(pair):
         # Through a pipe: a process with a full disk can still say so.
         process.copier = threading.Thread(target=_copy, args=(process.stderr, Path(errors) / f"{index}.txt"))
