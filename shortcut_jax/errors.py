@@ -4,6 +4,8 @@ The message says what is wrong, with the values, and how to fix it. Each class i
 `except ValueError` does what it says.
 """
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something that the user gave, or that this machine has, cannot be used; the base of all others here."""
@@ -78,3 +80,14 @@ class TrainingError(UserError, RuntimeError):
 
 class RequestError(UserError, ValueError):
     """A request of the web page that is not answered: what is wrong, and what would do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError where a condition does not hold."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ConfigError where a value is none of the choices."""
+    require(value in tuple(choices), f"{name} is {value!r}, but must be one of {', '.join(choices)}")

@@ -1,1 +1,1 @@
-"""Floor 1: pure mathematics. Imports nothing of this package."""
+"""The mathematics: no network, no disk, no device."""

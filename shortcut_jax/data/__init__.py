@@ -1,1 +1,1 @@
-"""Floor 3b: records and the input pipeline. Imports core."""
+"""What training streams: sets, their schedule and the pipeline."""

@@ -1,1 +1,1 @@
-"""Networks that judge pictures, opened and run on all devices of this process."""
+"""Judging images: features, metrics, the page."""

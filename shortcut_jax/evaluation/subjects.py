@@ -12,7 +12,7 @@ import numpy as np
 
 from shortcut_jax.cluster.distributed import tell
 from shortcut_jax.config.bounds import is_unguided
-from shortcut_jax.config.checks import objective_settings, sampling_start
+from shortcut_jax.config.derive import objective_settings, sampling_start
 from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.straightness import PATH_STEPS, PathMeasures, measure_path
 from shortcut_jax.core.types import Condition

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shortcut_jax.config.bounds import brief, check_seed, check_whole, is_unguided
-from shortcut_jax.config.checks import sampling_start
+from shortcut_jax.config.derive import sampling_start
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import EncodeText

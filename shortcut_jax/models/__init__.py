@@ -1,1 +1,1 @@
-"""Floor 2: Flax (linen) definitions and their presets. Imports core only."""
+"""Networks in Flax (linen), their presets and fresh weights."""

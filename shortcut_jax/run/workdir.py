@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from shortcut_jax.cluster.distributed import say
-from shortcut_jax.config.checks import mesh_shape, objective_settings
+from shortcut_jax.config.derive import mesh_shape, objective_settings
 from shortcut_jax.config.resume import compare
 from shortcut_jax.config.schema import Settings, read_stored, to_dict
 from shortcut_jax.errors import ConfigError

@@ -1,1 +1,1 @@
-"""Floor 3b: devices and disk. Imports core, models and weights."""
+"""Devices and disk: sharding, checkpoints, metrics, XLA."""

@@ -1,1 +1,1 @@
-"""Floor 3a: pure composition, jittable, without disk. Imports core and models."""
+"""Pure and jittable: objectives, the train step, sampling, editing."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from shortcut_jax.cluster.distributed import say, tell
-from shortcut_jax.config.checks import objective_settings
+from shortcut_jax.config.derive import objective_settings
 from shortcut_jax.config.unused import unused
 from shortcut_jax.core.schedules import start_of
 from shortcut_jax.core.tree import count_parameters

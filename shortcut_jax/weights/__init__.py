@@ -1,1 +1,1 @@
-"""Floor 2: PyTorch <-> Flax name tables, both directions. Imports core only."""
+"""PyTorch names and ours: tables, read in both directions."""

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax.config.checks import step_settings
+from shortcut_jax.config.derive import step_settings
 from shortcut_jax.core.loss_spikes import init_spikes
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.steps import networks
