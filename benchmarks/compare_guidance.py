@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from shortcut_jax import train
+from shortcut_jax.core.text import markdown
 from shortcut_jax.data.records import DataSettings, open_source, to_latents
-from shortcut_jax.evaluation.digits import grid_captions, make_reference, markdown
+from shortcut_jax.evaluation.digits import make_reference
 from shortcut_jax.inference.run_pipeline import Pipeline
+from shortcut_jax.inference.sheets import grid_captions
 
 
 def saturation(pictures):

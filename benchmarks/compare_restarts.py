@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from shortcut_jax import train
+from shortcut_jax.core.text import count_label, markdown
 from shortcut_jax.data.records import open_source
-from shortcut_jax.evaluation.digits import count_label, make_reference, markdown, score
+from shortcut_jax.evaluation.digits import make_reference, score
 from shortcut_jax.inference.run_pipeline import Pipeline
 
 KINDS = {"distil": "configs/digits_distill.py", "pretrain": "configs/digits.py"}

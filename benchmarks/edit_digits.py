@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from shortcut_jax import Pipeline
+from shortcut_jax.core.text import markdown
 from shortcut_jax.data.datasets.digits import caption
 from shortcut_jax.data.records import open_source, to_latents
-from shortcut_jax.evaluation.digits import make_reference, markdown
+from shortcut_jax.evaluation.digits import make_reference
 from shortcut_jax.runtime.metrics import contact_sheet
 
 

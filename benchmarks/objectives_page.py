@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from shortcut_jax.evaluation.digits import count_label, markdown
+from shortcut_jax.core.text import count_label, markdown
 from shortcut_jax.evaluation.page import (
     Metric,
     best_rows,

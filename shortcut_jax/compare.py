@@ -15,10 +15,12 @@ import numpy as np
 from shortcut_jax import cli
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.cluster.shared_folder import check_place
+from shortcut_jax.core.text import count_label, markdown
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import UsageError
-from shortcut_jax.evaluation.digits import Score, cell, count_label, grid_captions, markdown, reference_of, score
+from shortcut_jax.evaluation.digits import Score, cell, reference_of, score
 from shortcut_jax.inference.run_pipeline import Pipeline
+from shortcut_jax.inference.sheets import grid_captions
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.steps.networks import VIEWS
 

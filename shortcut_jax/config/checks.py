@@ -1,28 +1,22 @@
 """Configs against devices: every range and divisibility check, its numbers in the message, before any compilation."""
 
-import dataclasses
-import math
 import re
 import typing
 
 from shortcut_jax.config.check_values import check_values
+from shortcut_jax.config.derive import model_config
 from shortcut_jax.config.resume import flatten
 from shortcut_jax.config.schema import Settings, build, check_paths, to_dict
-from shortcut_jax.core.schedules import StudentSteps, weights_for_share
-from shortcut_jax.data.records import STORES, latent_size, stride_of
+from shortcut_jax.core.schedules import weights_for_share
+from shortcut_jax.data.records import STORES, stride_of
 from shortcut_jax.errors import ConfigError, one_of, require
-from shortcut_jax.runtime.profiling import parse_steps
-from shortcut_jax.config.derive import EMBEDDED_GUIDANCE, global_batch, model_config, mesh_shape, check_tensor, sampling_start, objective_settings, step_settings
-from shortcut_jax.models.attention import BACKENDS, choose_backend
+from shortcut_jax.models.attention import BACKENDS
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
-from shortcut_jax.models.presets import preset
-from shortcut_jax.runtime.sharding import MESH_AXES, MeshShape
+from shortcut_jax.runtime.profiling import parse_steps
 from shortcut_jax.steps.networks import GUIDES, TEACHER, VIEWS
-from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
+from shortcut_jax.steps.objectives import OBJECTIVES
 from shortcut_jax.steps.optim import SCHEDULES
-from shortcut_jax.steps.train_step import StepSettings
 from shortcut_jax.steps.validation_loss import RULES
-
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -152,9 +146,7 @@ def _check_post_training(s: Settings) -> None:
         s.train == "all" or not OBJECTIVES[s.objective].needs_step_size,
         f"objective={s.objective} has a step-size embedding that no base has, and trains all weights: set train=all",
     )
-    require(
-        s.has_base or s.base is None, f"base={s.base}, but nothing is frozen: set train=lora, or init_from instead"
-    )
+    require(s.has_base or s.base is None, f"base={s.base}, but nothing is frozen: set train=lora, or init_from instead")
     require(
         s.teacher_lora is None or (s.train == "lora" and s.teacher_share > 0),
         f"teacher_lora={s.teacher_lora} goes with train=lora and a teacher_share above 0",

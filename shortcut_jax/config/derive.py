@@ -2,26 +2,18 @@
 
 import dataclasses
 import math
-import re
 import typing
-from shortcut_jax.config.check_faults import check_faults
-from shortcut_jax.config.check_profile import check_profile
-from shortcut_jax.config.check_values import check_values
-from shortcut_jax.config.resume import flatten
-from shortcut_jax.config.schema import Settings, build, check_paths, to_dict
+
+from shortcut_jax.config.schema import Settings
 from shortcut_jax.core.schedules import StudentSteps, weights_for_share
-from shortcut_jax.data.records import STORES, latent_size, stride_of
-from shortcut_jax.errors import ConfigError, one_of, require
-from shortcut_jax.models.attention import BACKENDS, choose_backend
-from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
+from shortcut_jax.data.records import latent_size
+from shortcut_jax.errors import ConfigError, require
+from shortcut_jax.models.attention import choose_backend
+from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import preset
 from shortcut_jax.runtime.sharding import MESH_AXES, MeshShape
-from shortcut_jax.steps.networks import GUIDES, TEACHER, VIEWS
 from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_group
-from shortcut_jax.steps.optim import SCHEDULES
 from shortcut_jax.steps.train_step import StepSettings
-from shortcut_jax.steps.validation_loss import RULES
-
 
 EMBEDDED_GUIDANCE = (0.0, 7.5)
 """The range that models with a guidance embedding are told by default, as published for FLUX.1 dev."""

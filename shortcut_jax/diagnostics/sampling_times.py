@@ -13,8 +13,8 @@ import jax
 
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.config.schema import Settings
+from shortcut_jax.core.text import count_label, markdown
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.evaluation.digits import count_label, markdown
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.compilation_cache import CompileClock

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from shortcut_jax.core.stats import Gaussian, fit_gaussian, frechet_distance
+from shortcut_jax.core.text import count_label, markdown
 from shortcut_jax.data.pipeline import evenly, read_many
 from shortcut_jax.data.records import to_latents, with_images
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.evaluation.features import MAX_PIXELS
 from shortcut_jax.inference.generator import Generator
-from shortcut_jax.runtime.metrics import contact_sheet
 
 MOST_RECORDS = 10_000
 """Of a set that samples are judged against, evenly spread over it: it is held in memory."""
@@ -134,18 +133,6 @@ def table(scores: Sequence[Score]) -> str:
     return markdown(rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, the first one the head, as an aligned Markdown table."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-    return "\n".join([line(rows[0]), line(["-" * w for w in widths]), *map(line, rows[1:])])
-
-
-def count_label(num: int, noun: str = "step") -> str:
-    """`1 step`, `2 steps`."""
-    return f"{num} {noun}{'s' * (num > 1)}"
-
-
 def cell(s: Score) -> str:
     """`distance / accuracy`: means, and behind +- half the distance of the extremes where there are several seeds.
 
@@ -159,21 +146,6 @@ def cell(s: Score) -> str:
 def measures(scores: Sequence[Score]) -> str:
     """What is in the cells, in words."""
     return f"Frechet distance{' / caption accuracy' if any(s.accuracies for s in scores) else ''}"
-
-
-def sample_grid(
-    generate: Callable[..., np.ndarray], params: Any, captions: Sequence[str], steps: Sequence[int], guidance: float
-) -> Image.Image:
-    """A contact sheet, the same noise and caption down each column: a row a step count."""
-    rows = [generate(params, captions, n, seed=0, guidance=guidance) for n in steps]
-    last_words = [caption.split()[-1] if caption else "" for caption in captions]
-    return contact_sheet(rows, [count_label(n) for n in steps], last_words)
-
-
-def grid_captions(chosen: Sequence[str], reference_captions: Sequence[str], columns: int) -> list[str]:
-    """The captions of a sample grid: the chosen ones, or the first different ones of the data set."""
-    different = list(chosen) or list(dict.fromkeys(reference_captions))
-    return [different[i % len(different)] for i in range(columns)]
 
 
 def judge(

@@ -17,8 +17,8 @@ from shortcut_jax.core.stats import (
     kernel_distance,
     precision_recall,
 )
+from shortcut_jax.core.text import count_label
 from shortcut_jax.evaluation.accumulators import Tally
-from shortcut_jax.evaluation.digits import count_label
 from shortcut_jax.evaluation.features import Features
 from shortcut_jax.evaluation.reference import Reference
 

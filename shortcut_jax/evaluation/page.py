@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from shortcut_jax.core.straightness import CONSISTENCY_STEPS
-from shortcut_jax.evaluation.digits import count_label
+from shortcut_jax.core.text import count_label
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d8dce3; --soft: #667085; --page: #f6f7f9; --card: #fff; --ink: #1c2430;

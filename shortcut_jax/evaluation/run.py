@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.core.straightness import PATH_STEPS
+from shortcut_jax.core.text import count_label
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.accumulators import Tally
 from shortcut_jax.evaluation.captions import Asked
-from shortcut_jax.evaluation.digits import count_label
 from shortcut_jax.evaluation.metrics import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
 from shortcut_jax.evaluation.sampling import Judges, latencies, sample_cell

@@ -19,11 +19,11 @@ from shortcut_jax.core.types import Condition
 from shortcut_jax.data.records import with_images
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.captions import Asked, CaptionedSet
-from shortcut_jax.evaluation.digits import grid_captions
 from shortcut_jax.evaluation.validation import Validation
 from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.inference.generator import Caption, Generator
 from shortcut_jax.inference.run_pipeline import Pipeline
+from shortcut_jax.inference.sheets import grid_captions
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.sharding import replicated
 from shortcut_jax.steps.networks import TEACHER, VIEWS, guided, make_velocity

@@ -6,7 +6,7 @@ import jax
 
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.core.json_text import to_json
-from shortcut_jax.evaluation.digits import count_label
+from shortcut_jax.core.text import count_label
 from shortcut_jax.evaluation.metrics import public_names
 from shortcut_jax.evaluation.page import (
     column,

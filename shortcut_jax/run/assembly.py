@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from shortcut_jax.cluster.distributed import platform_of
-from shortcut_jax.config.derive import check_tensor, global_batch, mesh_shape, model_config, objective_settings, step_settings
+from shortcut_jax.config.derive import (
+    check_tensor,
+    global_batch,
+    mesh_shape,
+    model_config,
+    objective_settings,
+    step_settings,
+)
 from shortcut_jax.config.schema import Settings
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.tree import flat_paths

@@ -1,12 +1,10 @@
 """Given weights: what a run starts from (`--config.init_from=PATH`), and the frozen base that adapters are added to."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from shortcut_jax.cluster.distributed import say, tell
 from shortcut_jax.core.fingerprint import fingerprint
@@ -23,6 +21,7 @@ from shortcut_jax.sources.models import Model, base_of, holds_lora, open_lora, o
 from shortcut_jax.steps.networks import Frozen
 from shortcut_jax.steps.state import TrainState
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack
+from shortcut_jax.weights.rescale import rescaled
 from shortcut_jax.weights.rules import nest
 
 GEOMETRY = (
@@ -282,18 +281,3 @@ def _load_adapters(assembly: Assembly, modules: Modules | None, name: str) -> An
     arrays = rescaled(stack(modules, shapes), scales(record_of(modules), shapes), assembly.settings.lora.scale)
     wanted = flat_paths(assembly.state_shapes.params)
     return place(arrays, nest(wanted), f"{name}={getattr(assembly.settings, name)}")
-
-
-def rescaled(arrays: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
-    """Adapters by path with one scale for all and, through `b`, the same function: unchanged where the scale is."""
-    result = {}
-    for path, value in arrays.items():
-        result[path] = np.asarray(value, np.float32)
-        layer, _, half = path.rpartition("/")
-        if half == "b" and np.any(own[layer] != np.float32(scale)):
-            ratio = (own[layer] / scale).astype(np.float32)
-            depth = int("_blocks/" in layer)
-            # [depth, parts] -> [depth, 1 (rank), parts, 1 ...]
-            ratio = np.expand_dims(ratio, depth)
-            result[path] = result[path] * ratio.reshape(ratio.shape + (1,) * (value.ndim - ratio.ndim))
-    return result

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from shortcut_jax.config.derive import model_config, sampling_start
 from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.derive import model_config, sampling_start
 from shortcut_jax.config.schema import Settings, build, complete
 from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.core.tree import flat_paths

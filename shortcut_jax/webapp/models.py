@@ -21,13 +21,13 @@ from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.inference.image_files import Record
 from shortcut_jax.inference.run_pipeline import Pipeline
-from shortcut_jax.run.start_from import rescaled
 from shortcut_jax.runtime.sharding import tree_shardings
 from shortcut_jax.sources.models import open_loras, param_shapes
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.networks import Adapted
 from shortcut_jax.webapp.request import MAX_STEPS, SIZE_UNIT, Offer, Request
 from shortcut_jax.weights.lora import record_of, scales, stack
+from shortcut_jax.weights.rescale import rescaled
 from shortcut_jax.weights.rules import nest
 
 FEW = 4

@@ -11,8 +11,8 @@ import gradio as gr
 
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.core.flow import METHODS
+from shortcut_jax.core.text import count_label
 from shortcut_jax.errors import UserError
-from shortcut_jax.evaluation.digits import count_label
 from shortcut_jax.webapp.files import fitted, read_upload, save
 from shortcut_jax.webapp.request import (
     EDIT_FIELDS,

@@ -4,8 +4,15 @@ import json
 import jax
 import pytest
 
-from shortcut_jax.config.derive import global_batch, mesh_shape, model_config, objective_settings, sampling_start, step_settings
 from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.derive import (
+    global_batch,
+    mesh_shape,
+    model_config,
+    objective_settings,
+    sampling_start,
+    step_settings,
+)
 from shortcut_jax.config.resume import compare, flatten
 from shortcut_jax.config.schema import Settings, ValidationSettings, complete, default_config, to_dict
 from shortcut_jax.core.batch_split import RowGroup

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from shortcut_jax.config.derive import objective_settings
 from shortcut_jax.config.checks import from_config
+from shortcut_jax.config.derive import objective_settings
 from shortcut_jax.config.schema import known_fields
 from shortcut_jax.config.unused import WHY_UNUSED, unused
 from shortcut_jax.data.format import TextInfo

@@ -7,7 +7,6 @@ from shortcut_jax.evaluation.digits import (
     Reference,
     Score,
     cell,
-    grid_captions,
     make_reference,
     measures,
     reference_of,
@@ -15,6 +14,7 @@ from shortcut_jax.evaluation.digits import (
     table,
     write_report,
 )
+from shortcut_jax.inference.sheets import grid_captions
 from tests.data.prepared import LATENTS, TEXT, write_small_set
 
 
