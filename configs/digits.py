@@ -22,7 +22,7 @@ What makes few steps good (numbers in docs/objectives.md; tuned on training seed
 
 from ml_collections import ConfigDict
 
-from shortcut_jax.config.schema import default_config
+from shortcut_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from shortcut_jax.config.schema import default_config
+from shortcut_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ mirrored: captions tell left from right.
 
 from ml_collections import ConfigDict
 
-from shortcut_jax.config.schema import default_config
+from shortcut_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -14,7 +14,7 @@ These are the values of the published command. The paper names a batch of 16 and
 
 from ml_collections import ConfigDict
 
-from shortcut_jax.config.schema import default_config
+from shortcut_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

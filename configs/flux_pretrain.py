@@ -26,7 +26,7 @@ What a mesh needs can be seen without one:
 
 from ml_collections import ConfigDict
 
-from shortcut_jax.config.schema import default_config
+from shortcut_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

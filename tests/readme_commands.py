@@ -1,17 +1,28 @@
-"""The commands that the README shows, as a shell would read them."""
+"""The commands that the README and the pages of docs/ show, as a shell would read them."""
 
 import re
 import shlex
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in (
+        *("README.md", "docs/training.md", "docs/results.md", "docs/sampling.md", "docs/web-page.md"),
+        *("docs/post-training.md", "docs/averages.md", "docs/data.md", "docs/pods.md", "docs/launch.md"),
+        *("docs/evaluation.md", "docs/weights.md", "docs/objectives.md", "docs/faults.md", "CONTRIBUTING.md"),
+    )
+}
+"""The text of each, in the order of reading."""
+
 MODULE = "shortcut_jax."
 
 
 def shown():
-    """[(module, arguments)] of every `python -m shortcut_jax.X` of the README's blocks, in order."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [command for language, block in blocks if not language for command in _read(block)]
+    """[(module, arguments)] of every `python -m shortcut_jax.X` in a block, each once, in order."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE)
+    commands = [command for language, block in blocks if not language for command in _read(block)]
+    return [command for i, command in enumerate(commands) if command not in commands[:i]]
 
 
 def _read(block):

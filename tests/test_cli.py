@@ -17,7 +17,7 @@ from shortcut_jax.config.load import load_config, load_teacher_config
 from shortcut_jax.config.schema import Settings, known_fields, parse_field, to_dict
 from shortcut_jax.errors import ConfigError, ConversionError, PathError, UsageError
 from shortcut_jax.formats.json_objects import parse_json
-from shortcut_jax.preparation import jobs
+from shortcut_jax.preparation import prepare
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.workdir import check_workdir, record_of
 from tests.helpers import tiny_config
@@ -359,7 +359,7 @@ def test_every_field_is_documented():
     assert set(field_types(Settings)) == set(FIELDS)
 
 
-COMMANDS = [train, sample, evaluate, app, jobs, convert, compare, bench]
+COMMANDS = [train, sample, evaluate, app, prepare, convert, compare, bench]
 every_command = pytest.mark.parametrize("module", COMMANDS, ids=lambda m: m.__name__.rpartition(".")[2])
 
 

@@ -1,4 +1,4 @@
-"""What the README shows has to work."""
+"""What the README and the pages of docs/ show has to work."""
 
 import importlib
 import re
@@ -15,13 +15,15 @@ from shortcut_jax.data.training import TrainingData
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.check_data import check_data
 from tests.conftest import LORA, SMALL_RUN
-from tests.readme_commands import README, shown
-
-ROOT = Path(__file__).parent.parent
+from tests.readme_commands import PAGES, ROOT, shown
 
 
 def test_the_config_it_shows_can_be_trained(data_dir):
-    (text,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "def get_config" in block)
+    (text,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", PAGES["docs/training.md"], re.DOTALL)
+        if "def get_config" in block
+    )
     names = {}
     exec(text, names)
     config = names["get_config"]()
@@ -34,9 +36,18 @@ def test_the_config_it_shows_can_be_trained(data_dir):
 
 def test_groups_of_fields_are_where_it_says():
     package = ROOT / "shortcut_jax"
-    for group, name in re.findall(r"`(\w+)` \(`(\w+/\w+\.py)`\)", README):
-        assert f"\n    {group}: " in (package / "settings.py").read_text()
+    for group, name in re.findall(r"`(\w+)` \(`(\w+/\w+\.py)`", PAGES["docs/training.md"]):
+        assert f"\n    {group}: " in (package / "config/schema.py").read_text()
         assert "@dataclass" in (package / name).read_text()
+
+
+def test_the_readme_is_short_and_no_link_of_a_page_is_broken():
+    assert len(PAGES["README.md"].splitlines()) <= 180
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - PAGES.keys() == {"docs/digits.md"}
+    for name, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", text):
+            if not link.startswith("http"):
+                assert (ROOT / name).parent.joinpath(link).exists(), f"{name} links to {link}"
 
 
 class ParsedError(Exception):

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from shortcut_jax.config import schema
 from shortcut_jax.config.fields import unknown
 from shortcut_jax.config.schema import complete, known_fields, parse_field
 from shortcut_jax.errors import ConfigError, UserError
 
 _LOCKED = re.compile(r"Key \\*\"(\w+)\\*\" does not exist and cannot be added")
 _LONGEST_REASON = 300
+
+sys.modules.setdefault("shortcut_jax.settings", schema)  # where config files of before 2026-11-27 find `default_config`
 
 
 def load_config(path: Path, overrides: Mapping[str, str]) -> ConfigDict:
@@ -55,7 +59,7 @@ def _set(config: ConfigDict, name: str, value: Any, path: Path) -> None:
     try:
         set_field(config, name, value)
     except (KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: its config has no {name}: start from settings.default_config()") from None
+        raise ConfigError(f"{path}: its config has no {name}: start from config.default_config()") from None
 
 
 def _check_file(path: Path) -> None:
@@ -91,10 +95,10 @@ def _call(path: Path, name: str, optional: bool = False) -> Any:
         line = _line(error, path)
         raise ConfigError(f"{path}{f', line {line}' if line else ''}: {_reason(error)}") from error
     if function is None:
-        raise ConfigError(f"{path} has no {name}(): define it, and return a config (settings.default_config())")
+        raise ConfigError(f"{path} has no {name}(): define it, and return a config (config.default_config())")
     if not isinstance(config, ConfigDict | FrozenConfigDict | dict):
         kind = type(config).__name__
-        raise ConfigError(f"{path}: {name}() returns {kind}, but must return a config (settings.default_config())")
+        raise ConfigError(f"{path}: {name}() returns {kind}, but must return a config (config.default_config())")
     return ConfigDict(config)
 
 

@@ -298,7 +298,7 @@ def _build(cls: type, config: Any, prefix: str) -> Any:
             raise ConfigError(unknown(f"{prefix}{key}", tuple(known_fields())))
     for key in hints:
         if key not in given:
-            raise ConfigError(f"config key {prefix + key!r} is missing: start from settings.default_config()")
+            raise ConfigError(f"config key {prefix + key!r} is missing: start from config.default_config()")
     values = {}
     for key, hint in hints.items():
         nested = dataclasses.is_dataclass(hint)

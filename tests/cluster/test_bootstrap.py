@@ -217,7 +217,7 @@ def test_devices_that_do_not_come_up_are_told():
 def test_an_error_in_one_process_ends_all_with_a_line_that_says_which(failing):
     """Also where another is stuck in something that never ends."""
     code = (
-        "from shortcut_jax.settings import ConfigError\n"
+        "from shortcut_jax.errors import ConfigError\n"
         f"if key_value.process_id() == {failing}: raise ConfigError('steps is -1')\n"
         "time.sleep(1000)"
     )
