@@ -17,7 +17,6 @@ from shortcut_jax.config.load import load_config, load_teacher_config
 from shortcut_jax.config.schema import Settings, known_fields, parse_field, to_dict
 from shortcut_jax.errors import ConfigError, ConversionError, PathError, UsageError
 from shortcut_jax.formats.json_objects import parse_json
-from shortcut_jax.preparation import prepare
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.workdir import check_workdir, record_of
 from tests.helpers import tiny_config
