@@ -8,7 +8,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     name: (ROOT / name).read_text()
     for name in (
-        *("README.md", "docs/training.md", "docs/results.md", "docs/sampling.md", "docs/web-page.md"),
+        *(
+            "README.md",
+            "docs/training.md",
+            "docs/configuration.md",
+            "docs/results.md",
+            "docs/sampling.md",
+            "docs/web-page.md",
+        ),
         *("docs/post-training.md", "docs/averages.md", "docs/data.md", "docs/pods.md", "docs/launch.md"),
         *("docs/evaluation.md", "docs/weights.md", "docs/objectives.md", "docs/faults.md", "CONTRIBUTING.md"),
     )
