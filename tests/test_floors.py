@@ -111,3 +111,13 @@ def _code_lines(path):
             continue
         code.update(range(token.start[0], token.end[0] + 1))
     return len(code)
+
+
+def test_no_function_is_longer_than_sixty_lines():
+    """A function that is longer has a part that can be named."""
+    long = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and (length := node.end_lineno - node.lineno + 1) > 60:
+                long[f"{path.relative_to(PACKAGE)}: {node.name}"] = length
+    assert not long

@@ -40,7 +40,31 @@ def run(settings: Settings, target: str | None, limit_gb: float | None, explaine
     assembly = assemble_training(settings, devices)
     for line in (*unused(settings), *decay_notice(assembly)):
         print(line)
-    shapes = assembly.state_shapes
+    _print_needs(assembly)
+    begin = time.perf_counter()
+    lowered = assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes)
+    lower_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    compiled, partitioned = compile_and_partition(lowered)
+    compile_s = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    explanation = explain(assembly, compiled.as_text())
+    _print_program(assembly, memory, partitioned, compiled.as_text())
+    _print_moved(explanation, assembly.platform)
+    _print_row("time", f"lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s")
+    if explained:
+        tell(explanation)
+    if limit_gb is None:
+        return 0
+    fits = total <= limit_gb * GB
+    _print_row("memory", f"{total / GB:.2f} GB of {limit_gb:g} GB a device: {'fits' if fits else 'does not fit'}")
+    return 0 if fits else 1
+
+
+def _print_needs(assembly: Assembly) -> None:
+    """What is known of a run before it is compiled."""
+    settings, shapes = assembly.settings, assembly.state_shapes
     parameters = count_parameters(assembly.network_shapes)
     shards = assembly.mesh_shape.fsdp * assembly.mesh_shape.tensor
     state_bytes = _local_bytes(shapes)
@@ -60,33 +84,19 @@ def run(settings: Settings, target: str | None, limit_gb: float | None, explaine
     rows += [(f"  {name}", f"{size / GB:.2f} GB") for name, size in _kinds(shapes).items() if size]
     for row in rows:
         _print_row(*row)
-    begin = time.perf_counter()
-    lowered = assembly.train_step.lower(shapes, assembly.batch_shapes)
-    lower_s = time.perf_counter() - begin
-    begin = time.perf_counter()
-    compiled, partitioned = compile_and_partition(lowered)
-    compile_s = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _print_program(assembly: Assembly, memory: Any, partitioned: str | None, program: str) -> None:
+    """Memory and number of collectives of the compiled step."""
     _print_row("arguments a device", f"{memory.argument_size_in_bytes / GB:.2f} GB")
     platform = assembly.platform
     upper = " (XLA:CPU widens bfloat16: an upper estimate for other platforms)" if platform == "cpu" else ""
     _print_row("temporaries a device", f"{memory.temp_size_in_bytes / GB:.2f} GB{upper}")
     for name, size in expected_temporaries(assembly).items():
         _print_row(f"  {name}", f"{size / GB:.2f} GB by arithmetic")
-    kinds = count_kinds(partitioned or compiled.as_text())
+    kinds = count_kinds(partitioned or program)
     where = "right after partitioning" if partitioned else f"in the final program for {platform}"
     _print_row("collectives", (", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none") + f" ({where})")
-    explanation = explain(assembly, compiled.as_text())
-    _print_moved(explanation, platform)
-    _print_row("time", f"lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s")
-    if explained:
-        tell(explanation)
-    if limit_gb is None:
-        return 0
-    fits = total <= limit_gb * GB
-    _print_row("memory", f"{total / GB:.2f} GB of {limit_gb:g} GB a device: {'fits' if fits else 'does not fit'}")
-    return 0 if fits else 1
 
 
 def expected_temporaries(assembly: Assembly) -> dict[str, float]:

@@ -10,6 +10,10 @@ import numpy as np
 
 from shortcut_jax.formats.inference_checkpoint import Sampling
 from shortcut_jax.formats.safetensors import INDEX_SUFFIX, Writer
+from shortcut_jax.models.clip import ClipConfig
+from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.models.t5 import T5Config
+from shortcut_jax.models.vae import VaeConfig
 from shortcut_jax.weights import flux_bfl, flux_diffusers, schedulers, text, vae
 from shortcut_jax.weights.params import Spec
 from shortcut_jax.weights.rules import Rule, export, torch_specs
@@ -138,60 +142,75 @@ def write_pipeline_index(folder: Path, kinds: Sequence[str], sampling: Sampling)
 
 def torch_config(kind: str, c: Any) -> dict[str, Any]:
     """The `config.json` that diffusers or transformers builds a model from."""
-    if kind == "flux":
-        return {
-            "_class_name": COMPONENTS[kind].class_name,
-            "_diffusers_version": _VERSION,
-            "attention_head_dim": c.head_size,
-            "axes_dims_rope": list(c.axes),
-            "guidance_embeds": c.guidance,
-            "in_channels": c.channels,
-            "joint_attention_dim": c.text_width,
-            "num_attention_heads": c.heads,
-            "num_layers": c.double_blocks,
-            "num_single_layers": c.single_blocks,
-            "patch_size": 1,
-            "pooled_projection_dim": c.pooled_width,
-        }
-    if kind == "vae":
-        levels = len(c.widths)
-        return {
-            "_class_name": COMPONENTS[kind].class_name,
-            "_diffusers_version": _VERSION,
-            "act_fn": "silu",
-            "block_out_channels": list(c.widths),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "in_channels": c.channels,
-            "out_channels": c.channels,
-            "latent_channels": c.latent_channels,
-            "layers_per_block": c.level_blocks,
-            "norm_num_groups": c.groups,
-            "scaling_factor": c.scale,
-            "shift_factor": c.shift,
-            "force_upcast": True,
-            "mid_block_add_attention": True,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        }
-    common = {"architectures": [COMPONENTS[kind].class_name], "vocab_size": c.vocab}
-    if kind == "t5":
-        return common | {
-            "model_type": "t5",
-            "d_model": c.width,
-            "d_kv": c.head_size,
-            "d_ff": c.hidden,
-            "num_layers": c.blocks,
-            "num_heads": c.heads,
-            "relative_attention_num_buckets": c.buckets,
-            "relative_attention_max_distance": c.max_distance,
-            "feed_forward_proj": "gated-gelu",
-            "layer_norm_epsilon": 1e-6,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "tie_word_embeddings": False,
-        }
-    return common | {
+    makers: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "flux": _flux_config,
+        "vae": _vae_config,
+        "t5": _t5_config,
+        "clip": _clip_config,
+    }
+    own = makers[kind](c)
+    name = COMPONENTS[kind].class_name
+    if kind in ("flux", "vae"):
+        return {"_class_name": name, "_diffusers_version": _VERSION, **own}
+    return {"architectures": [name], "vocab_size": c.vocab, **own}
+
+
+def _flux_config(c: FluxConfig) -> dict[str, Any]:
+    return {
+        "attention_head_dim": c.head_size,
+        "axes_dims_rope": list(c.axes),
+        "guidance_embeds": c.guidance,
+        "in_channels": c.channels,
+        "joint_attention_dim": c.text_width,
+        "num_attention_heads": c.heads,
+        "num_layers": c.double_blocks,
+        "num_single_layers": c.single_blocks,
+        "patch_size": 1,
+        "pooled_projection_dim": c.pooled_width,
+    }
+
+
+def _vae_config(c: VaeConfig) -> dict[str, Any]:
+    levels = len(c.widths)
+    return {
+        "act_fn": "silu",
+        "block_out_channels": list(c.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": c.channels,
+        "out_channels": c.channels,
+        "latent_channels": c.latent_channels,
+        "layers_per_block": c.level_blocks,
+        "norm_num_groups": c.groups,
+        "scaling_factor": c.scale,
+        "shift_factor": c.shift,
+        "force_upcast": True,
+        "mid_block_add_attention": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def _t5_config(c: T5Config) -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "d_model": c.width,
+        "d_kv": c.head_size,
+        "d_ff": c.hidden,
+        "num_layers": c.blocks,
+        "num_heads": c.heads,
+        "relative_attention_num_buckets": c.buckets,
+        "relative_attention_max_distance": c.max_distance,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+
+
+def _clip_config(c: ClipConfig) -> dict[str, Any]:
+    return {
         "model_type": "clip_text_model",
         "hidden_size": c.width,
         "intermediate_size": c.hidden,

@@ -76,35 +76,30 @@ def loop(
     interruptions: distributed.Interruptions,
 ) -> TrainState:
     """Runs steps `start` ... `stop - 1`. Raises Interrupted, the state saved, after a signal."""
-    s = assembly.settings
-    sharding = batch_sharding(assembly.mesh)
+    s, sharding = assembly.settings, batch_sharding(assembly.mesh)
     rows = process_rows(sharding, assembly.batch_size)
-    channels = assembly.model.channels // PATCH**2
-    reader = BatchReader(data, text_encoder(s, assembly.model), rows, assembly.batch_size, s.seed, channels)
+    encode, channels = text_encoder(s, assembly.model), assembly.model.channels // PATCH**2
+    reader = BatchReader(data, encode, rows, assembly.batch_size, s.seed, channels)
     read = batches(reader, start, stop, s.data.threads, s.data.workers)
     placed = ahead(to_global(batch, rows, sharding, assembly.batch_size) for batch in read)
-    progress = outputs.progress
-    meter = Meter(assembly.batch_size, mean_flops(assembly, data), assembly.peak_flops, progress.watch)
+    progress, flops = outputs.progress, mean_flops(assembly, data)
+    meter = Meter(assembly.batch_size, flops, assembly.peak_flops, progress.watch)
     validated_every = s.validation.interval(assembly.batch_size)
     profiler = Profiler(parse_steps(s.profile_steps), outputs.workdir / "profile", start)
     compiled: set[tuple[int, ...]] = set()
-    shown = {"disable": jax.process_index() > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    total = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
+    shown: dict[str, Any] = dict(total=s.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0)
+    shown |= dict(disable=jax.process_index() > 0, mininterval=0.1 if sys.stderr.isatty() else 10.0)
     kept = finite_kept(assembly, outputs, lambda: (state, metrics))
-    with contextlib.closing(read), progress.training(), profiler, kept, tqdm(**total, **shown) as bar:
+    with contextlib.closing(read), progress.training(), profiler, kept, tqdm(**shown) as bar:
         for step in range(start + 1, stop + 1):
             outputs.watchdog.beat(f"step {step}", slow=step == start + 1)
             if profiler.starts(step):
-                await_step(pending, progress)
-                with progress.doing("profiling"):
-                    profiler.start()
+                profile(profiler.start, pending, progress)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = advance(assembly, state, placed, compiled, progress)
             if profiler.stops(step):
-                await_step(metrics, progress)
-                with progress.doing("profiling"):
-                    profiler.stop()
+                profile(profiler.stop, metrics, progress)
             if pending:  # Read one step late, so that the device never waits for the host.
                 record(*pending, s, outputs, meter, bar)
             pending = (step, metrics)
@@ -131,6 +126,13 @@ def loop(
                 raise distributed.Interrupted(signal)
     say(f"saved step {stop} in {outputs.checkpoints.folder}")
     return state
+
+
+def profile(change: Callable[[], None], metrics: Any, progress: Progress) -> None:
+    """Starts or stops the profiler once the devices have done what was given to them."""
+    await_step(metrics, progress)
+    with progress.doing("profiling"):
+        change()
 
 
 @contextlib.contextmanager

@@ -64,11 +64,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         Peers(settings.peer_timeout) as peers,
         Watchdog(settings.watchdog, workdir, peers.leave) as watchdog,
     ):
-        check_workdir(workdir, record_of(assembly))
-        data = TrainingData(settings.data)
-        check_data(settings, assembly.model, data)
-        check_grid(settings, data)
-        validation = Validation(assembly) if settings.validation.interval(assembly.batch_size) else None
+        data, validation = _open_data(assembly, workdir)
         initial = open_start(assembly, workdir)
         check_folder(workdir)
         claim.take()
@@ -86,16 +82,10 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             log.config(start, record_of(assembly))
             announce(assembly, workdir, start)
             announce_data(assembly, data)
+            paint = grid_painter(assembly, data)
+            outputs = Outputs(workdir, checkpoints, log, paint, progress, watchdog, base, validation)
             stop = min(stop_at or settings.steps, settings.steps)
-            outputs = Outputs(
-                workdir, checkpoints, log, grid_painter(assembly, data), progress, watchdog, base, validation
-            )
-            interruptions.check()
-            if start < stop:
-                state = loop(assembly, data, outputs, state, start, stop, interruptions)
-            if stop == settings.steps:
-                finish(assembly, data, outputs, state, interruptions)
-            tell_time(goodput_table, progress)
+            _to_the_end(assembly, data, outputs, state, start, stop, interruptions)
             ending = "finished" if stop == settings.steps else "stopped"
         except distributed.Interrupted as interrupted:
             (signal,) = interrupted.args
@@ -113,6 +103,34 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             log.close()
             checkpoints.close()
     return 0
+
+
+def _to_the_end(
+    assembly: Assembly,
+    data: TrainingData,
+    outputs: Outputs,
+    state: TrainState,
+    start: int,
+    stop: int,
+    interruptions: distributed.Interruptions,
+) -> None:
+    """Steps `start` ... `stop - 1`, and the end of the run where that is its last one."""
+    interruptions.check()
+    if start < stop:
+        state = loop(assembly, data, outputs, state, start, stop, interruptions)
+    if stop == assembly.settings.steps:
+        finish(assembly, data, outputs, state, interruptions)
+    tell_time(goodput_table, outputs.progress)
+
+
+def _open_data(assembly: Assembly, workdir: Path) -> tuple[TrainingData, Validation | None]:
+    """The data of a run and of its validation, if there is any, once they go with its workdir and its network."""
+    check_workdir(workdir, record_of(assembly))
+    data = TrainingData(assembly.settings.data)
+    check_data(assembly.settings, assembly.model, data)
+    check_grid(assembly.settings, data)
+    validates = assembly.settings.validation.interval(assembly.batch_size)
+    return data, Validation(assembly) if validates else None
 
 
 def tell_time(text: Callable[[Account], str], progress: Progress) -> None:
