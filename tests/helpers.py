@@ -13,7 +13,9 @@ from shortcut_jax.config.checks import from_config
 from shortcut_jax.config.schema import default_config
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.run.assembly import Assembly
-from shortcut_jax.weights.params import Params, Spec
+from shortcut_jax.runtime.hlo import compile_and_partition
+from shortcut_jax.weights.params import Params, Spec, raw
+from shortcut_jax.weights.rules import Converted, export, torch_specs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """The browser of the tests of pages; None where there is none."""
@@ -151,3 +153,28 @@ def read_events(path):
                 text = b"".join(value.tensor.string_val) + (content if isinstance(content, bytes) else content.encode())
                 rest[value.tag] = text.decode("utf-8", "replace")
     return scalars, rest
+
+
+def to_flax(source, rules, shapes):
+    """All of `Converted` at once."""
+    return dict(Converted(source, rules, shapes))
+
+
+def to_torch(params, rules):
+    """All of `export` at once, as contiguous arrays."""
+    result = {name: np.empty(spec.shape, spec.dtype) for name, spec in torch_specs(params, rules).items()}
+    for name, first, value in export(params, rules):
+        raw(result[name])[first : first + len(value)] = raw(value)
+    return result
+
+
+def partitioned_hlo(lowered):
+    """The module right after the SPMD partitioner (see `compile_and_partition`).
+
+    Raises:
+      RuntimeError: XLA wrote no such module.
+    """
+    _, text = compile_and_partition(lowered)
+    if text is None:
+        raise RuntimeError("XLA dumped no module after the SPMD partitioner")
+    return text

@@ -22,10 +22,6 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**28
 """A larger file is not read."""
 
-REASONS = ("corrupt", "truncated", "empty", "animated", "gigantic", "unsupported format")
-FILE_REASONS = ("missing file", "unreadable file", "not a file")
-"""Of `read_image`, beside "gigantic"."""
-
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _AVIF = (b"ftypavif", b"ftypavis")
 _TRANSPOSED = {
@@ -40,7 +36,7 @@ _TRANSPOSED = {
 
 
 class BadImage(ValueError):  # noqa: N818  (the picture is bad, the program is well)
-    """A picture that is left out: `reason`, one of `REASONS` or `FILE_REASONS`, and `detail` in words."""
+    """An image that is left out: `reason`, such as `truncated` or `missing file`, and `detail` in words."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)

@@ -55,7 +55,7 @@ class Features(NamedTuple):
 
 
 def inception(folder: str | Path, resize: str = "clean") -> Features:
-    """The features of FID; see `load_inception`."""
+    """The features of FID; pooled features, [B, 2048]."""
     model = _open(Path(folder), "inception")
     if resize not in RESIZES:
         raise UsageError(f"resize is {resize!r}, but must be one of {', '.join(RESIZES)}")
@@ -92,20 +92,6 @@ def random_network(seed: int = 0, size: int = 128) -> Features:
     weights = random_weights(seed, size)
     network = jax.jit(lambda x_BhwC: random_features(weights, to_latents(x_BhwC)))
     return Features(f"Frechet distance (random network, seed {seed})", size, _by_rows(mesh, to_rgb, network))
-
-
-def load_inception(folder: str | Path, resize: str = "clean") -> Callable[[np.ndarray], np.ndarray]:
-    """A function from pictures, uint8 [B, h, w, 3] or [B, h, w, 1], to the pooled features [B, 2048], float32.
-
-    Args:
-      folder: converted from `pt_inception-2015-12-05`.
-      resize: `clean` or `legacy`, see `evaluation/resize.py`.
-
-    Raises:
-      ConvertedError, ConversionError, SafetensorsError: there is none, or it cannot be read.
-      UsageError: `resize` is neither.
-    """
-    return inception(folder, resize).function
 
 
 class ClipEmbeddings:

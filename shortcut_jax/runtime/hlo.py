@@ -66,15 +66,3 @@ def compile_and_partition(lowered: Any) -> tuple[Any, str | None]:
         compiled = lowered.compile(compiler_options=options)
         texts = [p.read_text() for p in Path(folder).glob("*after_spmd-partitioning*")]
     return compiled, max(texts, key=len, default=None)
-
-
-def partitioned_hlo(lowered: Any) -> str:
-    """The module right after the SPMD partitioner (see `compile_and_partition`).
-
-    Raises:
-      RuntimeError: XLA wrote no such module.
-    """
-    _, text = compile_and_partition(lowered)
-    if text is None:
-        raise RuntimeError("XLA dumped no module after the SPMD partitioner")
-    return text

@@ -75,11 +75,6 @@ class Unit(NamedTuple):
     parts: int
     reverses: bool
 
-    @property
-    def stacked(self) -> bool:
-        """Whether there is one a block."""
-        return "{i}" in self.module
-
 
 def _make_units() -> tuple[Unit, ...]:
     units = []

@@ -125,13 +125,6 @@ class Converted(Params):
         return len(self._places)
 
 
-def to_flax(
-    source: Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    """All of `Converted` at once."""
-    return dict(Converted(source, rules, shapes))
-
-
 def torch_shapes(shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the checkpoint that `export` makes of parameters of these shapes."""
     depths = _depths(shapes)
@@ -183,14 +176,6 @@ def export(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> Iterator[
                     yield Piece(name, first, value.view(dtype))
             first += len(value)
             del bits, arrays, value  # before the next ones are read
-
-
-def to_torch(params: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """All of `export` at once, as contiguous arrays."""
-    result = {name: np.empty(spec.shape, spec.dtype) for name, spec in torch_specs(params, rules).items()}
-    for name, first, value in export(params, rules):
-        raw(result[name])[first : first + len(value)] = raw(value)
-    return result
 
 
 def _has_blocks(rule: Rule) -> bool:

@@ -16,8 +16,7 @@ from shortcut_jax.sources.models import open_lora, open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_kohya, to_peft
-from shortcut_jax.weights.rules import to_torch
-from tests.helpers import BOTH_BLOCKS, relative
+from tests.helpers import BOTH_BLOCKS, relative, to_torch
 from tests.weights.lora_cases import CFG, apply_flux, random_modules
 
 

@@ -14,9 +14,9 @@ from shortcut_jax.formats import export
 from shortcut_jax.models.inception import InceptionConfig, InceptionV3
 from shortcut_jax.sources.models import Model
 from shortcut_jax.weights.inception import RULES
-from shortcut_jax.weights.rules import nest, to_flax
+from shortcut_jax.weights.rules import nest
 from tests.flux_pipeline import CLIP_TOKENS
-from tests.helpers import relative
+from tests.helpers import relative, to_flax
 from tests.weights.inception_cases import SMALL, random_release, shapes
 
 PROMPTS = ["a red cat", "two green dog", "the seven on a blue photo of a large digit and a small handwritten digit"]
@@ -64,7 +64,7 @@ def test_legacy_resizing_gives_other_features_under_another_name_also_from_an_un
     pictures = _pictures(2)
     assert relative(legacy(pictures), direct(for_inception(pictures, 299, "legacy"))) <= 1e-5
     with pytest.raises(UsageError, match="resize is 'nearest', but must be one of clean, legacy"):
-        features.load_inception(file, "nearest")
+        features.inception(file, "nearest")
 
 
 def test_only_the_release_is_called_fid(monkeypatch):

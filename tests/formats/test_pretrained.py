@@ -9,8 +9,8 @@ from shortcut_jax.formats.pretrained import open_pretrained
 from shortcut_jax.formats.safetensors import choose_files
 from shortcut_jax.sources.models import open_models
 from shortcut_jax.weights import flux_bfl, flux_diffusers
-from shortcut_jax.weights.rules import to_flax, to_torch
 from tests.formats.conftest import AXES, save
+from tests.helpers import to_flax, to_torch
 
 
 def _opened_equals(path, params, kind="flux"):

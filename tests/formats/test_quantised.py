@@ -9,8 +9,8 @@ from shortcut_jax.formats.pretrained import open_pretrained
 from shortcut_jax.formats.quantised import METADATA_KEY, Widened
 from shortcut_jax.formats.safetensors import LazyTensors
 from shortcut_jax.weights import flux_bfl
-from shortcut_jax.weights.rules import to_torch
 from tests.formats.conftest import AXES, save
+from tests.helpers import to_torch
 
 
 def test_float8_weights_are_widened_by_their_scales_and_it_is_told(tmp_path, params):

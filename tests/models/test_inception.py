@@ -4,8 +4,8 @@ import pytest
 
 from shortcut_jax.models.inception import InceptionConfig, InceptionV3
 from shortcut_jax.weights.inception import RULES
-from shortcut_jax.weights.rules import nest, to_flax
-from tests.helpers import relative
+from shortcut_jax.weights.rules import nest
+from tests.helpers import relative, to_flax
 from tests.references import published
 from tests.weights.inception_cases import SMALL, random_release, shapes
 

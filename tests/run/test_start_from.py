@@ -20,8 +20,7 @@ from shortcut_jax.runtime.sharding import MeshShape, make_mesh
 from shortcut_jax.sources.models import abstract_params
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.rules import to_torch
-from tests.helpers import BOTH_BLOCKS, POST_TRAINING, Watched, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, POST_TRAINING, Watched, tiny_assembly, to_torch
 from tests.weights.lora_cases import random_modules
 
 

@@ -14,7 +14,7 @@ from shortcut_jax.models.inception import InceptionConfig
 from shortcut_jax.models.presets import PRESETS
 from shortcut_jax.models.t5 import T5Config
 from shortcut_jax.models.vae import VaeConfig
-from shortcut_jax.runtime.hlo import collectives, count_kinds, partitioned_hlo
+from shortcut_jax.runtime.hlo import collectives, count_kinds
 from shortcut_jax.runtime.sharding import (
     MeshShape,
     batch_sharding,
@@ -30,7 +30,16 @@ from shortcut_jax.runtime.sharding import (
     tree_shardings,
 )
 from shortcut_jax.sources.models import KINDS, abstract_params
-from tests.helpers import BOTH_BLOCKS, POST_TRAINING, host_copy, noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import (
+    BOTH_BLOCKS,
+    POST_TRAINING,
+    host_copy,
+    noisy_state,
+    partitioned_hlo,
+    random_batch,
+    relative,
+    tiny_assembly,
+)
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
 KINDS_OF_TRAINING = {

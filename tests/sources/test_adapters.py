@@ -19,8 +19,7 @@ from shortcut_jax.webapp.models import ConvertedPipeline
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_peft
-from shortcut_jax.weights.rules import to_torch
-from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_assembly
+from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_assembly, to_torch
 from tests.weights.lora_cases import CFG, random_modules
 
 OTHERS = {"lora_te1_text_model.lora_down.weight": np.ones((2, 3), "f")}

@@ -17,8 +17,8 @@ from shortcut_jax.models.presets import preset
 from shortcut_jax.sources.frozen_base import Completed
 from shortcut_jax.sources.models import abstract_params, network_of
 from shortcut_jax.weights import flux_bfl
-from shortcut_jax.weights.rules import nest, to_torch
-from tests.helpers import Watched
+from shortcut_jax.weights.rules import nest
+from tests.helpers import Watched, to_torch
 
 
 def _merge_fails(capfd, workdir, target, *argv):

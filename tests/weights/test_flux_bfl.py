@@ -8,7 +8,7 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import preset
 from shortcut_jax.weights import flux_bfl, flux_diffusers
-from shortcut_jax.weights.rules import to_flax, to_torch
+from tests.helpers import to_flax, to_torch
 
 
 def _random_params(**changes):

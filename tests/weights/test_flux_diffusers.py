@@ -12,7 +12,8 @@ from shortcut_jax.models.flux import Flux
 from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import preset
 from shortcut_jax.weights.flux_diffusers import RULES
-from shortcut_jax.weights.rules import nest, to_flax, to_torch
+from shortcut_jax.weights.rules import nest
+from tests.helpers import to_flax, to_torch
 
 GEOMETRIES = {
     "guidance": dict(guidance=True),

@@ -7,7 +7,7 @@ from shortcut_jax import cli, convert
 from shortcut_jax.formats import export
 from shortcut_jax.formats.inference_checkpoint import OrbaxParams, read_record
 from shortcut_jax.weights.inception import RULES
-from shortcut_jax.weights.rules import to_flax, to_torch
+from tests.helpers import to_flax, to_torch
 from tests.weights.inception_cases import SMALL, random_release, shapes
 
 

@@ -12,8 +12,7 @@ from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora import Factors, Merged, expand, stack
 from shortcut_jax.weights.lora_files import METADATA_KEY, kohya_notes, read, to_kohya, to_peft
 from shortcut_jax.weights.lora_names import is_lora
-from shortcut_jax.weights.rules import to_torch
-from tests.helpers import relative
+from tests.helpers import relative, to_torch
 from tests.weights.lora_cases import CFG, RANKS, apply_flux, collections, random_modules
 
 LAST = ("norm_out.linear", "proj_out")

@@ -12,7 +12,7 @@ from shortcut_jax.sources import models
 from shortcut_jax.sources.models import open_lora
 from shortcut_jax.weights import flux_diffusers
 from shortcut_jax.weights.lora_files import METADATA_KEY, to_peft
-from shortcut_jax.weights.rules import to_torch
+from tests.helpers import to_torch
 from tests.weights.lora_cases import CFG, random_modules
 
 

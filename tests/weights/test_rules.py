@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import ConversionError
-from shortcut_jax.weights.rules import Converted, Rule, check, export, linear, to_torch
+from shortcut_jax.weights.rules import Converted, Rule, check, export, linear
 from shortcut_jax.weights.transforms import kernel, split_output, vector
+from tests.helpers import to_torch
 
 RULES = (
     *linear("first", "first"),

@@ -6,9 +6,9 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.models.clip import ClipConfig, ClipPair, ClipPairConfig, ClipText
 from shortcut_jax.models.t5 import T5Config, T5Encoder
 from shortcut_jax.sources.models import param_shapes
-from shortcut_jax.weights.rules import nest, to_flax, to_torch
+from shortcut_jax.weights.rules import nest
 from shortcut_jax.weights.text import CLIP_PAIR_RULES, CLIP_RULES, T5_RULES
-from tests.helpers import relative
+from tests.helpers import relative, to_flax, to_torch
 
 T5 = T5Config(vocab=60, width=32, blocks=3, heads=4, head_size=6, hidden=40)
 CLIP = ClipConfig(vocab=80, width=32, blocks=2, heads=4, hidden=64, max_tokens=20)

@@ -6,9 +6,9 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.formats import export
 from shortcut_jax.formats.safetensors import LazyTensors
 from shortcut_jax.models.vae import Autoencoder, VaeConfig, latents_from
-from shortcut_jax.weights.rules import nest, to_flax, to_torch
+from shortcut_jax.weights.rules import nest
 from shortcut_jax.weights.vae import bfl_rules, diffusers_rules
-from tests.helpers import relative
+from tests.helpers import relative, to_flax, to_torch
 
 CFG = VaeConfig(latent_channels=4, widths=(8, 16, 16), level_blocks=1, groups=4)
 RULES = {"diffusers": diffusers_rules(3, 1), "bfl": bfl_rules(3, 1)}
