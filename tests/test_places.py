@@ -11,7 +11,7 @@ from shortcut_jax.preparation.jobs import Processes
 from tests.data.pictures import simple_folder
 
 CASES = {
-    "train": (train, "Assembly", ["--config=configs/digits.py", "--workdir={place}"]),
+    "train": (train, "assemble_training", ["--config=configs/digits.py", "--workdir={place}"]),
     "prepare": (jobs, "open_source", ["--source=tfds:digits", "--out={place}"]),
     "inspect": (inspect, "PreparedSet", ["--inspect=somewhere", "--out={place}.png"]),
     "evaluate": (evaluate, "open_run", ["--workdir=somewhere", "--out={place}"]),

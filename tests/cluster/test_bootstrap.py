@@ -165,12 +165,12 @@ def test_nobody_is_alone_after_the_time_is_over():
 # A program that joins and then does what it is told, as the mains do.
 PROGRAM = """
 import sys, time
-from shortcut_jax import command
-from shortcut_jax.runtime import agreement, distributed, key_value, shared_folder
+from shortcut_jax import cli
+from shortcut_jax.cluster import consistency, distributed, key_value, shared_folder
 def main(argv):
     distributed.initialize(timeout=float(argv[1]))
     exec(argv[2])
-command.run(main)
+cli.run(main)
 """
 
 
@@ -192,7 +192,7 @@ def test_two_processes_of_one_id_are_told():
 
 
 def test_processes_that_differ_are_told_where():
-    code = "agreement.check_same({'steps': 4 + key_value.process_id() // 2, 'seed': 0})"
+    code = "consistency.check_same({'steps': 4 + key_value.process_id() // 2, 'seed': 0})"
     codes, errors = wait(_start(3, code))
     assert codes == [1, 1, 1]
     for line in error_lines(errors):
@@ -200,14 +200,14 @@ def test_processes_that_differ_are_told_where():
 
 
 def test_unequal_numbers_of_devices_are_told():
-    codes, errors = wait(_start(2, "agreement.check_devices()", JAX_NUM_CPU_DEVICES=["2", "1"]))
+    codes, errors = wait(_start(2, "consistency.check_devices()", JAX_NUM_CPU_DEVICES=["2", "1"]))
     assert codes == [1, 1]
     for line in error_lines(errors):
         assert "devices: 2 x cpu (process 0), 1 x cpu (process 1)" in line
 
 
 def test_devices_that_do_not_come_up_are_told():
-    code = "time.sleep(60 * key_value.process_id()); agreement.check_devices(timeout=3)"
+    code = "time.sleep(60 * key_value.process_id()); consistency.check_devices(timeout=3)"
     codes, errors = wait(_start(2, code))
     assert codes == [75, 75]
     assert all("after 3 s the devices of process" in line for line in error_lines(errors))
@@ -240,7 +240,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_others_may_try_again():
 
 def test_processes_that_agree_end_well(tmp_path):
     folder = f"__import__('pathlib').Path({str(tmp_path)!r})"
-    code = f"agreement.check_same({{'a': 1}}); shared_folder.check_folder({folder})"
+    code = f"consistency.check_same({{'a': 1}}); shared_folder.check_folder({folder})"
     codes, errors = wait(_start(2, code))
     assert codes == [0, 0], errors
     assert not list(tmp_path.iterdir())

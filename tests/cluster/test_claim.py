@@ -40,7 +40,7 @@ def _write(folder, **fields):
 
 def _take_in_another_process(folder, then):
     """Its exit code."""
-    take = f"import pathlib; from shortcut_jax.runtime.claim import Claim; Claim(pathlib.Path({str(folder)!r})).take()"
+    take = f"import pathlib; from shortcut_jax.cluster.claim import Claim; Claim(pathlib.Path({str(folder)!r})).take()"
     return subprocess.run([sys.executable, "-c", f"{take}; {then}"]).returncode
 
 
@@ -204,7 +204,7 @@ def test_a_claim_that_is_a_folder_is_one_line(tmp_path):
 
 
 def test_a_claim_is_given_up_by_a_process_that_ends_at_once(tmp_path):
-    assert _take_in_another_process(tmp_path, "from shortcut_jax.runtime import failures; failures.end(75)") == 75
+    assert _take_in_another_process(tmp_path, "from shortcut_jax.cluster import failures; failures.end(75)") == 75
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,7 @@ from shortcut_jax.cluster.watchdog import Watchdog, WatchdogSettings
 
 HANG = """
 import pathlib, sys, threading, time
-from shortcut_jax.runtime.watchdog import Watchdog, WatchdogSettings
+from shortcut_jax.cluster.watchdog import Watchdog, WatchdogSettings
 
 def other_work():
     time.sleep(60)

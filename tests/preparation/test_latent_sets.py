@@ -147,11 +147,11 @@ def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, co
     out = tmp_path / "killed" / "set"
     out.parent.mkdir()
     slow = (  # so that the signal meets the work
-        "import sys, time, jax; from shortcut_jax import command, prepare, latent_encoder\n"
+        "import sys, time, jax; from shortcut_jax import cli, prepare; from shortcut_jax.preparation import latents\n"
         "devices = jax.devices()[:2]; jax.local_devices = lambda *a, **k: devices\n"
-        "half = latent_encoder.as_half\n"
-        "latent_encoder.as_half = lambda *a: (time.sleep(0.1), half(*a))[1]\n"
-        "command.run(prepare.main, sys.argv[1:])"
+        "half = latents.as_half\n"
+        "latents.as_half = lambda *a: (time.sleep(0.1), half(*a))[1]\n"
+        "cli.run(prepare.main, sys.argv[1:])"
     )
     argv = [sys.executable, "-c", slow, *_arguments(source, converted_folder, out)]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
