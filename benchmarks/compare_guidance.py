@@ -20,7 +20,7 @@ from shortcut_jax.inference.sheets import grid_captions
 
 
 def saturation(pictures):
-    """Mean absolute pixel value, and contrast, of pictures in 8 bits."""
+    """Mean absolute pixel value, and contrast, of images in 8 bits."""
     x = to_latents(np.asarray(pictures)).reshape(len(pictures), -1)
     return f"{np.abs(x).mean():.3f} / {x.std(axis=1).mean():.3f}"
 

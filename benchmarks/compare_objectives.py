@@ -1,7 +1,7 @@
 """Objectives side by side: `python -m benchmarks.compare_objectives --methods=scfm,shortcut --seeds=0,1,2`.
 
-Each run is a training and an evaluation of its slow average, and leaves one JSON and a small picture under
-`benchmarks/results/SET/`. The tables, the page and the picture of a set are made from these files alone, so that runs
+Each run is a training and an evaluation of its slow EMA, and leaves one JSON and a small image under
+`benchmarks/results/SET/`. The tables, the page and the image of a set are made from these files alone, so that runs
 can be added on any day and machine; a run that has its file is not made again, and one that was cut off goes on where
 it was. `--table` makes them without any run.
 
@@ -117,7 +117,7 @@ DISTILL = "configs/digits_distill.py"
 """What the methods named `distill` start from."""
 
 COLUMNS = 10
-"""Captions of the picture of a run."""
+"""Captions of the image of a run."""
 
 
 class Run(NamedTuple):
@@ -180,8 +180,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_multi_string("vary", [], "FIELD=VALUE ...: the methods with that; repeatable.", flag_values=values)
     flags.DEFINE_bool("equal_compute", False, "Steps by the FLOPs of scfm.", flag_values=values)
     flags.DEFINE_integer("teacher_steps", 1000, "Training steps of teachers.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("table", False, "Only table, page and picture.", flag_values=values)
-    flags.DEFINE_string("out", "docs/objectives", "Folder of the page and the picture.", flag_values=values)
+    flags.DEFINE_bool("table", False, "Only table, page and image.", flag_values=values)
+    flags.DEFINE_string("out", "docs/objectives", "Folder of the page and the image.", flag_values=values)
     options = cli.parse(values, argv, USAGE)
     for method in options.methods:
         if method not in METHODS:
@@ -247,12 +247,12 @@ def make(run: Run, runs: Path) -> None:
 
 
 def teacher_of(run: Run, runs: Path) -> Path:
-    """The workdir of its teacher. Raises UsageError where it is not there."""
+    """The workdir of its teacher. Raises UsageError where it is not found."""
     teacher = Run(run.set, "flow", "", run.teacher_steps, run.seed)
     workdir = runs / run.set / teacher.path.stem
     if not (workdir / "checkpoints").is_dir():
         raise UsageError(
-            f"{run.label} learns from {workdir}, which is not there: make it with --methods=flow --seeds={run.seed} "
+            f"{run.label} learns from {workdir}, which is not found: make it with --methods=flow --seeds={run.seed} "
             f"--steps={run.teacher_steps} (and without {teacher.path.name}, if that is there)"
         )
     return workdir
@@ -274,7 +274,7 @@ def equal_steps(run: Run) -> int:
 
 
 def draw(workdir: Path, path: Path) -> list[str]:
-    """The picture of a run: a row of the same captions and noise for each of `STEPS`, without any gap; the captions."""
+    """The image of a run: a row of the same captions and noise for each of `STEPS`, without any gap; the captions."""
     subject = RunSubject(str(workdir), max(STEPS), COLUMNS)
     weights, asked = subject.weights("slow"), subject.show(COLUMNS)
     rows = [np.concatenate(list(subject.few(weights, asked, n, seed=0)), axis=1) for n in STEPS]

@@ -1,8 +1,8 @@
-"""When to restart the averages: `python -m benchmarks.compare_restarts [--steps=600] [--seeds=0,1,2]`.
+"""When to restart the EMAs: `python -m benchmarks.compare_restarts [--steps=600] [--seeds=0,1,2]`.
 
 Trains the digits by post-training (from a teacher, which is trained first if absent) and from scratch, with the
-averages restarted never or every N steps, and prints the Frechet distance of the slow average
-at few sampling steps: mean and half the distance of the extremes over training seeds. The averages have no warm-up, as
+averages restarted never or every N steps, and prints the Frechet distance of the slow EMA
+at few sampling steps: mean and half the distance of the extremes over training seeds. The EMAs have no warm-up, as
 published, but for the last row. A period that is not shorter than the run is the same as never, and is not run again.
 """
 
@@ -65,9 +65,7 @@ def main():
     for kind in options.kinds.split(","):
         some = seeds if kind == "distil" else seeds[:1]
         rows = [["restart", *map(count_label, COUNTS)], *_table(kind, some, options)]
-        print(
-            f"\n{kind}, {options.steps} steps of {options.batch} rows, slow average\n\n{markdown(rows)}\n", flush=True
-        )
+        print(f"\n{kind}, {options.steps} steps of {options.batch} rows, slow EMA\n\n{markdown(rows)}\n", flush=True)
 
 
 def _table(kind, seeds, options):

@@ -1,4 +1,4 @@
-"""Compiles the 12B pretraining step for pods that are not there, and checks what the compiled programs do.
+"""Compiles the 12B pretraining step for pods that are not found, and checks what the compiled programs do.
 
     python -m benchmarks.compile_pods --platform=gpu       # pip install '.[cuda]', no GPU needed
     python -m benchmarks.compile_pods --platform=tpu       # pip install '.[tpu]', no TPU needed

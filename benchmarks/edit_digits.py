@@ -21,7 +21,7 @@ from shortcut_jax.runtime.metrics import contact_sheet
 
 
 def distance(a, b):
-    """Mean Euclidean distance of pictures in pairs."""
+    """Mean Euclidean distance of images in pairs."""
     return np.linalg.norm((to_latents(a) - to_latents(b)).reshape(len(a), -1), axis=1).mean()
 
 
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--after", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--skips", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--shown", type=int, default=1, help="steps skipped in the picture")
+    parser.add_argument("--shown", type=int, default=1, help="steps skipped in the image")
     parser.add_argument("--columns", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
@@ -57,7 +57,7 @@ def main():
     rows = [r for _, r in edited.values()] + [row(f"sampled afresh in {options.steps} steps", fresh)[1]]
     head = ["", f"taken for a {options.after}", f"still for a {options.before}", "distance to the source"]
     facts = (
-        f"{len(digits)} pictures, {options.seeds} noise seeds; {pipeline.settings.objective}, step {pipeline.step}; "
+        f"{len(digits)} images, {options.seeds} noise seeds; {pipeline.settings.objective}, step {pipeline.step}; "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}"
     )
     body = markdown([head, *rows])

@@ -3,7 +3,7 @@
 hang: the batch of a step never comes. fail: it cannot be read. spike: it is 1,000 times too large. save-FOO: this
 process is killed while it writes the checkpoint of a step: when the folder was made (temp), when a part of the items is
 there (items), before it gets its name (commit), before older ones go (delete). full: the disk takes no file above 60 kB
-while a step is saved. away: the folder of checkpoints is not there when a step is saved. patience: processes wait so
+while a step is saved. away: the folder of checkpoints is not found when a step is saved. patience: processes wait so
 many seconds for each other's part of a checkpoint. slow: 0.5 s a step. none: no fault.
 """
 
@@ -48,7 +48,7 @@ def spike(tree):
 
 
 def fail(tree):
-    raise ValueError(f"no picture can be read in process {jax_index()}")
+    raise ValueError(f"no image can be read in process {jax_index()}")
 
 
 def slow(tree):

@@ -1,7 +1,7 @@
 """Every fault that a run survives, with two processes: `python -m benchmarks.faults [--only=NAME ...] [--out=FILE]`.
 
 Each fault strikes a run of two processes with two simulated CPU devices each, on the embedded digits, that saves every
-4 of its 12 steps. Then the same command runs once more, as a scheduler would start it. The weights, averages and
+4 of its 12 steps. Then the same command runs once more, as a scheduler would start it. The weights, EMAs and
 moments of the last step are compared, bit by bit, with those of a run that nothing happened to, and the loss of every
 step too: a sample that is lost or repeated would change both. Writes a Markdown table.
 """
@@ -255,7 +255,7 @@ def main() -> int:
 HEAD = """# Faults that a run survives
 
 Two real processes on one machine, two simulated devices each; {steps} steps on the embedded digits, a checkpoint every
-{every}. Each fault strikes a run; then the same command runs once more. The last weights, averages and moments, and the
+{every}. Each fault strikes a run; then the same command runs once more. The last weights, EMAs and moments, and the
 loss of every step, are compared bit for bit with those of a run that nothing happened to: "none" means that all are the
 same, so no sample was lost or repeated.
 

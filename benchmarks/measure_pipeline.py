@@ -2,7 +2,7 @@
 
 Records have the shape of MLPerf Training's Flux.1 benchmark: latents of 32 x 32 x 16 (mean and standard deviation), 256
 T5 states of 4,096, one CLIP vector of 768. The pipeline, and array_record alone, read the same files from the page
-cache, in turn. Then pictures of 64 x 64 pixels: decoded, mirrored and folded; and what the digits training step eats.
+cache, in turn. Then images of 64 x 64 pixels: decoded, mirrored and folded; and what the digits training step eats.
 """
 
 import argparse

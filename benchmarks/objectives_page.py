@@ -1,4 +1,4 @@
-"""What the files of `compare_objectives` show: a Markdown table, a page of tables and curves, a picture."""
+"""What the files of `compare_objectives` show: a Markdown table, a page of tables and curves, an image."""
 
 import math
 import statistics
@@ -119,7 +119,7 @@ def curves(rows: Sequence[Row], metric: Metric, figure: str) -> str:
 
 
 def sheet(rows: Sequence[Row], folder: Path, steps: int) -> Image.Image | None:
-    """The pictures of the lowest training seed of each row, one below the other; None where there are none."""
+    """The images of the lowest training seed of each row, one below the other; None where there are none."""
     images, labels = [], []
     for row in rows:
         seed = min(record["seed"] for record in row.records)
@@ -165,7 +165,7 @@ def to_html(name: str, steps: int, rows: Sequence[Row], tuned: Sequence[Row], dr
         "cells": "mean over training seeds ± half their range; marked: within two standard errors of the best",
     }
     shown = [part for part in sections if "<table" in part or "<img" in part or "<dl" in part]
-    return page(f"Objectives on {name}", f"{steps:,} training steps; slow average", facts, shown)
+    return page(f"Objectives on {name}", f"{steps:,} training steps; slow EMA", facts, shown)
 
 
 def write(records: Sequence[dict[str, Any]], methods: Sequence[str], folder: Path, out: Path) -> list[Path]:
@@ -174,7 +174,7 @@ def write(records: Sequence[dict[str, Any]], methods: Sequence[str], folder: Pat
     Args:
       records: of one set and number of training steps.
       methods: the order of the rows.
-      folder: where the pictures of the runs are.
+      folder: where the images of the runs are.
       out: folder to write.
     """
     if not records:

@@ -3,7 +3,7 @@
 Command:  python -m shortcut_jax.train --config=configs/digits.py
 Hardware: two CPU cores, 1.7 GB.
 Time:     about 7 minutes for 1,000 steps and the report.
-Expected: a report.md with a table and a picture. The slow EMA has a Frechet distance of
+Expected: a report.md with a table and an image. The slow EMA has a Frechet distance of
           0.68 / 0.48 / 0.41 / 0.39 / 0.34 / 0.29 and a caption accuracy of
           0.964 / 0.976 / 0.965 / 0.960 / 0.962 / 0.972 at 1 / 2 / 3 / 4 / 8 / 32 steps
           (means of three training seeds, one noise seed; the seed of this command is the last of the three, with
@@ -16,7 +16,7 @@ What makes few steps good (numbers in docs/objectives.md; tuned on training seed
   do at t = 1/2: the fewer steps, the more often.
 - `jumps=4`: a target is made of steps four times smaller, which are easier, in place of two times.
 - No flow rows above t = 0.9, where they ask for the mean of a class.
-- `ema.warmup_ratio=4`: else the two averages are one for most of so short a run.
+- `ema.warmup_ratio=4`: else the two EMAs are one for most of so short a run.
 - A learning rate of 0.008, the best of 0.002, 0.004 and 0.008.
 """
 

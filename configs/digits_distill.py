@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
 
 
 def get_teacher_config() -> ConfigDict:
-    """The run that is made first where `init_from` is not there: plain flow matching."""
+    """The run that is made first where `init_from` is not found: plain flow matching."""
     c = runpy.run_path(str(Path(__file__).with_name("digits.py")))["get_config"]()
     c.objective = "flow"
     # Of no use to flow:

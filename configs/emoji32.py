@@ -3,11 +3,11 @@
 Command:  python -m shortcut_jax.prepare --source=emoji64 --out=~/tensorflow_datasets/emoji32 --store=pixels \\
               --resolution=32 --where=variant=base --caption=subgroup --validation=0
           python -m shortcut_jax.train --config=configs/emoji32.py
-Hardware: two CPU cores; the source is a folder of 64 x 64 pictures with a metadata.jsonl.
+Hardware: two CPU cores; the source is a folder of 64 x 64 images with a metadata.jsonl.
 Time:     not measured yet.
 Expected: not measured yet.
 
-The caption is the subgroup ("face-smiling"): 98 captions of 1,905 pictures. A caption for each picture would leave no
+The caption is the subgroup ("face-smiling"): 98 captions of 1,905 images. A caption for each image would leave no
 distribution to learn, and few steps would be trivial.
 """
 

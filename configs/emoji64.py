@@ -3,14 +3,14 @@
 Command:  python -m shortcut_jax.prepare --source=emoji64 --out=~/tensorflow_datasets/emoji64 --store=pixels \\
               --resolution=64 --where=variant=base --validation=0.02
           python -m shortcut_jax.train --config=configs/emoji64.py
-Hardware: one GPU; the source is a folder of 64 x 64 pictures with a metadata.jsonl of captions.
-Time:     not measured on a GPU. By arithmetic 38 GFLOP a picture, so 10,000 steps of 256 take 4 minutes at 40% of an
+Hardware: one GPU; the source is a folder of 64 x 64 images with a metadata.jsonl of captions.
+Time:     not measured on a GPU. By arithmetic 38 GFLOP an image, so 10,000 steps of 256 take 4 minutes at 40% of an
           H100's peak. A CPU (which has no bfloat16 products) tries it with --config.model.compute_dtype=float32
           --config.steps=4 --config.batch_size=8 --config.eval.columns=4.
 Expected: not measured.
 
 The latent space is the pixels themselves, in blocks of 2 x 2 (data.stride=2): 32 x 32 latents of 12 channels, and so
-256 tokens of 4 x 4 pixels, which loses nothing and needs no autoencoder. Captions have at most 20 words. No picture is
+256 tokens of 4 x 4 pixels, which loses nothing and needs no autoencoder. Captions have at most 20 words. No image is
 mirrored: captions tell left from right.
 """
 

@@ -11,7 +11,7 @@ Expected: not measured; flux_distill_published.py quotes what was published.
 
 What differs from the published recipe, and why:
 
-- `ema.warmup`: the averages forget the first weights sooner. On the digits, 600 steps of 32 rows and three training
+- `ema.warmup`: the EMAs forget the first weights sooner. On the digits, 600 steps of 32 rows and three training
   seeds, the distance at 1 / 2 / 3 / 4 steps is 2.28 / 0.40 / 0.20 / 0.18 with it and 5.59 / 1.57 / 0.78 / 0.53
   without (docs/averages.md); it replaces a period of restarts that is tuned by hand.
 

@@ -2,14 +2,14 @@
 
 Command:  python -m shortcut_jax.train --config=configs/flux_pretrain.py
           with the sets prepared before (below)
-Hardware: a pod of GPUs (or TPUs); 11.9 B parameters need 20 bytes each for weights, moments and averages, so at least
+Hardware: a pod of GPUs (or TPUs); 11.9 B parameters need 20 bytes each for weights, moments and EMAs, so at least
           8 x 80 GB.
 Time:     not measured. By arithmetic 23.8 TFLOP a row, so about 8 hours for 30,000 steps of 16 rows a device at 40% of
           an H100's peak.
 Expected: the recipe of plain flow matching reaches a validation loss of 0.586; a share of 0.25 self-distilled rows adds
           a sixth to the cost of a step. This config has been compiled for meshes, not yet trained on one.
 Data:     CC12M as WebDataset shards, prepared once as autoencoder latents and text states (2.07 MiB a record); the
-          validation set is 29,696 captioned pictures of COCO 2014's validation images, as in the benchmark:
+          validation set is 29,696 captioned images of COCO 2014's validation images, as in the benchmark:
 
     python -m shortcut_jax.convert --from=FLUX.1-schnell --to=converted/flux1-schnell
     python -m shortcut_jax.prepare --source='cc12m/{00000..01242}.tar' --out=~/tensorflow_datasets/cc12m_latents_256 \

@@ -92,7 +92,7 @@ def _check(options: types.SimpleNamespace) -> None:
 
 
 def free_port(host: str, port: int) -> int:
-    """A port that can be listened on, so that a busy one is told before anything is read.
+    """A port that can be listened on, so that a busy one is reported before anything is read.
 
     Raises:
       UsageError: it is in use or no port, or the host is none of this machine.
@@ -117,8 +117,8 @@ def _open(options: types.SimpleNamespace) -> Model:
 
 
 def _warm_up(studio: Studio) -> None:
-    """Compiles what the page asks for at first, so that a checkpoint that cannot be sampled is told at once."""
-    prompt = studio.offer.examples[0] if studio.offer.examples else "a picture"
+    """Compiles what the page asks for at first, so that a checkpoint that cannot be sampled is reported at once."""
+    prompt = studio.offer.examples[0] if studio.offer.examples else "an image"
     several = studio.sample(make_request(studio.offer, {"prompt": prompt, "steps": 1}))
     single = studio.sample(make_request(studio.offer, {"prompt": prompt, "steps": 1, "num": 1}))
     say(f"compiled in {several.compiling + single.compiling:.1f} s")

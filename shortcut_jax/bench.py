@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("steps", 20, "Timed steps of each.", flag_values=values)
     flags.DEFINE_integer("stretch", 4, "Steps in a row before the other's turn.", flag_values=values)
     flags.DEFINE_boolean("sample", False, "Time sampling instead; see `bench_sampling`.", flag_values=values)
-    flags.DEFINE_list("batches", ["1", "64"], "With --sample: pictures sampled at once.", flag_values=values)
+    flags.DEFINE_list("batches", ["1", "64"], "With --sample: images sampled at once.", flag_values=values)
     flags.DEFINE_list("counts", ["1", "4", "32"], "With --sample: sampling step counts.", flag_values=values)
     flags.DEFINE_integer("turns", 7, "With --sample: turns.", flag_values=values)
     options = cli.parse(values, argv, USAGE, required=["config"], configs=["config", "vs"])

@@ -123,7 +123,7 @@ def read_prompts(name: str, path: str) -> list[str]:
     """The lines of an option's UTF-8 file that are not blank.
 
     Raises:
-      UsageError: it is not there, not UTF-8, or has none.
+      UsageError: it is not found, not UTF-8, or has none.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("seeds", ["0", "1", "2", "3"], "Noise seeds.", flag_values=values)
     flags.DEFINE_enum("view", "slow", VIEWS, "Weights to judge.", flag_values=values)
     flags.DEFINE_integer("images", 0, "Images for each seed; 0 means as many as the data set has.", flag_values=values)
-    flags.DEFINE_integer("columns", 10, "Columns of the picture.", flag_values=values)
+    flags.DEFINE_integer("columns", 10, "Columns of the image.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Folder of TFDS sets; the runs' own by default.", flag_values=values)
     flags.DEFINE_string("out", "comparison", "Files to write, without their endings.", flag_values=values)
     options = cli.parse(values, argv, USAGE, required=["workdir"])

@@ -105,7 +105,7 @@ def _check_target(target: Path, sources: Sequence[Path], others: Sequence[Path],
         raise UsageError(f"{target} is there already: give another --to, or --overwrite")
     given = (*sources, *others)
     if absent := next((path for path in given if not path.exists()), None):
-        raise UsageError(f"{absent} is not there{download_hint(absent)}")
+        raise UsageError(f"{absent} is not found{download_hint(absent)}")
     for path in (*given, *(base.resolve() for place in given for base in bases_of(place))):
         if target == path or target in path.parents or path in target.parents:
             raise UsageError(f"--to={target} and {path}, which is read, overlap: write somewhere else")

@@ -1,7 +1,7 @@
 """Evaluation: `python -m shortcut_jax.evaluate --workdir=W`, or of a converted pipeline with `--checkpoint=FOLDER`.
 
 Writes `evaluation.html` and `evaluation.json`. The first view is judged in full, the others at fewer step counts and on
-fewer pictures. What is cut off goes on where it was when the same command is given again.
+fewer images. What is cut off goes on where it was when the same command is given again.
 """
 
 import math
@@ -46,7 +46,7 @@ FEATURES = ("auto", "inception", "pixels", "random", "network")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses the command line, makes and judges the pictures, and writes the page."""
+    """Parses the command line, makes and judges the images, and writes the page."""
     options = cli.parse(_flags(), argv, USAGE)
     chosen = (cli.whole_numbers(name, getattr(options, name), 1, 1000) for name in ("steps", "other_steps"))
     steps, other_steps = (sorted(set(numbers)) for numbers in chosen)
@@ -103,21 +103,21 @@ def _flags() -> Any:
     text("checkpoint", None, "Converted pipeline, instead of a workdir.", flag_values=values)
     flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "32"], "Sampling step counts.", flag_values=values)
     flags.DEFINE_list("views", None, "Weights: slow,online,fast; the first one in full.", flag_values=values)
-    number("images", 0, "Pictures of a cell; 0: as many as there are captions.", flag_values=values)
+    number("images", 0, "Images of a cell; 0: as many as there are captions.", flag_values=values)
     flags.DEFINE_list("other_steps", ["1", "4", "32"], "Step counts of the views but the first.", flag_values=values)
-    number("other_images", 512, "Pictures of their cells; 0: as of the first.", flag_values=values)
+    number("other_images", 512, "Images of their cells; 0: as of the first.", flag_values=values)
     text("teacher", None, "Workdir or pipeline to compare with; a run's own by default.", flag_values=values)
     number("teacher_steps", 32, "Sampling steps of the teacher.", flag_values=values)
     flags.DEFINE_enum("features", "auto", FEATURES, "What the distance is computed on.", flag_values=values)
     text("inception", None, "Converted InceptionV3 (pt_inception-2015-12-05), for FID.", flag_values=values)
-    flags.DEFINE_enum("resize", RESIZES[0], RESIZES, "How pictures get Inception's size.", flag_values=values)
+    flags.DEFINE_enum("resize", RESIZES[0], RESIZES, "How images get Inception's size.", flag_values=values)
     text("clip", None, "Converted CLIP with both towers, for the CLIP score.", flag_values=values)
-    text("reference", None, "Statistics (.npz), or a folder of pictures; else the run's set.", flag_values=values)
+    text("reference", None, "Statistics (.npz), or a folder of images; else the run's set.", flag_values=values)
     text("save_reference", None, "Only write the statistics of --reference to this .npz.", flag_values=values)
     text("prompts", None, "With --checkpoint: file with a prompt a line.", flag_values=values)
     flags.DEFINE_list("extras", list(EXTRAS), "What is asked besides.", flag_values=values)
     number("seed", 0, "Seed of the noise.", flag_values=values)
-    number("batch_size", 256, "Pictures made at once.", flag_values=values)
+    number("batch_size", 256, "Images made at once.", flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale; by default that of the run.", flag_values=values)
     flags.DEFINE_float("shift", None, "Timestep shift; by default that of the run.", flag_values=values)
     for name in ("height", "width", "text_tokens"):
@@ -156,7 +156,7 @@ def _check(options: types.SimpleNamespace) -> None:
     if unknown:
         raise UsageError(f"--extras has {unknown[0]!r}, but must be of {', '.join(EXTRAS)}")
     if 1 in (options.images, options.other_images):
-        raise UsageError("a distance needs at least 2 pictures: raise --images and --other_images, or give 0 for all")
+        raise UsageError("a distance needs at least 2 images: raise --images and --other_images, or give 0 for all")
     if options.features == "inception" and options.inception is None:
         raise UsageError(
             "--features=inception needs --inception=FOLDER: convert pt_inception-2015-12-05 with "
@@ -179,7 +179,7 @@ def choose_features(options: types.SimpleNamespace, shape: tuple[int, ...] | Non
     if options.features == "random" or (options.features == "auto" and (not shape or math.prod(shape) > MAX_PIXELS)):
         return random_network(0)
     if shape is None:
-        raise UsageError("--features=pixels is for a workdir, whose pictures have one size: take --features=random")
+        raise UsageError("--features=pixels is for a workdir, whose images have one size: take --features=random")
     return pixels(shape)
 
 
@@ -202,7 +202,7 @@ def open_run(options: types.SimpleNamespace, workdir: str, max_steps: int) -> Ru
 def open_checkpoint(
     options: types.SimpleNamespace, folder: str, loras: Sequence[tuple[str, float]] = (), size: Size | None = None
 ) -> ConvertedSubject:
-    """A converted pipeline, with the options of the command; `size` of its pictures is that of a student's."""
+    """A converted pipeline, with the options of the command; `size` of its images is that of a student's."""
     prompts = cli.read_prompts("prompts", options.prompts) if options.prompts else ()
     names = ("height", "width", "guidance", "shift", "text_tokens")
     chosen = {name: getattr(options, name) for name in names}
@@ -212,7 +212,7 @@ def open_checkpoint(
 
 
 def open_teacher(options: types.SimpleNamespace, student: Subject, max_steps: int) -> Subject:
-    """What `--teacher` names: a converted pipeline makes pictures of its student's size."""
+    """What `--teacher` names: a converted pipeline makes images of its student's size."""
     if not (Path(options.teacher) / RECORD).is_file():
         return open_run(options, options.teacher, max_steps)
     size = student.pipeline.size if isinstance(student, RunSubject) else None
@@ -220,13 +220,13 @@ def open_teacher(options: types.SimpleNamespace, student: Subject, max_steps: in
 
 
 def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
-    """Pictures and captions -> the CLIP score of each pair."""
+    """Images and captions -> the CLIP score of each pair."""
     clip = load_clip(folder)
     return lambda pictures, captions: clip_score(clip.images(pictures), clip.texts(captions))
 
 
 def classifier(own: CaptionedSet | None) -> Classify | None:
-    """Pictures -> classes, fitted on the training set where it has labels; see `report.make_reference`."""
+    """Images -> classes, fitted on the training set where it has labels; see `report.make_reference`."""
     if own is None or "label" not in own.records[0]:
         return None
     return make_reference(read_many(own.records, evenly(len(own.records), MOST_RECORDS))).classify

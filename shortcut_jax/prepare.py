@@ -1,7 +1,7 @@
 """Preparing a data set: `python -m shortcut_jax.prepare --source=images --out=data/set --store=pixels --resolution=64`.
 
 Reads captioned images (a folder in one of several layouts, tar files, or a TFDS set) and writes an ArrayRecord
-set that training streams. Interrupted, by whatever, the same command goes on where it was.
+set that training streams. Rerun the same command to resume after an interruption of any kind.
 """
 
 import types
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Parses the command line and prepares a set. Returns the exit code."""
     options = cli.parse(define_flags(), argv, USAGE)
     note_unused(options)
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is told with its name
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with an image is reported with its name
     if options.inspect is not None:
         from shortcut_jax.preparation.inspect import inspect
 
@@ -57,9 +57,9 @@ def define_flags() -> Any:
     flags.DEFINE_enum("layout", None, NAMES, "How a folder is read that has several layouts.", flag_values=values)
     flags.DEFINE_string("out", None, "Folder of the set to write.", flag_values=values)
     flags.DEFINE_enum("store", "pixels", STORES, "What a record holds.", flag_values=values)
-    flags.DEFINE_integer("resolution", 64, "Side of the square whose area pictures get.", flag_values=values)
+    flags.DEFINE_integer("resolution", 64, "Side of the square whose area images get.", flag_values=values)
     flags.DEFINE_string("buckets", "square", "square, aspect, published, or HxW,HxW,...", flag_values=values)
-    flags.DEFINE_boolean("enlarge", True, "Enlarge pictures smaller than their bucket.", flag_values=values)
+    flags.DEFINE_boolean("enlarge", True, "Enlarge images smaller than their bucket.", flag_values=values)
     flags.DEFINE_float("validation", 0.01, "Share of the validation split.", flag_values=values)
     flags.DEFINE_float("max_skipped", 0.01, "Largest share that may be left out.", flag_values=values)
     flags.DEFINE_string("eval_prompts", None, "File of captions to draw, one a line.", flag_values=values)
@@ -68,21 +68,21 @@ def define_flags() -> Any:
     flags.DEFINE_alias("caption", "caption_field", flag_values=values)
     flags.DEFINE_string("template", None, 'Caption from other fields: "a photo of a {label}".', flag_values=values)
     flags.DEFINE_string("tfds_dir", "~/tensorflow_datasets", "Folder of TFDS sets.", flag_values=values)
-    flags.DEFINE_integer("unit", None, "Pictures a shard, where the source has none (4096).", flag_values=values)
+    flags.DEFINE_integer("unit", None, "Images a shard, where the source has none (4096).", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "Converted pipeline that makes latents.", flag_values=values)
     flags.DEFINE_enum("text_states", "full", ("full", "trimmed"), "T5 states that are stored.", flag_values=values)
     flags.DEFINE_enum("text_dtype", "bfloat16", list(TEXT_DTYPES), "Of the stored T5 states.", flag_values=values)
     flags.DEFINE_integer("text_tokens", 256, "Tokens of a caption for T5.", flag_values=values)
-    flags.DEFINE_integer("batch", None, "Pictures that a device encodes (8) or samples (1).", flag_values=values)
+    flags.DEFINE_integer("batch", None, "Images that a device encodes (8) or samples (1).", flag_values=values)
     flags.DEFINE_string("from_teacher", None, "Converted pipeline that samples the set.", flag_values=values)
     flags.DEFINE_string("prompts", None, "Its prompts, one a line.", flag_values=values)
-    flags.DEFINE_integer("per_bucket", None, "Pictures that it samples of each size.", flag_values=values)
+    flags.DEFINE_integer("per_bucket", None, "Images that it samples of each size.", flag_values=values)
     flags.DEFINE_integer("steps", 32, "Its sampling steps.", flag_values=values)
     flags.DEFINE_float("guidance", 3.5, "Its guidance scale.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of its noise.", flag_values=values)
     several("lora", None, "Adapters that are merged into it.", flag_values=values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of each of them.", flag_values=values)
-    flags.DEFINE_string("inspect", None, "Set to look at; its pictures go to --out.", flag_values=values)
+    flags.DEFINE_string("inspect", None, "Set to look at; its images go to --out.", flag_values=values)
     return values
 
 
@@ -107,7 +107,7 @@ def check_options(options: types.SimpleNamespace) -> None:
     if options.from_teacher and (any(getattr(options, n) for n in of_sources) or options.text_states != "full"):
         raise UsageError(f"--{', --'.join(of_sources)} and --text_states do not go with --from_teacher")
     if options.from_teacher and options.store == "captions":
-        raise UsageError("--store=captions has no pictures to sample: give --checkpoint in place of --from_teacher")
+        raise UsageError("--store=captions has no images to sample: give --checkpoint in place of --from_teacher")
     if options.store == "captions" and options.source:
         raise UsageError("--source does not go with --store=captions: name a file of captions with --prompts")
     for name in ("validation", "max_skipped"):

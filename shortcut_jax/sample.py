@@ -1,7 +1,7 @@
 """Sampling: `python -m shortcut_jax.sample --workdir=W --prompt="a handwritten digit seven" --out=seven.png`.
 
 With `--checkpoint=FOLDER` instead of a workdir it samples a converted pipeline. Prompts come from `--prompt`, a file
-or, with `--interactive`, from the keyboard. `--edit=in.png` changes a picture instead.
+or, with `--interactive`, from the keyboard. `--edit=in.png` changes an image instead.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def _open(options: SimpleNamespace, wanted: Wanted) -> SampleModel:
         converted.tell()
         begin = time.perf_counter()
         _ = converted.pipeline.params
-    say(f"weights read in {time.perf_counter() - begin:.1f} s; the first pictures of a size wait for their program")
+    say(f"weights read in {time.perf_counter() - begin:.1f} s; the first images of a size wait for their program")
     return model
 
 
@@ -120,27 +120,27 @@ def _flags() -> Any:
         "a folder or for several prompts.",
     )
     integer("seed", "Seed of the noise.", 0)
-    flags.DEFINE_list("seeds", [], "A seed for each of a prompt's pictures: 1,2,3.", flag_values=values)
+    flags.DEFINE_list("seeds", [], "A seed for each of a prompt's images: 1,2,3.", flag_values=values)
     number("guidance", "Guidance scale; that of the run by default. Without a guidance embedding 0 and 1 mean none.")
     number("shift", "Timestep shift; by default that of the run or pipeline.")
     flags.DEFINE_enum(
         "method", "euler", list(METHODS), "Heun evaluates twice a step, once in the last.", flag_values=values
     )
-    integer("batch", "Pictures sampled at once.")
-    integer("height", "With --checkpoint: of a picture in pixels (1024).")
-    integer("width", "With --checkpoint: of a picture in pixels (1024).")
+    integer("batch", "Images sampled at once.")
+    integer("height", "With --checkpoint: of an image in pixels (1024).")
+    integer("width", "With --checkpoint: of an image in pixels (1024).")
     integer("text_tokens", "With --checkpoint: tokens of a prompt for T5.")
-    flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow average.", flag_values=values)
+    flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow EMA.", flag_values=values)
     string("base", "With --workdir: base of its adapters, where it has moved.")
     string("encoders", "With --workdir: pipeline of a run on latents.")
     flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
-    string("out", "File (.png, .jpg, .webp), or a folder ending in / that gets a PNG a picture and sheet.png.")
+    string("out", "File (.png, .jpg, .webp), or a folder ending in / that gets a PNG an image and sheet.png.")
     flags.DEFINE_boolean("trajectory", False, "Also write what each step aims at.", flag_values=values)
-    string("edit", "Picture to change from what --source_prompt says to what --prompt says (FlowEdit).")
-    string("source_prompt", "With --edit: what the picture shows.")
+    string("edit", "Image to change from what --source_prompt says to what --prompt says (FlowEdit).")
+    string("source_prompt", "With --edit: what the image shows.")
     number("source_guidance", "With --edit: guidance scale for --source_prompt; that of --guidance by default.")
-    integer("skip", "With --edit: first steps left out; the more, the closer to the picture.", 0)
+    integer("skip", "With --edit: first steps left out; the more, the closer to the image.", 0)
     integer("plain", "With --edit: last steps that only follow --prompt.", 0)
     integer("average", "With --edit: noises averaged in each step.", 1)
     return values
@@ -176,16 +176,16 @@ def _default_num(options: SimpleNamespace, prompts: int) -> int:
 
 
 def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
-    """The picture of `--edit`. Raises UsageError for what an edit cannot do, before weights are read."""
+    """The image of `--edit`. Raises UsageError for what an edit cannot do, before weights are read."""
     if options.source_prompt is None:
-        raise UsageError("--source_prompt is missing: say what the picture of --edit shows")
+        raise UsageError("--source_prompt is missing: say what the image of --edit shows")
     check_prompts([options.source_prompt])
     if len(options.prompt or ()) != 1 or options.prompts is not None or options.interactive:
-        raise UsageError("--edit takes one --prompt: what the picture shall become")
+        raise UsageError("--edit takes one --prompt: what the image shall become")
     if options.method != "euler" or options.trajectory:
         raise UsageError("--edit goes neither with --method=heun nor with --trajectory")
     if (options.height is None) != (options.width is None):
-        raise UsageError("--edit takes both of --height and --width, or the size of the picture")
+        raise UsageError("--edit takes both of --height and --width, or the size of the image")
     try:
         make_plan(options.steps, options.skip, options.plain, options.average)
     except ValueError as error:

@@ -89,7 +89,7 @@ def _first_state(settings):
 
 
 def noisy_state(assembly, seed=0):
-    """A state with no weight at zero, and averages that differ from the weights and from each other."""
+    """A state with no weight at zero, and EMAs that differ from the weights and from each other."""
     one = dataclasses.replace(assembly.settings.mesh, data=1, fsdp=1, tensor=1)
     # A copy, for the state is donated to steps and device arrays may be views of host arrays.
     state = host_copy(_first_state(dataclasses.replace(assembly.settings, mesh=one)))

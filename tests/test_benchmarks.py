@@ -115,7 +115,7 @@ def test_a_variant_is_a_run_and_a_row_of_its_own(tmp_path, monkeypatch, capsys):
 def test_a_student_learns_from_the_flow_run_of_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_objectives, "RESULTS", tmp_path)
     run = compare_objectives.Run("digits", "distill-rolled", "data.limit=10", 600, 3, teacher_steps=50)
-    with pytest.raises(UsageError, match=r"50-flow-seed3, which is not there: make it with"):
+    with pytest.raises(UsageError, match=r"50-flow-seed3, which is not found: make it with"):
         compare_objectives.teacher_of(run, tmp_path)
     (tmp_path / "digits" / "50-flow-seed3" / "checkpoints").mkdir(parents=True)
     assert compare_objectives.teacher_of(run, tmp_path) == tmp_path / "digits" / "50-flow-seed3"

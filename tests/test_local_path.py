@@ -82,4 +82,4 @@ def test_what_looks_like_a_name_on_the_hub_is_told_with_how_to_download_it(tmp_p
         with pytest.raises(SystemExit):
             cli.run(main, ["x", *argv])
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert f"{flux} is not there: nothing is downloaded; if it is a model" in line
+        assert f"{flux} is not found: nothing is downloaded; if it is a model" in line

@@ -59,7 +59,7 @@ def mark_stderr() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """Where the disk is full, the log cannot be written either: that is told in a line, once."""
+    """Where the disk is full, the log cannot be written either: that is reported in a line, once."""
 
     told = False
 
@@ -75,7 +75,7 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def process_log() -> Iterator[Callable[[Path], None]]:
-    """Logs this process in a workdir, whose name is told later by calling what this yields.
+    """Logs this process in a workdir, whose name comes later, by calling what this yields.
 
     Nothing is written before that, and what was logged until then comes first. Everything of ours is logged, and
     warnings of libraries, and with its traceback whatever leaves the block. Where the file cannot be opened or written,

@@ -124,7 +124,7 @@ class Peers:
 
     def _line(self, verdict: str) -> str:
         return (
-            f"\nprocess {self._index} stops: {verdict}; the same command goes on from the last checkpoint "
+            f"\nprocess {self._index} stops: {verdict}; rerun the same command to resume from the last checkpoint "
             f"(exit code {LOST})"
         )
 

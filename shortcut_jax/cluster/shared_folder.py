@@ -21,7 +21,7 @@ def check_folder(folder: Path, flag: str = "--workdir", patience: float = PATIEN
     """Makes a folder if need be, writes into it from every process, and looks whether all see the file of process 0.
 
     Raises:
-      FolderError: it cannot be written to, or it is not shared. Other processes are told by the mains.
+      FolderError: it cannot be written to, or it is not shared. The commands notify the other processes.
     """
     token = f".token-{secrets.token_hex(8)}"
     try:

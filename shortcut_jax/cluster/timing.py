@@ -23,7 +23,7 @@ OTHER_KINDS = {
     "profiling": "starting and writing profiles",
     "reporting": "judging and reporting",
 }
-"""Kinds that are no training steps, with what is told of them. They are also states of a run."""
+"""Kinds that are no training steps, with what is reported of them. They are also states of a run."""
 
 
 class Stopwatch:

@@ -178,7 +178,7 @@ def _check_guidance(s: Settings, model: FluxConfig) -> None:
     if s.guide == "told":
         require(
             model.guidance or not s.guidance,
-            f"guidance is {s.guidance}, but {s.model.preset} has no guidance embedding to be told it: set guidance=(), "
+            f"guidance is {s.guidance}, but {s.model.preset} has no guidance embedding to take it: set guidance=(), "
             f"or guide=both for classifier-free guidance in student and targets, or guide=teacher with "
             f"model.guidance=true to distil it into an embedding",
         )

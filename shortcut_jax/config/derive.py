@@ -1,4 +1,4 @@
-"""What settings mean on devices: the network, the mesh, the global batch, what a step is told."""
+"""What settings mean on devices: the network, the mesh, the global batch, what a step is conditioned on."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from shortcut_jax.steps.objectives import OBJECTIVES, ObjectiveSettings, row_gro
 from shortcut_jax.steps.train_step import StepSettings
 
 EMBEDDED_GUIDANCE = (0.0, 7.5)
-"""The range that models with a guidance embedding are told by default, as published for FLUX.1 dev."""
+"""The range that models with a guidance embedding are conditioned on by default, as published for FLUX.1 dev."""
 
 
 def model_config(s: Settings, platform: str, check_backend: bool = True) -> FluxConfig:
@@ -123,7 +123,7 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
 
 
 def sampling_start(s: Settings) -> float:
-    """The time at which many sampling steps begin: 1 where no row is asked a step, or the network is told its size."""
+    """The time at which many sampling steps begin; 1 without self rows, or where the network has a step-size input."""
     row = OBJECTIVES[s.objective]
     return s.multistep_start if row.distils and s.rows.distilled and not row.needs_step_size else 1.0
 

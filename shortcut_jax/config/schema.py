@@ -87,7 +87,7 @@ class MeshSettings:
 
     Attributes:
       data: copies of the weights, across nodes where there are several (hybrid sharding with fsdp inside each).
-      fsdp: shards of weights, moments and averages.
+      fsdp: shards of weights, moments and EMAs.
       tensor: shards of heads and MLP width.
       min_shard: layers with fewer values are not split over fsdp.
     """
@@ -129,7 +129,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """The loss on held-out pictures: plain flow matching at fixed times with fixed noise.
+    """The loss on held-out images: plain flow matching at fixed times with fixed noise.
 
     Attributes:
       every: steps between validations, the last step included; 0 means never.
@@ -177,7 +177,7 @@ class Settings:
       batch_per_device: rows a step for each device along the mesh axes data and fsdp.
       accumulate: micro-batches a step.
       rows: rows of each kind in each group of consecutive rows (all objectives but flow).
-      rolled_steps: steps of the slow average from noise to where a rolled row begins.
+      rolled_steps: steps of the slow EMA from noise to where a rolled row begins.
       student_steps: student step counts that self rows train (scfm, shortcut).
       student_weights: how often each of them is drawn; empty means equally often.
       one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
@@ -191,7 +191,7 @@ class Settings:
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
       guide: where it enters: told, both, teacher or targets (see `steps.networks.GUIDES`).
-      max_skipped: skipped steps (not finite, or spikes) in a row that are borne; one more stops the run.
+      max_skipped: skipped steps (not finite, or spikes) in a row that are tolerated; one more stops the run.
       grad_reduce_dtype: dtype in which weight gradients are added up between devices.
       log_every: steps between lines of metrics.
       sample_every: steps between sample grids; 0 means at the end only.
@@ -363,7 +363,7 @@ def complete(stored: dict[str, Any]) -> dict[str, Any]:
       ConfigError: a value stands where there have to be several.
     """
     _check_tables(stored, to_dict(Settings()), "")
-    if "ema" in stored:  # a rule of former versions that restarted the averages by itself
+    if "ema" in stored:  # a rule of former versions that restarted the EMAs by itself
         kept = {k: v for k, v in stored["ema"].items() if k not in ("restart_auto", "restart_ratio")}
         stored = {**stored, "ema": kept}
     if "guide" not in stored:  # Older than post-training: no rows had a teacher, and all configs had a guidance range.

@@ -181,7 +181,7 @@ def check_format(job: Job, form: str) -> None:
     """Raises UsageError for what a format cannot hold."""
     judges = [kind for kind in job.models if kind in JUDGES]
     if judges and form != "orbax":
-        raise UsageError(f"{', '.join(judges)} judges pictures and is no part of a pipeline: use --format=orbax")
+        raise UsageError(f"{', '.join(judges)} judges images and is no part of a pipeline: use --format=orbax")
     if job.lora and form == "bfl":
         raise UsageError("a LoRA is written as --format=diffusers (PEFT's names), comfy (kohya's names) or orbax")
     network = job.models.get("flux")

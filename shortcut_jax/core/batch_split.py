@@ -27,7 +27,7 @@ class RowGroup:
     Attributes:
       self_rows: self-distilled rows; with a teacher, a share of them, drawn anew each step, learns from it instead.
       flow_rows: flow-matching rows.
-      rolled_rows: as self rows, from points that the slow average reaches from noise in place of noised images.
+      rolled_rows: as self rows, from points that the slow EMA reaches from noise in place of noised images.
     """
 
     self_rows: int = 1

@@ -15,16 +15,16 @@ from shortcut_jax.core.types import Array
 
 @dataclass(frozen=True)
 class EmaSettings:
-    """Decays of both averages, and when they are restarted, that is set to the weights.
+    """Decays of both EMAs, and when they are restarted, that is set to the weights.
 
     Attributes:
-      fast: decay of the fast average.
-      slow: decay of the slow average.
+      fast: decay of the fast EMA.
+      slow: decay of the slow EMA.
       warmup: limits the decay after n updates to (1 + n) / (10 + n), so that early weights are forgotten sooner.
-      warmup_ratio: how many times sooner the fast average forgets than the slow one during the warm-up: its decay is
-        limited to (1 + n) / (1 + 9 ratio + n). With 1 the two are one average until the limit reaches `fast`, which is
+      warmup_ratio: how many times sooner the fast EMA forgets than the slow one during the warm-up: its decay is
+        limited to (1 + n) / (1 + 9 ratio + n). With 1 the two are one EMA until the limit reaches `fast`, which is
         update 890 for 0.99.
-      dual: whether there are two averages; else the fast one has the slow decay and both are the same.
+      dual: whether there are two EMAs; else the fast one has the slow decay and both are the same.
       restart_every: restart every that many optimizer steps; 0 means never.
     """
 
@@ -37,14 +37,14 @@ class EmaSettings:
 
 
 class DualEma(NamedTuple):
-    """The fast and the slow average, each of the shape of the weights."""
+    """The fast and the slow EMA, each of the shape of the weights."""
 
     fast: Any
     slow: Any
 
 
 def init_ema(params: Any) -> DualEma:
-    """Both averages as float32 copies of the weights."""
+    """Both EMAs as float32 copies of the weights."""
     # Two separate copies: donated buffers must not alias.
     return DualEma(*(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) for _ in range(2)))
 
@@ -57,7 +57,7 @@ def decay_at(decay: float, num_updates: Array, warmup: bool, ratio: float = 1.0)
 
 
 def _decays(num_updates: Array, settings: EmaSettings) -> tuple[Array, Array]:
-    """Of the fast and of the slow average."""
+    """Of the fast and of the slow EMA."""
     slow = decay_at(settings.slow, num_updates, settings.warmup)
     if not settings.dual:
         return slow, slow
@@ -71,7 +71,7 @@ def average(ema: Any, params: Any, decay: Array | float) -> Any:
 
 
 def update_ema(ema: DualEma, params: Any, num_updates: Array, settings: EmaSettings) -> DualEma:
-    """Both averages after one optimizer step.
+    """Both EMAs after one optimizer step.
 
     Args:
       ema: averages before the step.

@@ -74,7 +74,7 @@ def integrate(
       x_BNC: the state at `times[0]`.
       times: decreasing times, shape [S + 1]; entries after `num_steps` are ignored.
       num_steps: how many steps to take, at most S.
-      step_sizes: what a model with a step-size input is told at each step, shape [S]; None for other models.
+      step_sizes: what a model with a step-size input is conditioned on at each step, shape [S]; None for other models.
       method: of `METHODS`.
     """
     step = _stepper(velocity, times, num_steps, step_sizes, method)

@@ -1,8 +1,8 @@
 """Targets of self-distillation: SCFM, shortcut models, alpha-Flow and MeanFlow.
 
 The first two replace one large step by the composition of smaller ones: SCFM (arXiv 2510.17858) asks it of the
-velocity field itself, a shortcut model (arXiv 2410.12557) tells the network the step size. The other two learn the
-average velocity over an interval from the velocity at its start, by a step of finite length (alpha-Flow, arXiv
+velocity field itself, a shortcut model (arXiv 2410.12557) conditions the network on the step size. The other two learn
+the average velocity over an interval from the velocity at its start, by a step of finite length (alpha-Flow, arXiv
 2510.20771) or by the derivative along the path (MeanFlow, arXiv 2505.13447).
 """
 
@@ -46,9 +46,9 @@ def scfm_target(x_BNC: Array, times_BJ: Array, first: Velocity, slow: Velocity) 
 def shortcut_target(
     x_BNC: Array, times_BJ: Array, count_B: Array, velocity: StepVelocity, steps: StudentSteps
 ) -> Array:
-    """The shortcut model's target: J smaller steps by the EMA network, each told its own step size.
+    """The shortcut model's target: J smaller steps by the EMA network, each conditioned on its own step size.
 
-    Where no row trains the smaller step (J m is not a student step count), the network is told d = 0, the
+    Where no row trains the smaller step (J m is not a student step count), the network is conditioned on d = 0, the
     instantaneous velocity, as the original does at its finest level.
     """
     chex.assert_shape(count_B, x_BNC.shape[:1])

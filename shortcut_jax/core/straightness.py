@@ -33,7 +33,7 @@ def measure_path(velocity: StepVelocity, noise_BNC: Array, times: Array) -> Path
     """Follows Euler's path from noise and measures the field on it.
 
     Args:
-      velocity: v(x, t, d). On the path d is 0; steps that are compared tell their own sizes.
+      velocity: v(x, t, d). On the path d is 0; steps that are compared are conditioned on their own sizes.
       noise_BNC: the state at `times[0]`.
       times: decreasing, [PATH_STEPS + 1].
     """

@@ -1,4 +1,4 @@
-"""Buckets: the sizes that pictures are brought to, and which of them a picture goes to."""
+"""Buckets: the sizes that images are brought to, and which of them an image goes to."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def parse_buckets(text: str, resolution: int, multiple: int = 16) -> tuple[Size,
     Args:
       text: `square` (one, resolution x resolution); `aspect` (see `aspect_buckets`); `published` (the 33 aspect ratio
         bins of PixArt-alpha, 1:4 to 4:1, for a resolution of 256, 512 or 1024); or sizes, HEIGHTxWIDTH,HEIGHTxWIDTH.
-      resolution: side of the square whose area the pictures have; sizes that are written out do not depend on it.
+      resolution: side of the square whose area the images have; sizes that are written out do not depend on it.
       multiple: what heights and widths are multiples of.
 
     Raises:
@@ -66,7 +66,7 @@ def aspect_buckets(resolution: int, multiple: int = 16) -> tuple[Size, ...]:
 def nearest(buckets: Sequence[Size], height: int, width: int) -> int:
     """Index of the bucket whose aspect ratio is nearest, by the logarithm of the ratio.
 
-    Among equally near ones: the largest that the picture covers, or else the smallest; then the first.
+    Among equally near ones: the largest that the image covers, or else the smallest; then the first.
     """
     aspect = math.log(height / width)
 

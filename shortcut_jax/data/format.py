@@ -3,7 +3,7 @@
 A set is a folder that TFDS opens (`tfds.builder_from_directory`): ArrayRecord shards without compression, read as fast
 as the disk gives them, beside `dataset_info.json` and `features.json`. Four files are ours: `set.json` says what the
 set is, `index.npz` which bucket each record is in, `prompts.safetensors` holds the text states of the empty caption and
-of the prompts that pictures are drawn for, and `skipped.jsonl` tells what was left out. A folder with a `set.json` is
+of the prompts that images are drawn for, and `skipped.jsonl` tells what was left out. A folder with a `set.json` is
 complete: it gets its name only when everything is in it.
 """
 
@@ -28,7 +28,7 @@ from shortcut_jax.errors import DataError
 FORMAT_VERSION = 1
 INFO, INDEX, PROMPTS, SKIPPED = "set.json", "index.npz", "prompts.safetensors", "skipped.jsonl"
 VAE = "vae"
-"""Folder of the autoencoder of a set of latents, as diffusers writes it: pictures are drawn with nothing else."""
+"""Folder of the autoencoder of a set of latents, as diffusers writes it: images are drawn with nothing else."""
 
 TEXT_DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float8": ml_dtypes.float8_e4m3fn}
 SPLITS = ("train", "validation")
@@ -83,12 +83,12 @@ class SetInfo:
     """What a set is (`set.json`).
 
     Attributes:
-      store: `pixels`, `latents`, or `captions` without pictures.
-      buckets: the sizes of its pictures; a record is of exactly one of them. Of captions alone (1, 1).
+      store: `pixels`, `latents`, or `captions` without images.
+      buckets: the sizes of its images; a record is of exactly one of them. Of captions alone (1, 1).
       counts: split -> records in each bucket.
       request: the arguments that it was made with, as they are compared when it is made again.
       skipped: reason -> records left out.
-      enlarged: pictures that were smaller than their bucket.
+      enlarged: images that were smaller than their bucket.
       unused: what else the source had, of which nothing was made -> how many.
       text: of a set with text states.
       latents: of a set of latents, or those that are sampled for the captions of one.
@@ -142,9 +142,9 @@ class Shard(NamedTuple):
 def set_features(store: str, text: TextInfo | None = None, latents: LatentInfo | None = None) -> Any:
     """The fields of a record, as TFDS features.
 
-    `key`, `caption`, and the `height` and `width` that the picture had before it was resized; then `image` (an encoded
-    picture), or `mean` and `std` [h, w, c] float16 of the latents' Gaussian, `txt` [M, T] (trimmed: [length, T]),
-    `txt_exponent` (what is stored is txt / 2^exponent) and `vec` [V] float32. Captions alone have nothing of a picture.
+    `key`, `caption`, and the `height` and `width` that the image had before it was resized; then `image` (an encoded
+    image), or `mean` and `std` [h, w, c] float16 of the latents' Gaussian, `txt` [M, T] (trimmed: [length, T]),
+    `txt_exponent` (what is stored is txt / 2^exponent) and `vec` [V] float32. Captions alone have nothing of an image.
     """
     from tensorflow_datasets import features as tf
 
@@ -289,7 +289,7 @@ class PreparedSet:
         self.info = read_info(self.folder)
 
     def records(self, split: str, decode: bool = True) -> Sequence[dict[str, Any]]:
-        """The records of a split, read by index; `decode=False` leaves pictures encoded.
+        """The records of a split, read by index; `decode=False` leaves images encoded.
 
         Raises:
           DataError: there is no such split, or its files are damaged or tell different things.

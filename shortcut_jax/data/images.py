@@ -1,4 +1,4 @@
-"""Pictures as they come: decoded to 8-bit RGB or refused with a reason, and brought to the size of a bucket.
+"""Images as they come: decoded to 8-bit RGB or refused with a reason, and brought to the size of a bucket.
 
 Converted, because 8-bit RGB shows what they show: grey, palettes, CMYK, 16 bits (the upper eight are kept) and
 transparency (on white). Turned as their EXIF orientation says. Colour profiles are not applied. Refused: what moves
@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """Of the names of image files, in every kind of source."""
 MAX_PIXELS = 89_478_485
-"""A larger picture is refused from its header: 256 MiB decoded, where PIL starts to warn."""
+"""A larger image is refused from its header: 256 MiB decoded, where PIL starts to warn."""
 MAX_BYTES = 2**28
 """A larger file is not read."""
 
@@ -35,7 +35,7 @@ _TRANSPOSED = {
 }
 
 
-class BadImage(ValueError):  # noqa: N818  (the picture is bad, the program is well)
+class BadImage(ValueError):  # noqa: N818  (the image is bad, the program is well)
     """An image that is left out: `reason`, such as `truncated` or `missing file`, and `detail` in words."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -47,7 +47,7 @@ def read_image(path: Path) -> bytes:
     """The bytes of an image file.
 
     Raises:
-      BadImage: it is not there, cannot be read, is too large, or is a FIFO or a device, which might never end.
+      BadImage: it is not found, cannot be read, is too large, or is a FIFO or a device, which might never end.
     """
     try:
         found = path.stat()
@@ -68,7 +68,7 @@ def kind_of(mode: int) -> str:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded picture as an 8-bit RGB image, upright.
+    """An encoded image as an 8-bit RGB image, upright.
 
     Raises:
       BadImage: it has to be left out.
@@ -98,9 +98,9 @@ def decode(data: bytes) -> Image.Image:
 
 
 def fit(image: Image.Image, size: Size) -> tuple[np.ndarray, bool]:
-    """Pixels [h, w, 3] uint8 of a bucket, and whether the picture had to be enlarged for it.
+    """Pixels [h, w, 3] uint8 of a bucket, and whether the image had to be enlarged for it.
 
-    Resized (Lanczos) so that it just covers the bucket, and cut to its middle; a picture whose height or width fits
+    Resized (Lanczos) so that it just covers the bucket, and cut to its middle; an image whose height or width fits
     already and whose other side is longer is only cut, and one of that very size stays as it is.
     """
     height, width = size
@@ -134,7 +134,7 @@ def _check_header(image: Image.Image) -> None:
         raise BadImage("empty", f"{height} x {width} pixels")
     if width * height > MAX_PIXELS:
         raise BadImage("gigantic", f"{height} x {width} pixels")
-    # The further pictures of an MPO, which many cameras write, are thumbnails or other views.
+    # The further images of an MPO, which many cameras write, are thumbnails or other views.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise BadImage("animated", f"{frames} frames")
@@ -155,7 +155,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # damaged notes beside a sound picture
+    except Exception:  # damaged notes beside a sound image
         return 1
 
 

@@ -40,7 +40,7 @@ class Draw(NamedTuple):
       set: of the run's sets.
       record: of the set.
       drop: whether the caption is replaced by the empty one.
-      flip: whether the picture is mirrored.
+      flip: whether the image is mirrored.
       seed: of the noise that draws latents from their Gaussian.
     """
 
@@ -209,7 +209,7 @@ class RowMaker:
 
 
 def draw_latents(mean_hwc: np.ndarray, std_hwc: np.ndarray, seed: int, info: LatentInfo) -> np.ndarray:
-    """Latents as the network sees them, float32, drawn from the Gaussian that the autoencoder gives a picture."""
+    """Latents as the network sees them, float32, drawn from the Gaussian that the autoencoder gives an image."""
     random = np.random.Generator(np.random.SFC64(seed))
     noise_hwc = random.standard_normal(mean_hwc.shape, np.float32)
     noise_hwc *= std_hwc

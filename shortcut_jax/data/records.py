@@ -1,4 +1,4 @@
-"""What a run reads: its settings, where the sets lie, and pictures as latents and back."""
+"""What a run reads: its settings, where the sets lie, and images as latents and back."""
 
 import os
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class DataSettings:
       split: the split that is trained on.
       store: `pixels` (images are the latents themselves), `latents` (of an autoencoder, prepared beforehand), or
         `captions` (of any set, whose images are not looked at).
-      height: rows of a picture in pixels; of the sample grids, where a set has buckets of several sizes.
+      height: rows of an image in pixels; of the sample grids, where a set has buckets of several sizes.
       width: columns of it in pixels.
       stride: pixels a latent, along each side: of the autoencoder (8 by default, as FLUX.1's), or of the blocks that
         are folded into channels in a set of pixels (1).
@@ -37,7 +37,7 @@ class DataSettings:
       text_tokens: M; longer captions are cut.
       text_states: `full` or `trimmed` (see `data.format.TextInfo`), of stored states.
       caption_dropout: probability of replacing a caption by the empty one.
-      flip: probability of mirroring a picture left to right, of a set of pixels.
+      flip: probability of mirroring an image left to right, of a set of pixels.
       limit: records of a split that are trained on, from its beginning; 0 means all.
       threads: threads that read batches.
       workers: processes that read batches; 0 means this one.
@@ -72,7 +72,7 @@ def stride_of(settings: DataSettings) -> int:
 
 
 def latent_size(settings: DataSettings, size: Size | None = None) -> tuple[int, int]:
-    """Rows and columns of the latents of a picture; of `height` x `width` by default."""
+    """Rows and columns of the latents of an image; of `height` x `width` by default."""
     height, width = size or (settings.height, settings.width)
     return height // stride_of(settings), width // stride_of(settings)
 
@@ -130,7 +130,7 @@ def check_present(settings: DataSettings, name: str) -> None:
     unfinished = folder.with_name(f".{folder.name}.partial").exists()
     raise DataError(
         f"the data set {name!r} is not prepared: {folder} "
-        + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not there. ")
+        + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not found. ")
         + (
             "Write a text file with a caption a line, or prepare a set (of --store=captions, or of images); "
             if settings.store == "captions"
@@ -204,7 +204,7 @@ def _open_builder(settings: DataSettings, name: str) -> Any:
 
 
 def in_memory(records: Sequence[dict[str, Any]], num_bytes: int) -> Sequence[dict[str, Any]]:
-    """Decodes a small set of pictures of `num_bytes` each once and for all; a large one is left as it is."""
+    """Decodes a small set of images of `num_bytes` each once and for all; a large one is left as it is."""
     return [records[i] for i in range(len(records))] if len(records) * num_bytes < 2**28 else records
 
 

@@ -80,7 +80,7 @@ def _open_plain(settings: DataSettings, name: str) -> OpenSet:
 
 
 def _open_captions(settings: DataSettings, name: str) -> OpenSet:
-    """The captions of any set, or of a text file, all of the one size that pictures are sampled in."""
+    """The captions of any set, or of a text file, all of the one size that images are sampled in."""
     folder, prepared = data_folder(settings, name), None
     if is_text(settings, name):
         if settings.text_encoder == "stored":
@@ -172,7 +172,7 @@ class TrainingData:
         return prepared.prompts() if prepared and prepared.info.text else {}
 
     def captions(self, num: int) -> list[str]:
-        """Captions to draw pictures for: the set's own prompts, or those of its first `num` records."""
+        """Captions to draw images for: the set's own prompts, or those of its first `num` records."""
         info, records = self.info, self.sets[0].records
         if info and info.eval_prompts:
             return list(info.eval_prompts)

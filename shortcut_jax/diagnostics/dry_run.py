@@ -27,7 +27,7 @@ def run(settings: Settings, target: str | None, limit_gb: float | None, explaine
       settings: of the run.
       target: devices that need not be there (see `runtime.aot_targets`); None for those that are there.
       limit_gb: memory of a device in 1e9 bytes, or None.
-      explained: whether every collective is told, with what it moves and what runs beside it.
+      explained: whether every collective is reported, with what it moves and what runs beside it.
 
     Returns:
       0, or 1 where a device would need more than the limit.
@@ -102,7 +102,7 @@ def _print_program(assembly: Assembly, memory: Any, partitioned: str | None, pro
 def expected_temporaries(assembly: Assembly) -> dict[str, float]:
     """Bytes of a device that a step needs beside its arguments, by arithmetic: what has to be there at least.
 
-    Residuals are those that the rematerialisation policy keeps for the backward pass (none are told for `none`, which
+    Residuals are those that the rematerialisation policy keeps for the backward pass (none for `none`, which
     leaves the choice to the compiler).
     """
     cfg, s, mesh = assembly.model, assembly.settings, assembly.mesh_shape

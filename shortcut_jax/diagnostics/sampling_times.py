@@ -1,6 +1,6 @@
 """Sampling times: `python -m shortcut_jax.bench --config=A --sample [--batches=1,64] [--counts=1,4,32] [--turns=7]`.
 
-From captions to pictures, on random weights. All step counts of a batch size run one compiled program; they are timed
+From captions to images, on random weights. All step counts of a batch size run one compiled program; they are timed
 in turn, so that their ratios hold where a lone time would not.
 """
 
@@ -28,7 +28,7 @@ class Timed(NamedTuple):
     """One batch size.
 
     Attributes:
-      batch: pictures sampled at once.
+      batch: images sampled at once.
       compiling: seconds.
       seconds: of a batch: step count -> one each turn.
       fixed: seconds of what no step count changes: captions, placing, noise, decoding; one each turn.

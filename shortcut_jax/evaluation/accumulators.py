@@ -1,4 +1,4 @@
-"""What is kept of the pictures of one cell of an evaluation: sums and a bounded sample, in a file that survives."""
+"""What is kept of the images of one cell of an evaluation: sums and a bounded sample, in a file that survives."""
 
 import os
 from pathlib import Path
@@ -27,14 +27,14 @@ SUMS = ("classified", "labelled", "clip", "clip_squares", "captioned", "seconds"
 
 
 class Tally(NamedTuple):
-    """Of the first `done` pictures of a cell.
+    """Of the first `done` images of a cell.
 
     Attributes:
       moments: of their features.
       reservoir: a sample of their features that depends on their numbers only.
       sums: see `SUMS`.
       done: how many there were.
-      pixels: moments of the pictures themselves, where they are asked for; else of no values.
+      pixels: moments of the images themselves, where they are asked for; else of no values.
     """
 
     moments: Moments
@@ -45,7 +45,7 @@ class Tally(NamedTuple):
 
 
 def no_tally(size: int, pixels: int = 0) -> Tally:
-    """Of no pictures, features of `size` values, and of `pixels` values of a picture."""
+    """Of no images, features of `size` values, and of `pixels` values of an image."""
     return Tally(no_moments(size), no_reservoir(RESERVOIR, size), dict.fromkeys(SUMS, 0.0), 0, no_moments(pixels))
 
 
@@ -57,7 +57,7 @@ def add(
     done: int,
     pixels: np.ndarray | None = None,
 ) -> Tally:
-    """With pictures `indices` [S], their features [S, F], sums and pixels [S, P]; `done` pictures are then known."""
+    """With images `indices` [S], their features [S, F], sums and pixels [S, P]; `done` images are then known."""
     return Tally(
         add_moments(tally.moments, features),
         add_to_reservoir(tally.reservoir, indices, features, RESERVOIR_SEED),
@@ -68,7 +68,7 @@ def add(
 
 
 def merge(parts: list[Tally]) -> Tally:
-    """One of several that have seen different pictures; all know of as many as done."""
+    """One of several that have seen different images; all know of as many as done."""
     whole = parts[0]
     for part in parts[1:]:
         moments = merge_moments(whole.moments, part.moments)

@@ -1,4 +1,4 @@
-"""Captions that pictures are made for, and the set of captioned pictures that they come from."""
+"""Captions that images are made for, and the set of captioned images that they come from."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from shortcut_jax.run.check_data import check_data
 
 
 class Asked(NamedTuple):
-    """Captions that pictures are made for.
+    """Captions that images are made for.
 
     Attributes:
       captions: as text.
@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 
 
 class CaptionedSet:
-    """The pictures and captions of a run's training set that have the size of its samples.
+    """The images and captions of a run's training set that have the size of its samples.
 
     Attributes:
       records: all of the set, in storage order.
@@ -38,7 +38,7 @@ class CaptionedSet:
     """
 
     def __init__(self, pipeline: Pipeline, settings: DataSettings):
-        """Opens the set. Raises DataError where it is not there, ConfigError where it is not the run's."""
+        """Opens the set. Raises DataError where it is not found, ConfigError where it is not the run's."""
         self._data = TrainingData(settings)
         check_data(pipeline.settings, pipeline.assembly.model, self._data)
         size = settings.height, settings.width
@@ -66,7 +66,7 @@ class CaptionedSet:
         return Asked(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
 
     def labelled(self, most: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Pictures [S, h, w, c], the class of each [S], and how many classes there are; of at most `most` images.
+        """Images [S, h, w, c], the class of each [S], and how many classes there are; of at most `most` images.
 
         Classes are labels, or captions where the set has none: `ask` tells them from then on.
         """
@@ -84,7 +84,7 @@ class CaptionedSet:
         return np.array([self._classes.get(r["caption"], -1) for r in records]) if self._classes else None
 
     def pictures(self, indices: Sequence[int]) -> np.ndarray:
-        """Pictures of the set, uint8, as the run sees them: those of latents are decoded.
+        """Images of the set, uint8, as the run sees them: those of latents are decoded.
 
         Raises:
           ConfigError: it has captions alone.

@@ -191,7 +191,7 @@ def write_report(
     pictures: Sequence[str],
     unjudged: str = "",
 ) -> None:
-    """Writes `report.md`: the table, how it was measured, where the time went, the pictures.
+    """Writes `report.md`: the table, how it was measured, where the time went, the images.
 
     Without scores `unjudged` says why there is no table.
     """

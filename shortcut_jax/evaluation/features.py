@@ -1,4 +1,4 @@
-"""Pictures and texts as features: InceptionV3, CLIP, and what stands in where their weights are absent.
+"""Images and texts as features: InceptionV3, CLIP, and what stands in where their weights are absent.
 
 Everything is computed in float32, on accelerators too: they would round the factors of products by default, and
 measures that others compare with are not to depend on the device.
@@ -24,10 +24,10 @@ from shortcut_jax.models.inception import SIDE, InceptionV3
 from shortcut_jax.sources.models import Model, open_models
 
 MAX_PIXELS = 4096
-"""Values of a picture whose pixels serve as features: their covariance has the square of that."""
+"""Values of an image whose pixels serve as features: their covariance has the square of that."""
 
 ROWS_AT_ONCE = 32
-"""Pictures or texts that one device takes together."""
+"""Images or texts that one device takes together."""
 
 _SOURCES = {
     "inception": ("the InceptionV3 of FID", "pt_inception-2015-12-05-6726825d.safetensors"),
@@ -37,11 +37,11 @@ _SOURCES = {
 
 
 class Features(NamedTuple):
-    """A function from pictures, uint8 [B, h, w, 3] or [B, h, w, 1], to features [B, size], float32.
+    """A function from images, uint8 [B, h, w, 3] or [B, h, w, 1], to features [B, size], float32.
 
     Attributes:
       name: what the Frechet distance on them is called: `FID` for InceptionV3 alone.
-      size: features of a picture.
+      size: features of an image.
       function: computes them.
     """
 
@@ -50,7 +50,7 @@ class Features(NamedTuple):
     function: Callable[[np.ndarray], np.ndarray]
 
     def __call__(self, pictures_BhwC: np.ndarray) -> np.ndarray:
-        """The features of pictures."""
+        """The features of images."""
         return self.function(pictures_BhwC)
 
 
@@ -65,22 +65,22 @@ def inception(folder: str | Path, resize: str = "clean") -> Features:
 
 
 def pixels(shape: Sequence[int]) -> Features:
-    """Pixels in [-1, 1] of pictures of one shape [h, w, C].
+    """Pixels in [-1, 1] of images of one shape [h, w, C].
 
     Raises:
-      UsageError: a picture has more than `MAX_PIXELS` values.
+      UsageError: an image has more than `MAX_PIXELS` values.
     """
     height, width, channels = shape
     size = height * width * channels
     if size > MAX_PIXELS:
         raise UsageError(
-            f"pictures of {height} x {width} x {channels} have {size} values, but pixels serve as features up to "
+            f"images of {height} x {width} x {channels} have {size} values, but pixels serve as features up to "
             f"{MAX_PIXELS}: take a random network, or convert InceptionV3"
         )
 
     def flat(pictures_BhwC: np.ndarray) -> np.ndarray:
         if pictures_BhwC.shape[1:] != tuple(shape):
-            raise ValueError(f"pictures are {list(pictures_BhwC.shape[1:])}, not {list(shape)}")
+            raise ValueError(f"images are {list(pictures_BhwC.shape[1:])}, not {list(shape)}")
         return to_latents(pictures_BhwC).reshape(len(pictures_BhwC), size)
 
     return Features("Frechet distance (pixels)", size, flat)
@@ -95,7 +95,7 @@ def random_network(seed: int = 0, size: int = 128) -> Features:
 
 
 class ClipEmbeddings:
-    """Pictures and texts in the joint space of CLIP, on a mesh.
+    """Images and texts in the joint space of CLIP, on a mesh.
 
     Attributes:
       size: E.
@@ -119,7 +119,7 @@ class ClipEmbeddings:
         return self._tokenizer(list(texts), min(self._tokenizer.max_tokens, self._config.max_tokens))
 
     def images(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """Pictures [h, w, 3 or 1], uint8, of any sizes -> [B, E], float32, not normalised."""
+        """Images [h, w, 3 or 1], uint8, of any sizes -> [B, E], float32, not normalised."""
         return self._images(pictures)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -132,7 +132,7 @@ class ClipEmbeddings:
 
 
 def load_clip(folder: str | Path) -> ClipEmbeddings:
-    """CLIP for scores of pictures against texts.
+    """CLIP for scores of images against texts.
 
     Args:
       folder: converted from a whole CLIP, with its tokenizer.
@@ -160,7 +160,7 @@ def _advice(kind: str) -> str:
 def _open(folder: Path, kind: str) -> Model:
     name = _SOURCES[kind][0]
     if not folder.exists():
-        raise ConvertedError(f"{folder}, {name}, is not there: {_advice(kind)}")
+        raise ConvertedError(f"{folder}, {name}, is not found: {_advice(kind)}")
     model = next((m for m in open_models(folder) if m.kind == kind), None)
     if model is None:
         raise ConvertedError(f"{folder} does not hold {name}: {_advice(kind)}")

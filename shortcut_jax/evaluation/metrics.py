@@ -1,4 +1,4 @@
-"""From tallies to figures: distances to the real pictures, to the teacher, and what goes with them.
+"""From tallies to figures: distances to the real images, to the teacher, and what goes with them.
 
 Beside a figure `x` stands its standard error `x_std` where one is known: what another seed would change it by. Of KID
 `kid_std` is the deviation between its subsets, as the field reports it, and `kid_error` the standard error.
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
     Attributes:
       label: of the weights, among all that are judged.
       steps: sampling steps.
-      images: pictures.
+      images: images.
     """
 
     label: str

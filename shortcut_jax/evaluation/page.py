@@ -1,4 +1,4 @@
-"""`evaluation.html`: tables, curves and pictures in one file that needs neither network nor JavaScript."""
+"""`evaluation.html`: tables, curves and images in one file that needs neither network nor JavaScript."""
 
 import base64
 import html
@@ -257,7 +257,7 @@ def path_section(paths: dict[str, Any], times: Sequence[float]) -> str:
 
 
 def picture(image: Image.Image, alt: str) -> str:
-    """A picture inside the page."""
+    """An image inside the page."""
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     data = base64.b64encode(out.getvalue()).decode("ascii")

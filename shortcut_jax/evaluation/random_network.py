@@ -1,4 +1,4 @@
-"""A small convolutional network with fixed random weights, whose features tell sets of pictures apart.
+"""A small convolutional network with fixed random weights, whose features tell sets of images apart.
 
 Untrained features see colour, contrast and texture, not objects: a distance on them is no FID and is never called so.
 """
@@ -41,7 +41,7 @@ def random_weights(seed: int, size: int) -> RandomWeights:
 
 
 def random_features(weights: RandomWeights, x_BhwC: Array) -> Array:
-    """Pictures [B, h, w, 3] in [-1, 1], of any size -> features [B, size]: the mean of every channel of every layer."""
+    """Images [B, h, w, 3] in [-1, 1], of any size -> features [B, size]: the mean of every channel of every layer."""
     pooled = []
     for kernel, bias in zip(weights.kernels, weights.biases, strict=True):
         dimensions = ("NHWC", "HWIO", "NHWC")

@@ -1,4 +1,4 @@
-"""The real pictures that samples are judged against: statistics of their features, made once and kept."""
+"""The real images that samples are judged against: statistics of their features, made once and kept."""
 
 import hashlib
 import os
@@ -35,14 +35,14 @@ MAX_BAD = 0.05
 
 
 class Reference(NamedTuple):
-    """Statistics of real pictures.
+    """Statistics of real images.
 
     Attributes:
       gaussian: of their features.
       features: of a sample of them, [S, F], S at most `tally.RESERVOIR`; None where the file has the Gaussian only.
       source: where they come from.
       num_pictures: 0 where that is not known.
-      pixels: of the pictures themselves, where they are looked at too.
+      pixels: of the images themselves, where they are looked at too.
     """
 
     gaussian: Gaussian
@@ -56,9 +56,9 @@ def open_reference(given: str | None, own: CaptionedSet | None, features: Featur
     """The reference of an evaluation.
 
     Args:
-      given: statistics (`.npz` with mu and sigma), or a folder of pictures; None for the subject's training set.
+      given: statistics (`.npz` with mu and sigma), or a folder of images; None for the subject's training set.
       own: that set.
-      features: of pictures.
+      features: of images.
       cache: folder where statistics that are computed here are kept.
 
     Raises:
@@ -73,15 +73,15 @@ def open_reference(given: str | None, own: CaptionedSet | None, features: Featur
     if path.is_dir():
         files = _image_files(path)
         if len(files) < 2:
-            raise ConfigError(f"--reference={given} has {len(files)} pictures ({', '.join(ENDINGS)}): give at least 2")
+            raise ConfigError(f"--reference={given} has {len(files)} images ({', '.join(ENDINGS)}): give at least 2")
         stated = "".join(f"{os.fsdecode(file)} {stamp(file)}\n" for file in files)
         identity = hashlib.sha256(stated.encode("utf-8", "backslashreplace")).hexdigest()
         bad: Counter[str] = Counter()
         pictures = lambda: _pictures_of_files(given, files, bad)
-        named = lambda: f"pictures of {given}" + (f" ({skipped_text(bad)} left out)" if bad else "")
+        named = lambda: f"images of {given}" + (f" ({skipped_text(bad)} left out)" if bad else "")
         return _kept(cache, f"{path.resolve()} {identity}", features, pictures, len(files), named)
     if not path.is_file():
-        raise ConfigError(f"reference statistics {given} are not there: {HOW}")
+        raise ConfigError(f"reference statistics {given} are not found: {HOW}")
     return load_reference(path, features)
 
 
@@ -164,9 +164,9 @@ def _kept(
     total: int,
     source: Callable[[], str],
 ) -> Reference:
-    """Statistics of `total` pictures known by `identity`, from a file in `cache`, which is made where it is absent.
+    """Statistics of `total` images known by `identity`, from a file in `cache`, which is made where it is absent.
 
-    `source` is asked when all pictures have been seen.
+    `source` is asked when all images have been seen.
     """
     name = hashlib.sha256(f"{features.name} {identity}".encode()).hexdigest()[:12]
     path = cache / f"reference-{name}.npz"
@@ -180,10 +180,10 @@ def _kept(
 
 
 def _tally(batches: Iterable[np.ndarray], features: Features, total: int) -> Tally:
-    """Of this process's share of the pictures."""
+    """Of this process's share of the images."""
     tally, done = no_tally(features.size), 0
     rank, processes = key_value.process_id(), key_value.num_processes()
-    with tqdm(total=total, desc="reference", unit="picture", disable=rank > 0, leave=False) as bar:
+    with tqdm(total=total, desc="reference", unit="image", disable=rank > 0, leave=False) as bar:
         for pictures in batches:
             mine = np.arange(rank, len(pictures), processes)
             indices, done = done + mine, done + len(pictures)
@@ -205,12 +205,12 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _pictures_of_files(given: str, files: list[Path], bad: Counter[str]) -> Iterator[np.ndarray]:
-    """Pictures in their order, those of one size together as long as they follow each other.
+    """Images in their order, those of one size together as long as they follow each other.
 
     Args:
       given: their folder, as errors call it.
-      files: of the pictures.
-      bad: reason -> pictures that cannot be used, counted here.
+      files: of the images.
+      bad: reason -> images that cannot be used, counted here.
 
     Raises:
       ConfigError: more than `MAX_BAD` of them cannot be used, or all but one.
@@ -223,7 +223,7 @@ def _pictures_of_files(given: str, files: list[Path], bad: Counter[str]) -> Iter
             bad[error.reason] += 1
             if bad.total() > min(max(1, MAX_BAD * len(files)), len(files) - 2):
                 raise ConfigError(
-                    f"--reference={given}: of {len(files):,} pictures more than {MAX_BAD:.0%} cannot be used "
+                    f"--reference={given}: of {len(files):,} images more than {MAX_BAD:.0%} cannot be used "
                     f"({skipped_text(bad)} so far, the last one {path}: {error}): correct them or take them out"
                 ) from None
             continue

@@ -1,6 +1,6 @@
-"""Pictures at the size that a network judges them at, resized as the reference of each measure does.
+"""Images at the size that a network judges them at, resized as the reference of each measure does.
 
-How pictures are resized moves FID by more than models differ (Parmar et al. 2022), so both conventions are here.
+How images are resized moves FID by more than models differ (Parmar et al. 2022), so both conventions are here.
 """
 
 from collections.abc import Sequence
@@ -21,24 +21,24 @@ _THREADS = 8  # PIL resizes without Python's lock
 
 
 def to_rgb(pictures_BhwC: np.ndarray) -> np.ndarray:
-    """Pictures [B, h, w, 3] uint8; grey ones [B, h, w, 1] three times over.
+    """Images [B, h, w, 3] uint8; grey ones [B, h, w, 1] three times over.
 
     Raises:
       ValueError: they are of another kind.
     """
     if pictures_BhwC.dtype != np.uint8 or pictures_BhwC.ndim != 4 or pictures_BhwC.shape[-1] not in (1, 3):
         raise ValueError(
-            f"pictures are uint8 of shape [B, h, w, 3] or [B, h, w, 1], but these are {pictures_BhwC.dtype} of shape "
+            f"images are uint8 of shape [B, h, w, 3] or [B, h, w, 1], but these are {pictures_BhwC.dtype} of shape "
             f"{list(pictures_BhwC.shape)}"
         )
     return np.broadcast_to(pictures_BhwC, (*pictures_BhwC.shape[:3], 3))
 
 
 def resize_clean(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
-    """Pictures, uint8 -> [B, side, side, C] float32 in [0, 255], as clean-fid resizes.
+    """Images, uint8 -> [B, side, side, C] float32 in [0, 255], as clean-fid resizes.
 
     PIL's bicubic filter, wider than the pixels of the result where these are larger, on each channel in floating point:
-    rounded to 8 bits only in the picture that comes in. Overshoot is clipped.
+    rounded to 8 bits only in the image that comes in. Overshoot is clipped.
     """
 
     def channel(x_hw: np.ndarray) -> np.ndarray:
@@ -53,7 +53,7 @@ def resize_clean(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
 
 
 def resize_legacy(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
-    """Pictures, uint8 -> [B, side, side, C] float32 in [0, 255], as pytorch-fid's `F.interpolate` resizes.
+    """Images, uint8 -> [B, side, side, C] float32 in [0, 255], as pytorch-fid's `F.interpolate` resizes.
 
     Between the four pixels around each point, however far apart points are: `align_corners=False`, no antialiasing.
     """
@@ -69,12 +69,12 @@ def resize_legacy(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
 
 
 def for_inception(pictures_BhwC: np.ndarray, side: int, resize: str) -> np.ndarray:
-    """Pictures [B, h, w, 3 or 1] uint8 -> [B, side, side, 3] float32, about [-1, 1], as InceptionV3 sees them.
+    """Images [B, h, w, 3 or 1] uint8 -> [B, side, side, 3] float32, about [-1, 1], as InceptionV3 sees them.
 
     Each convention also has its own scale: clean-fid takes (x - 128) / 128, pytorch-fid 2 x / 255 - 1.
 
     Raises:
-      ValueError: `resize` is none of `RESIZES`, or the pictures are of another kind.
+      ValueError: `resize` is none of `RESIZES`, or the images are of another kind.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}, but must be one of {', '.join(RESIZES)}")
@@ -85,13 +85,13 @@ def for_inception(pictures_BhwC: np.ndarray, side: int, resize: str) -> np.ndarr
 
 
 def for_clip(pictures: Sequence[np.ndarray] | np.ndarray, side: int = 224) -> np.ndarray:
-    """Pictures [h, w, 3 or 1] uint8, of any sizes -> [B, side, side, 3] float32, as CLIP sees them.
+    """Images [h, w, 3 or 1] uint8, of any sizes -> [B, side, side, 3] float32, as CLIP sees them.
 
     As `CLIPImageProcessor` of transformers on PIL: the shorter side is resized to `side` (bicubic, 8 bits), the middle
     is cut out, and pixels in [0, 1] are normalised by `CLIP_MEAN` and `CLIP_STD`.
 
     Raises:
-      ValueError: pictures are of another kind.
+      ValueError: images are of another kind.
     """
 
     def picture(pixels_hwC: np.ndarray) -> np.ndarray:

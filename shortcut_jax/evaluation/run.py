@@ -25,7 +25,7 @@ from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.steps.networks import TEACHER
 
 EXTRAS = ("grid", "field", "validation", "latency")
-"""What else there is to know of weights: sample grids, how straight their field is, losses, time of one picture."""
+"""What else there is to know of weights: sample grids, how straight their field is, losses, time of one image."""
 
 COLUMNS = 10
 THUMBNAIL = 160
@@ -37,9 +37,9 @@ class Plan(NamedTuple):
     Attributes:
       views: of each subject; the first one in full.
       steps: step counts of the first view.
-      images: pictures of its cells; 0 for as many as the subject has captions.
+      images: images of its cells; 0 for as many as the subject has captions.
       other_steps: step counts of the other views.
-      other_images: pictures of their cells; 0 as the first's.
+      other_images: images of their cells; 0 as the first's.
       teacher_steps: of the teacher.
       seed: of the noise.
       extras: of `EXTRAS`, what is asked of the weights besides.
@@ -86,7 +86,7 @@ class Result(NamedTuple):
       paths: label -> `change` and `consistency` (`core.straightness.PathMeasures`).
       times: of `change`.
       validation: label -> losses by name.
-      latency: label -> seconds of one picture by steps.
+      latency: label -> seconds of one image by steps.
       sheets: label -> sample grid.
       steps: training step by label.
     """
@@ -134,12 +134,12 @@ def entries_of(subjects: Sequence[Subject], teacher: Subject | None, plan: Plan)
 
 
 def evaluate(entries: Sequence[Entry], plan: Plan, judges: Judges, reference: Reference, out: Path) -> Result:
-    """Makes and judges all pictures, and asks what else there is to know."""
+    """Makes and judges all images, and asks what else there is to know."""
     begin = time.perf_counter()
     names = {entry.label: entry.subject for entry in entries}
     subjects = list({id(entry.subject): entry.subject for entry in entries}.values())
     facts = {f"{s.name}: {k}" if len(subjects) > 1 else k: v for s in subjects for k, v in s.facts.items()}
-    count = f"{reference.num_pictures:,} pictures, " if reference.num_pictures else ""
+    count = f"{reference.num_pictures:,} images, " if reference.num_pictures else ""
     facts |= {
         "distance": f"{judges.features.name}, {judges.features.size} features, in float64",
         "reference": f"{count}{reference.source}",

@@ -1,4 +1,4 @@
-"""Making the pictures of an evaluation: cell by cell, in batches over all devices, kept as it goes."""
+"""Making the images of an evaluation: cell by cell, in batches over all devices, kept as it goes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,17 +20,17 @@ SAVE_SECONDS = 30.0
 
 
 Classify = Callable[[np.ndarray], np.ndarray]
-"""Pictures [S, h, w, c], uint8 -> classes [S]."""
+"""Images [S, h, w, c], uint8 -> classes [S]."""
 
 
 class Judges(NamedTuple):
-    """What looks at each picture.
+    """What looks at each image.
 
     Attributes:
-      features: of pictures.
-      clip: (pictures, captions) -> the CLIP score of each; None without CLIP.
-      classify: pictures -> classes; None where the data has none.
-      pixels: features that are the pictures themselves, whose distance is told beside that of `features`; or None.
+      features: of images.
+      clip: (images, captions) -> the CLIP score of each; None without CLIP.
+      classify: images -> classes; None where the data has none.
+      pixels: features that are the images themselves, whose distance is reported beside that of `features`; or None.
     """
 
     features: Features
@@ -49,9 +49,9 @@ def sample_cell(
     path: Path,
     bar: tqdm,
 ) -> Tally:
-    """Makes the pictures of a cell, or those that an earlier run of it has not made.
+    """Makes the images of a cell, or those that an earlier run of it has not made.
 
-    Picture i has caption i and noise i of the seed, whatever the devices and the batch. Each process looks at its share
+    Image i has caption i and noise i of the seed, whatever the devices and the batch. Each process looks at its share
     of every batch; what all have seen is written to `path` now and then, and at the end.
 
     Args:

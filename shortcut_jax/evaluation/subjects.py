@@ -1,4 +1,4 @@
-"""What is judged: a training run or a converted pipeline, as captions, pictures for them, and measures of its field."""
+"""What is judged: a training run or a converted pipeline, as captions, images for them, and measures of its field."""
 
 import dataclasses
 import hashlib
@@ -43,10 +43,10 @@ class Subject(Protocol):
     Attributes:
       name: of it, short.
       views: names of its sets of weights.
-      batch_size: pictures made at once.
+      batch_size: images made at once.
       step: the training step of a run.
       facts: for the page, by name.
-      identity: all that its pictures depend on beside view, steps, seed and caption, as text.
+      identity: all that its images depend on beside view, steps, seed and caption, as text.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Subject(Protocol):
         """How many captions there are."""
 
     def ask(self, indices: Sequence[int], total: int) -> Asked:
-        """The captions of pictures `indices` of `total`."""
+        """The captions of images `indices` of `total`."""
 
     def show(self, num: int) -> Asked:
-        """Captions to show pictures of, different ones where there are."""
+        """Captions to show images of, different ones where there are."""
 
     def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
-        """Pictures [S, h, w, c], uint8, for at most `batch_size` captions; noise `first` ... of a seed."""
+        """Images [S, h, w, c], uint8, for at most `batch_size` captions; noise `first` ... of a seed."""
 
     def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
         """The same for a few captions, all in one batch of their own, noise 0 ... of a seed."""
@@ -78,7 +78,7 @@ class Subject(Protocol):
         """The field along its own paths from `batch_size` noises; None where it is not measured."""
 
     def validate(self, weights: Any) -> dict[str, float]:
-        """The loss on held-out pictures, and by time below it; empty where there are none."""
+        """The loss on held-out images, and by time below it; empty where there are none."""
 
 
 class RunSubject:
@@ -114,7 +114,7 @@ class RunSubject:
         self.facts = {
             "run": f"{workdir}: {s.objective}, step {self.step:,} of {s.steps:,}, global batch {s.batch_size}",
             "network": f"{s.model.preset}, {s.train} trained",
-            "data": f"{s.data.name} ({s.data.split}), pictures of {s.data.height} x {s.data.width}",
+            "data": f"{s.data.name} ({s.data.split}), images of {s.data.height} x {s.data.width}",
         }
         self.identity = f"{Path(workdir).resolve()} step {self.step} guidance {self.guidance:g} shift {self.shift:g}"
 
@@ -189,9 +189,7 @@ class RunSubject:
     def validate(self, weights: Any) -> dict[str, float]:
         """See `Subject`. Of the run's validation set, or else of its own data, which the name then tells."""
         settings = self.pipeline.settings.validation
-        return self._validation(
-            weights, f"{settings.rule} loss{'' if settings.interval(1) else ' (training pictures)'}"
-        )
+        return self._validation(weights, f"{settings.rule} loss{'' if settings.interval(1) else ' (training images)'}")
 
     @cached_property
     def _validation(self) -> Validation:
@@ -248,7 +246,7 @@ class ConvertedSubject:
         size = f"{self._options['height']} x {self._options['width']}"
         self.facts = {
             "pipeline": f"{folder}: {self._model.models['flux'].origin}",
-            "prompts": f"{len(self._prompts)}, pictures of {size}",
+            "prompts": f"{len(self._prompts)}, images of {size}",
             "guidance": str(self._model.guidance(self._options.get("guidance"))),
         }
         content = hashlib.sha256(repr(self._prompts).encode()).hexdigest()

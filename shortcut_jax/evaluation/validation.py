@@ -1,4 +1,4 @@
-"""The validation loss of a run: held-out pictures, each with its own time and noise, in batches of one bucket each."""
+"""The validation loss of a run: held-out images, each with its own time and noise, in batches of one bucket each."""
 
 import contextlib
 import dataclasses
@@ -52,14 +52,14 @@ class Validation:
     """Weights -> the loss by time.
 
     Attributes:
-      num_images: held-out pictures.
+      num_images: held-out images.
     """
 
     def __init__(self, assembly: Assembly):
         """Opens the set.
 
         Raises:
-          DataError: it or its split is not there.
+          DataError: it or its split is not found.
           ConfigError: it is not what the run takes.
         """
         s = assembly.settings

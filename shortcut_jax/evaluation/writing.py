@@ -77,11 +77,11 @@ def to_html(result: Result) -> str:
     notes = []
     if any(row["few_images"] for row in result.rows):
         notes.append(
-            '<p class="warn">* fewer pictures than features: the covariance is singular and the distance is biased '
+            '<p class="warn">* fewer images than features: the covariance is singular and the distance is biased '
             "upwards; compare cells of equal counts only.</p>"
         )
     notes.append(
-        "<p>A Frechet distance from fewer pictures is biased upwards; KID is not. KID, precision and recall come from "
+        "<p>A Frechet distance from fewer images is biased upwards; KID is not. KID, precision and recall come from "
         "a fixed sample of at most 10,000 features.</p>"
     )
     if any(row.get(error_key(m)) is not None for row in result.rows for m in metrics):
@@ -121,5 +121,5 @@ def _latency(latency: dict[str, dict[int, float]]) -> str:
     milliseconds = lambda n: [None if n not in times else 1000 * times[n] for times in latency.values()]
     columns = [column(milliseconds(n), unit=" ms") for n in steps]
     body = [[label, *row] for label, row in zip(latency, zip(*columns, strict=True), strict=True)]
-    text = "Time of one picture alone, encoding and decoding included, without compilation; median of 3."
+    text = "Time of one image alone, encoding and decoding included, without compilation; median of 3."
     return f"<p>{text}</p>" + table(["weights", *map(count_label, steps)], body)

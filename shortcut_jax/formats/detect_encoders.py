@@ -22,7 +22,7 @@ class Found(NamedTuple):
     """One model in a checkpoint.
 
     Attributes:
-      kind: `flux`, `vae`, `t5` or `clip`; or `clip_score` (both towers of CLIP) or `inception`, which judge pictures.
+      kind: `flux`, `vae`, `t5` or `clip`; or `clip_score` (both towers of CLIP) or `inception`, which judge images.
       layout: whose names: `bfl`, `diffusers`, `transformers` or `torchvision`.
       prefix: what stands before each of its names.
       config: its geometry.

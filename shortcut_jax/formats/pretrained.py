@@ -48,7 +48,7 @@ class Pretrained(NamedTuple):
     Attributes:
       found: what it is.
       tensors: its tensors by the names of its layout, without prefix, read when used.
-      notes: what the reader should be told about them.
+      notes: what the reader should know about them.
     """
 
     found: Found
@@ -72,7 +72,7 @@ def open_pretrained(path: Path) -> list[Pretrained]:
             if any(index.get(name) or ()) and not (path / name).is_dir()
         ]
         if missing:
-            raise ConversionError(f"{path}/model_index.json names {', '.join(missing)}, which is not there")
+            raise ConversionError(f"{path}/model_index.json names {', '.join(missing)}, which is not found")
         folders = [path / name for name in PIPELINE_FOLDERS if (path / name).is_dir()]
         return [model for folder in folders for model in _open(folder)]
     return _open(path)
@@ -150,7 +150,7 @@ def _table_names(tensors: LazyTensors) -> dict[str, str]:
         names = {
             f"{tower}text_model.{n.removeprefix(tower)}" if n.startswith(tower) else n: o for n, o in names.items()
         }
-    # A whole CLIP is there to score pictures, and projects both of its towers.
+    # A whole CLIP is there to score images, and projects both of its towers.
     pairs = [n.removesuffix(_IMAGE_PROJECTION) for n in names if n.endswith(_IMAGE_PROJECTION)]
     needed = {f"{prefix}text_projection.weight" for prefix in pairs}
     return {n: o for n, o in names.items() if n in needed or not n.endswith(tuple(UNUSED))}
@@ -171,7 +171,7 @@ def _refuse(path: Path) -> None:
     """Names files that are never read: pickles can run code, and GGUF is quantised."""
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     if not files:
-        raise SafetensorsError(f"{path} is not there" if not path.exists() else f"{path} is empty")
+        raise SafetensorsError(f"{path} is not found" if not path.exists() else f"{path} is empty")
     if any(f.name.endswith(".safetensors") or ".safetensors.index." in f.name for f in files):
         return
     for file in files:

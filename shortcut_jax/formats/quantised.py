@@ -42,7 +42,7 @@ class Widened(Params):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the reader should be told."""
+        """What the reader should know."""
         float8 = [n for n in self._names.values() if _is_float8(self._tensors, n)]
         double = sum(self._tensors.spec(n).dtype == np.float64 for n in self._names.values())
         told = sum(f"{_layer(n)}.{_FORMAT}" in self._tensors for n in float8)

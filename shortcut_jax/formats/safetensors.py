@@ -113,7 +113,7 @@ def choose_files(path: Path) -> tuple[list[Path], list[str]]:
     shards or not, the full one is read; a variant that is alone is read.
 
     Raises:
-      SafetensorsError: a folder without safetensors files, an index that names a shard which is not there, several
+      SafetensorsError: a folder without safetensors files, an index that names a shard which is not found, several
         indices, or shards whose numbers tell that others are missing.
     """
     if path.is_file() and not _INDEX.fullmatch(path.name):
@@ -137,7 +137,7 @@ def choose_files(path: Path) -> tuple[list[Path], list[str]]:
             raise SafetensorsError(f"{indices[0]} is not an index of shards: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise SafetensorsError(f"{indices[0]} names {', '.join(missing)}, which is not there: download it again")
+            raise SafetensorsError(f"{indices[0]} names {', '.join(missing)}, which is not found: download it again")
         kept = [folder / name for name in names]
     if not kept:
         raise SafetensorsError(f"no safetensors file in {folder}")

@@ -81,7 +81,7 @@ class Tokenizer:
         self.name = check_tokenizer(folder, kind).name
         cls: Any = transformers.CLIPTokenizer if kind == CLIP else transformers.T5Tokenizer
         verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # what it cannot read is told below, in one line
+        transformers.logging.set_verbosity_error()  # what it cannot read is reported below, in one line
         try:
             self._tokenizer = cls.from_pretrained(folder, local_files_only=True)
             self.vocab = max(self._tokenizer.get_vocab().values()) + 1
@@ -97,7 +97,7 @@ class Tokenizer:
 
     def __call__(self, prompts: Sequence[str], length: int) -> Tokens:
         """Token ids of `prompts`, each padded or cut to `length`, the end token kept."""
-        # Silent, for what does not fit is told in `cuts`.
+        # Silent, for what does not fit is reported in `cuts`.
         whole = [self._tokenizer(p, verbose=False).input_ids for p in prompts]
         cuts = tuple(self._tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in whole)
         padded = self._tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)

@@ -23,7 +23,7 @@ from shortcut_jax.sources.models import with_strengths
 
 
 class Row(NamedTuple):
-    """One picture: its prompt, and its noise, the `number`-th of `seed`."""
+    """One image: its prompt, and its noise, the `number`-th of `seed`."""
 
     prompt: str
     seed: int
@@ -40,12 +40,12 @@ class Wanted:
     """What is asked of a model.
 
     Attributes:
-      prompts: a row of pictures each.
-      num: pictures a prompt.
+      prompts: a row of images each.
+      num: images a prompt.
       steps: sampling steps.
       guidance: scale; None for the model's own.
-      seed: pictures are number 0, 1, ... of this seed,
-      seeds: or each of a prompt's pictures is number 0 of a seed of its own.
+      seed: images are number 0, 1, ... of this seed,
+      seeds: or each of a prompt's images is number 0 of a seed of its own.
       method: of `METHODS`.
       shift: timestep shift; None for the model's own.
       height: in pixels; None for the model's own.
@@ -67,7 +67,7 @@ class Wanted:
 
     @property
     def rows(self) -> list[Row]:
-        """The pictures, those of a prompt together."""
+        """The images, those of a prompt together."""
         if self.seeds:
             return [Row(prompt, seed, 0) for prompt in self.prompts for seed in self.seeds]
         return [Row(p, self.seed, i) for i, p in enumerate(p for p in self.prompts for _ in range(self.num))]
@@ -88,7 +88,7 @@ class Wanted:
 
 
 class SampleModel(Protocol):
-    """A model as `sample` needs it. Arguments of pictures are rows and a `Wanted` that has been checked."""
+    """A model as `sample` needs it. Arguments of images are rows and a `Wanted` that has been checked."""
 
     batch_size: int
     spacing: Spacing
@@ -108,20 +108,20 @@ class SampleModel(Protocol):
     def edit(
         self, picture_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], wanted: Wanted, **plan: Any
     ) -> Any:
-        """Variants [B, h, w, c] of one picture, uint8: `plan` is that of an edit, and `source_guidance`."""
+        """Variants [B, h, w, c] of one image, uint8: `plan` is that of an edit, and `source_guidance`."""
 
     def picture_size(self, height: int, width: int, wanted: Wanted) -> tuple[int, int, int]:
-        """Rows, columns and channels of the pictures that it edits, for one of `height` x `width` pixels."""
+        """Rows, columns and channels of the images that it edits, for one of `height` x `width` pixels."""
 
     def facts(self, wanted: Wanted) -> Record:
         """Size, guidance, shift and what tells the model: `height`, `width`, `guidance`, `shift`, `model`, ..."""
 
     def title(self, wanted: Wanted) -> str:
-        """Its pictures in a few words."""
+        """Its images in a few words."""
 
 
 def record(model: SampleModel, row: Row, wanted: Wanted) -> Record:
-    """What a picture is made by: sampled again with it, in batches of the same size, it has the same pixels."""
+    """What an image is made by: sampled again with it, in batches of the same size, it has the same pixels."""
     made = {"prompt": row.prompt, "seed": row.seed, "index": row.number, "steps": wanted.steps, "method": wanted.method}
     return {**made, **model.facts(wanted), "batch_size": model.batch_size, "version": __version__}
 
@@ -154,7 +154,7 @@ class RunModel:
         """See `SampleModel`."""
         height, width = self.pipeline.size
         if (wanted.height or height, wanted.width or width) != (height, width):
-            raise UsageError(f"this run makes pictures of {height} x {width} pixels only: leave the size out")
+            raise UsageError(f"this run makes images of {height} x {width} pixels only: leave the size out")
 
     def notes(self, wanted: Wanted) -> list[str]:
         """See `SampleModel`."""
@@ -265,7 +265,7 @@ class ConvertedModel:
         return self.pipeline.edit(pictures, source_prompt, rows[0].prompt, draws=draws, quiet=True, **options, **plan)
 
     def picture_size(self, height: int, width: int, wanted: Wanted) -> tuple[int, int, int]:
-        """See `SampleModel`: the size that is asked for, or that of the picture, at most about a megapixel."""
+        """See `SampleModel`: the size that is asked for, or that of the image, at most about a megapixel."""
         unit = PATCH * self.pipeline.models["vae"].config.factor
         if wanted.height and wanted.width:
             return wanted.height, wanted.width, 3

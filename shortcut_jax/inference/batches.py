@@ -1,4 +1,4 @@
-"""The work of `sample`: a model's pictures in batches, into files, with what it cost."""
+"""The work of `sample`: a model's images in batches, into files, with what it cost."""
 
 import io
 import time
@@ -23,7 +23,7 @@ Draw = Callable[[Sequence[Row]], np.ndarray]
 def paint(model: SampleModel, wanted: Wanted, output: Output, trajectory: bool = False) -> list[Path]:
     """Samples what is wanted and writes it; returns the files of a folder.
 
-    With `trajectory` every picture is accompanied by what each step aimed at.
+    With `trajectory` every image is accompanied by what each step aimed at.
     """
     draw: Draw = lambda rows: model.trajectories(rows, wanted) if trajectory else model.pictures(rows, wanted)
     return _paint(model, wanted, output, draw, trajectory=trajectory)
@@ -37,7 +37,7 @@ def repaint(
     source_prompt: str,
     plan: dict[str, Any],
 ) -> list[Path]:
-    """Edits one picture, as `plan` for `SampleModel.edit` says, and writes it; returns the files of a folder."""
+    """Edits one image, as `plan` for `SampleModel.edit` says, and writes it; returns the files of a folder."""
     draw: Draw = lambda rows: model.edit(picture_hwc, source_prompt, rows, wanted, **plan)
     return _paint(model, wanted, output, draw, source=picture_hwc, told={"source_prompt": source_prompt, **plan})
 
@@ -66,18 +66,18 @@ def _paint(
             written += output.add(drawn[:, -1] if trajectory else drawn, records, along, times)
     output.close(source)
     if clock.programs:
-        say(f"{clock}: the next pictures of this kind need none of it")
+        say(f"{clock}: the next images of this kind need none of it")
     rate = len(rows) / max(spent - clock.seconds, 1e-9)
     how = "" if wanted.method == "euler" else f" by {wanted.method}"
     say(
-        f"{len(rows)} pictures of {model.title(wanted)} in {wanted.steps} steps{how}, {rate:.3g} images/s "
+        f"{len(rows)} images of {model.title(wanted)} in {wanted.steps} steps{how}, {rate:.3g} images/s "
         f"without compiling, {size} at once: {output.target}"
     )
     return written
 
 
 def read_picture(path: str, name: str = "--edit") -> Image.Image:
-    """The picture to edit, 8-bit RGB; `name` is what an error calls it.
+    """The image to edit, 8-bit RGB; `name` is what an error calls it.
 
     Raises:
       UsageError: it cannot be read, or is a sheet of several or a trajectory, as its metadata says.
@@ -89,7 +89,7 @@ def read_picture(path: str, name: str = "--edit") -> Image.Image:
     except OSError as error:
         raise UsageError(f"{name}={path} cannot be read: {error.strerror}") from error
     except BadImage as error:
-        raise UsageError(f"{name}={path} cannot be read as a picture: {error}") from error
+        raise UsageError(f"{name}={path} cannot be read as an image: {error}") from error
     with Image.open(io.BytesIO(data)) as image:
         layout = layout_of(image)
     if layout != IMAGE:
@@ -105,5 +105,5 @@ def fit_picture(model: SampleModel, image: Image.Image, wanted: Wanted) -> np.nd
     height, width, channels = model.picture_size(image.height, image.width, wanted)
     pixels, _ = fit(image, (height, width))
     if (image.height, image.width) != (height, width):
-        say(f"the picture of {image.height} x {image.width} is resized and cut to {height} x {width}")
+        say(f"the image of {image.height} x {image.width} is resized and cut to {height} x {width}")
     return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if channels == 1 else pixels

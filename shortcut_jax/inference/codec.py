@@ -1,4 +1,4 @@
-"""The ends of a network while it trains: captions that are known beforehand, and latents as pictures."""
+"""The ends of a network while it trains: captions that are known beforehand, and latents as images."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from shortcut_jax.run.assembly import Assembly, text_encoder
 
 
 def training_ends(assembly: Assembly, data: TrainingData) -> Ends:
-    """Captions and pictures of a run on `data`: of stored text states, those of the set's prompts only.
+    """Captions and images of a run on `data`: of stored text states, those of the set's prompts only.
 
     The decoder of a set of latents is read from the set itself.
     """
@@ -31,7 +31,7 @@ def training_ends(assembly: Assembly, data: TrainingData) -> Ends:
 
 
 def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
-    """Captions and pictures of a trained model: of a converted pipeline, or else of the set it was trained on.
+    """Captions and images of a trained model: of a converted pipeline, or else of the set it was trained on.
 
     Raises:
       ConfigError: neither is at hand, or encoders are given for a run that has its own.

@@ -1,4 +1,4 @@
-"""FlowEdit with a converted pipeline: pictures through its autoencoder, edited, and back."""
+"""FlowEdit with a converted pipeline: images through its autoencoder, edited, and back."""
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
@@ -43,7 +43,7 @@ class Editor:
         text_tokens: int | None = None,
         quiet: bool = False,
     ) -> np.ndarray:
-        """Pictures of what `source_prompt` says, changed to what `prompt` says, uint8; see `steps.editing`.
+        """Images of what `source_prompt` says, changed to what `prompt` says, uint8; see `steps.editing`.
 
         Args:
           pictures_BhwC: uint8 [B, height, width, 3], all sampled at once.
@@ -55,7 +55,7 @@ class Editor:
           average: noises a step.
           guidance: scale for the target, as in a call of the pipeline.
           source_guidance: scale for the source; that of the target by default.
-          draws: noise of each picture; by default the i-th of seed 0.
+          draws: noise of each image; by default the i-th of seed 0.
           shift: as in a call of the pipeline.
           text_tokens: as in a call of the pipeline.
           quiet: as in a call of the pipeline.
@@ -89,7 +89,7 @@ class Editor:
 
 @lru_cache(maxsize=16)
 def _edit_program(cfg: FluxConfig, spacing: Spacing) -> Callable[..., Array]:
-    """Compiled once for each size, number of pictures and bound of the step count."""
+    """Compiled once for each size, number of images and bound of the step count."""
 
     @partial(jax.jit, static_argnames=("size", "bound"))
     def edit(params: Any, shift: Array, *rest: Any, size: tuple[int, int], bound: int) -> Array:

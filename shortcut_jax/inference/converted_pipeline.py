@@ -1,4 +1,4 @@
-"""Prompts to pictures with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
+"""Prompts to images with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.params import shapes_of
 
 EMBEDDED_GUIDANCE = 3.5
-"""What a model with a guidance embedding is told by default, as diffusers does."""
+"""What a model with a guidance embedding is conditioned on by default, as diffusers does."""
 
 
 class Guidance(NamedTuple):
@@ -144,23 +144,23 @@ class TextToImage:
         shift: float | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Pictures [len(prompts) * num, height, width, 3], uint8, those of a prompt together.
+        """Images [len(prompts) * num, height, width, 3], uint8, those of a prompt together.
 
-        Picture i depends on its draw (the seed and i, by default) and its prompt only.
+        Image i depends on its draw (the seed and i, by default) and its prompt only.
 
         Args:
           prompts: one or several; what does not fit is cut, which is said once.
           steps: sampling steps, at least 1.
-          guidance: guidance scale. A model with a guidance embedding is told it (3.5 by default); for other models 0
-            and 1 mean none (the default), and another scale classifier-free guidance, at two evaluations a step.
-          height: of a picture in pixels.
-          width: of a picture in pixels.
-          num: pictures a prompt.
+          guidance: guidance scale. A model with a guidance embedding is conditioned on it (3.5 by default); for other
+            models 0 and 1 mean none (the default); another scale is classifier-free guidance, at two evaluations a step.
+          height: of an image in pixels.
+          width: of an image in pixels.
+          num: images a prompt.
           seed: of the noise.
           text_tokens: length that prompts are padded or cut to for T5; the pipeline's by default.
           shift: timestep shift; the pipeline's for this size by default.
-          **options: `draws`, the (seed, number in that seed) of each picture's noise, by default the i-th of `seed`;
-            `method`, `euler` or `heun`; `batch_size`, pictures sampled at once, by default one a device; `quiet`,
+          **options: `draws`, the (seed, number in that seed) of each image's noise, by default the i-th of `seed`;
+            `method`, `euler` or `heun`; `batch_size`, images sampled at once, by default one a device; `quiet`,
             whether the `cuts` go unsaid.
 
         Raises:
@@ -171,7 +171,7 @@ class TextToImage:
         return np.concatenate([self.pictures(x)[:n] for x, n in self._batches(prompts, *asked, **options)])
 
     def trajectory(self, prompts: str | Sequence[str], steps: int = 4, **options: Any) -> np.ndarray:
-        """The pictures that each step aims at, and the result: [pictures, steps + 1, height, width, 3], uint8.
+        """The images that each step aims at, and the result: [images, steps + 1, height, width, 3], uint8.
 
         Arguments and errors are those of a call; see `core.flow.predictions`.
         """
@@ -216,13 +216,13 @@ class TextToImage:
             yield latents, new
 
     def rounded(self, batch_size: int | None) -> int:
-        """A batch size that divides over the devices; one picture a device by default."""
+        """A batch size that divides over the devices; one image a device by default."""
         devices = self.mesh.devices.size
         size = 1 if batch_size is None else check_whole("batch_size", batch_size, MAX_BATCH)
         return -(-size // devices) * devices
 
     def pictures(self, latents_BhwC: Array) -> np.ndarray:
-        """Pictures [B, height, width, 3], uint8, of latents.
+        """Images [B, height, width, 3], uint8, of latents.
 
         Raises:
           ConvertedError: values that are not finite.
@@ -298,12 +298,12 @@ class TextToImage:
         return Condition(txt_BMT, vec_BV, None if embedded is None else np.full(len(prompts), embedded, np.float32))
 
     def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:
-        """Noise [num, N, C] of pictures `first` ... of a seed, for pictures of `height` x `width` pixels."""
+        """Noise [num, N, C] of images `first` ... of a seed, for images of `height` x `width` pixels."""
         seed = check_seed(seed)
         return draw_noise(seed, first, num, self.models["flux"].config, *self.latent_size(height, width))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latents of a picture of `height` x `width` pixels."""
+        """Rows and columns of the latents of an image of `height` x `width` pixels."""
         factor = self.models["vae"].config.factor
         return height // factor, width // factor
 
@@ -320,7 +320,7 @@ class TextToImage:
         method: str = "euler",
         trajectory: bool = False,
     ) -> Array:
-        """Latents [B, h, w, c] of pictures of `height` x `width` pixels, as the transformer leaves them.
+        """Latents [B, h, w, c] of images of `height` x `width` pixels, as the transformer leaves them.
 
         With `trajectory` those that the steps aim at, [S + 1, B, h, w, c], S at least `steps`.
 
@@ -356,7 +356,7 @@ class TextToImage:
 
     @cached_property
     def edit(self) -> Editor:
-        """Changes pictures: a function (pictures, source_prompt, prompt, ...) -> pictures."""
+        """Changes images: a function (images, source_prompt, prompt, ...) -> images."""
         return Editor(self)
 
 
@@ -378,7 +378,7 @@ def _sample_program(cfg: FluxConfig, spacing: Spacing) -> Callable[..., Array]:
         method: str,
         trajectory: bool,
     ) -> Array:
-        # A shortcut model is told its step size at every step count: the record does not say which it knows.
+        # A shortcut model is conditioned on its step size at every step count: the record does not say which it knows.
         sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory, spacing)
         return sampler(params, noise_BNC, condition, steps, negative, scale)
 

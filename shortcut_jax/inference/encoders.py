@@ -1,4 +1,4 @@
-"""Captions and pictures to what the transformer sees, and back: T5 and CLIP, and the two halves of the autoencoder."""
+"""Captions and images to what the transformer sees, and back: T5 and CLIP, and the two halves of the autoencoder."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ from shortcut_jax.sources.pipeline import PipelineParts, open_pipeline
 from shortcut_jax.weights.rules import nest
 
 _PIXELS_AT_ONCE = 2**20
-"""Of the pictures that one device decodes together."""
+"""Of the images that one device decodes together."""
 
 
 def local_mesh() -> tuple[Mesh, str]:
@@ -154,11 +154,11 @@ class Halves:
         return {**self.weights("decoder"), **self.weights("encoder")}
 
     def encode(self, pixels_BhwC: np.ndarray) -> Moments:
-        """Pictures, uint8 -> the Gaussian of their latents, one row a picture."""
+        """Images, uint8 -> the Gaussian of their latents, one row an image."""
         return self._run("encoder", pixels_BhwC)
 
     def latents(self, pixels_BhwC: np.ndarray) -> np.ndarray:
-        """Pictures, uint8 -> their mean latents as the network sees them, float32."""
+        """Images, uint8 -> their mean latents as the network sees them, float32."""
         return np.asarray(latents_from(self.encode(pixels_BhwC), self.model.config))
 
     def images(self, latents_BhwC: Any) -> Array:
@@ -166,7 +166,7 @@ class Halves:
         return self._run("decoder", latents_BhwC)
 
     def decode(self, latents_BhwC: Any) -> np.ndarray:
-        """Latents as the network sees them -> pictures [B, H, W, 3], uint8; any number, a few at once."""
+        """Latents as the network sees them -> images [B, H, W, 3], uint8; any number, a few at once."""
         devices, (num, h, w) = self._mesh.devices.size, latents_BhwC.shape[:3]
         pixels = h * w * self.model.config.factor**2
         size = min(max(_PIXELS_AT_ONCE // pixels, 1), math.ceil(num / devices)) * devices
@@ -197,7 +197,7 @@ def load_halves(folder: str | Path) -> Halves:
     """
     folder = Path(folder)
     if not folder.exists():
-        raise ConvertedError(f"the autoencoder {folder} is not there")
+        raise ConvertedError(f"the autoencoder {folder} is not found")
     model = next((m for m in open_models(folder) if m.kind == "vae"), None)
     if model is None:
         raise ConvertedError(f"{folder} holds no autoencoder")
@@ -206,7 +206,7 @@ def load_halves(folder: str | Path) -> Halves:
 
 
 def load_decoder(folder: str | Path) -> Callable[[Any], np.ndarray]:
-    """Latents [B, h, w, C] as the network sees them -> pictures [B, H, W, 3], uint8; see `load_halves`."""
+    """Latents [B, h, w, C] as the network sees them -> images [B, H, W, 3], uint8; see `load_halves`."""
     return load_halves(folder).decode
 
 

@@ -1,4 +1,4 @@
-"""Captions to pictures, in batches of one compiled shape on any mesh: what sample grids, reports and `sample` share."""
+"""Captions to images, in batches of one compiled shape on any mesh: what sample grids, reports and `sample` share."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
@@ -21,11 +21,11 @@ from shortcut_jax.steps.editing import EditPlan, make_editor
 from shortcut_jax.steps.sampling import make_sampler, noise_rows, seed_bits
 
 Decode = Callable[[np.ndarray], np.ndarray]
-"""latents [B, h, w, c], float32, as the network leaves them -> pictures [B, height, width, channels], uint8."""
+"""latents [B, h, w, c], float32, as the network leaves them -> images [B, height, width, channels], uint8."""
 Encode = Callable[[np.ndarray], np.ndarray]
-"""The other way round: pictures -> latents."""
+"""The other way round: images -> latents."""
 Draws = Sequence[tuple[int, int]]
-"""(seed, number in that seed) of each picture's noise."""
+"""(seed, number in that seed) of each image's noise."""
 Caption = str | tuple[np.ndarray, np.ndarray]
 """A caption, or its text states where they are known: txt [M, T] and vec [V]."""
 
@@ -41,7 +41,7 @@ class Ends(NamedTuple):
     Attributes:
       encode: of captions.
       decode: of latents.
-      latents: of pictures.
+      latents: of images.
     """
 
     encode: EncodeText
@@ -97,7 +97,7 @@ def _edit_program(
 
 
 class Generator:
-    """Samples pictures for captions from a tree of weights."""
+    """Samples images for captions from a tree of weights."""
 
     def __init__(
         self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0, ends: Ends | None = None
@@ -136,16 +136,16 @@ class Generator:
         method: str = "euler",
         shift: float | None = None,
     ) -> np.ndarray:
-        """Pictures [len(captions), h, w, c], uint8. Picture i depends on its draw and its caption only.
+        """Images [len(captions), h, w, c], uint8. Image i depends on its draw and its caption only.
 
         Args:
           params: weights.
-          captions: one a picture.
+          captions: one an image.
           num_steps: sampling steps, at most `max_steps`.
           seed: of the noise.
-          guidance: guidance scale. A model with a guidance embedding is told it; for other models 0 and 1 mean none,
-            and another scale classifier-free guidance, at two evaluations a step.
-          draws: noise of each picture; by default the i-th of `seed`.
+          guidance: guidance scale. A model with a guidance embedding is conditioned on it; for other models 0 and 1
+            mean none, and another scale classifier-free guidance, at two evaluations a step.
+          draws: noise of each image; by default the i-th of `seed`.
           method: `euler` or `heun`.
           shift: timestep shift; that of the generator by default.
 
@@ -172,7 +172,7 @@ class Generator:
         method: str = "euler",
         shift: float | None = None,
     ) -> np.ndarray:
-        """The pictures that each step aims at, and the result: [len(captions), num_steps + 1, h, w, c], uint8.
+        """The images that each step aims at, and the result: [len(captions), num_steps + 1, h, w, c], uint8.
 
         Arguments and errors are those of a call; see `core.flow.predictions`.
         """
@@ -198,15 +198,15 @@ class Generator:
         source_guidance: float = 1.0,
         shift: float | None = None,
     ) -> np.ndarray:
-        """Pictures, uint8, changed from what their `sources` say to what their `targets` say; see `steps.editing`.
+        """Images, uint8, changed from what their `sources` say to what their `targets` say; see `steps.editing`.
 
         Args:
           params: weights.
           pictures_BhwC: uint8, of the size that the model makes.
-          sources: one a picture.
-          targets: one a picture.
+          sources: one an image.
+          targets: one an image.
           plan: of the edit.
-          draws: noise of each picture; by default the i-th of seed 0.
+          draws: noise of each image; by default the i-th of seed 0.
           guidance: scale for the target.
           source_guidance: scale for the source.
           shift: timestep shift; that of the generator by default.
@@ -289,7 +289,7 @@ class Generator:
 
 
 def numbered(draws: Draws | None, seed: int, num: int) -> Draws:
-    """The draws of `num` pictures: as given, or the first ones of a seed.
+    """The draws of `num` images: as given, or the first ones of a seed.
 
     Raises:
       ValueError: another number of them, or a seed or number that does not fit its bits.
@@ -298,7 +298,7 @@ def numbered(draws: Draws | None, seed: int, num: int) -> Draws:
         seed = check_seed(seed)
         return [(seed, i) for i in range(num)]
     if len(draws) != num:
-        raise ValueError(f"there are {len(draws)} draws for {num} pictures, but it must be one for each")
+        raise ValueError(f"there are {len(draws)} draws for {num} images, but it must be one for each")
     return [(check_seed(seed), check_whole("the number of a draw", i, 2**31 - 1, 0)) for seed, i in draws]
 
 

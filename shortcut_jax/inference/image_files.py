@@ -1,4 +1,4 @@
-"""Sampled pictures as files, with what they were made by in the metadata of each PNG.
+"""Sampled images as files, with what they were made by in the metadata of each PNG.
 
 Two text chunks: `parameters`, for people and the programs that read what AUTOMATIC1111's web UI writes, and
 `shortcut_jax`, JSON from which the same pixels can be sampled again (`read_records`), and which says whether the file
@@ -27,10 +27,10 @@ IMAGE, SHEET, TRAJECTORY = "image", "sheet", "trajectory"
 """What a file shows, as its metadata says."""
 ENDINGS = (".png", ".jpg", ".webp")
 _THUMBNAIL = 256
-"""Pixels of the longer side of a picture on the sheet of a folder."""
+"""Pixels of the longer side of an image on the sheet of a folder."""
 
 Record = dict[str, Any]
-"""What one picture was made by; see `sample_models.record`."""
+"""What one image was made by; see `sample_models.record`."""
 
 
 def parameters(records: Sequence[Record]) -> str:
@@ -53,7 +53,7 @@ def parameters(records: Sequence[Record]) -> str:
 
 
 def save_picture(path: Path, picture: Image.Image, records: Sequence[Record], layout: str = IMAGE) -> None:
-    """Writes a picture; a PNG with the records of what is on it. Of several processes only the first one writes."""
+    """Writes an image; a PNG with the records of what is on it. Of several processes only the first one writes."""
     if jax.process_index() != 0:
         return
     if path.suffix.lower() != ".png":
@@ -66,16 +66,16 @@ def save_picture(path: Path, picture: Image.Image, records: Sequence[Record], la
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """What the pictures in a PNG were made by.
+    """What the images in a PNG were made by.
 
     Raises:
-      UsageError: it is no picture, or has no such metadata.
+      UsageError: it is no image, or has no such metadata.
     """
     try:
         with Image.open(path) as picture:
             text = getattr(picture, "text", {}).get(CHUNK)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
+        raise UsageError(f"{path} cannot be read as an image: {error}") from error
     if text is None:
         raise UsageError(f"{path} does not say how it was made: it has no {CHUNK!r} in its metadata")
     return list(json.loads(text)["pictures"])
@@ -94,7 +94,7 @@ def layout_of(image: Image.Image) -> str:
         sizes = [(r["width"], r["height"]) for r in told["pictures"]]
         return IMAGE if sizes in ([], [image.size]) else SHEET
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # edited, or of other software
-        return SHEET if re.search(r"Pictures: \d+, Version: shortcut_jax", chunks.get("parameters", "")) else IMAGE
+        return SHEET if re.search(r"Images: \d+, Version: shortcut_jax", chunks.get("parameters", "")) else IMAGE
 
 
 def to_image(pixels_hwc: np.ndarray) -> Image.Image:
@@ -114,7 +114,7 @@ def names_folder(target: str) -> bool:
 
 
 class Output:
-    """Where pictures go: `folder/` gets a file each and a sheet of all; `x.png` is a picture, or a sheet of several.
+    """Where images go: `folder/` gets a file each and a sheet of all; `x.png` is an image, or a sheet of several.
 
     Attributes:
       target: as the user named it.
@@ -140,7 +140,7 @@ class Output:
         elif self._path.suffix.lower() not in ENDINGS:
             raise UsageError(f"--out={target}: end it in .png, .jpg or .webp, or in / for a folder")
         elif not self._path.absolute().parent.is_dir():
-            raise UsageError(f"--out={target}: the folder {self._path.parent} is not there")
+            raise UsageError(f"--out={target}: the folder {self._path.parent} is not found")
         check_place(self._path, "--out", folder=self.is_folder)
         taken = [int(p.stem) for p in self._path.glob("*.png") if p.stem.isdecimal()] if count_on else []
         self._next = max(taken, default=-1) + 1
@@ -150,7 +150,7 @@ class Output:
     def add(
         self, pictures: np.ndarray, records: Sequence[Record], along: np.ndarray | None = None, times: Any = ()
     ) -> list[Path]:
-        """Takes pictures [B, h, w, c] and their trajectories [B, S + 1, h, w, c]; returns what was written at once."""
+        """Takes images [B, h, w, c] and their trajectories [B, S + 1, h, w, c]; returns what was written at once."""
         self._times, written = times, []
         for i, (pixels, record) in enumerate(zip(pictures, records, strict=True)):
             if not self.is_folder:
@@ -169,7 +169,7 @@ class Output:
         return written
 
     def close(self, source: np.ndarray | None = None) -> None:
-        """Writes the file, or the folder's sheet; `source` is a picture to show at their beginning, as it is."""
+        """Writes the file, or the folder's sheet; `source` is an image to show at their beginning, as it is."""
         records = [record for _, record in self._kept]
         by_prompt: dict[str, list[np.ndarray]] = {}
         for pixels, record in self._kept:

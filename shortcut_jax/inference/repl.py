@@ -14,7 +14,7 @@ HELP = """A line is a prompt; a line that begins with a colon is a setting:
   :steps 2          sampling steps
   :guidance 3.5     guidance scale; without a guidance embedding 0 and 1 mean none
   :seed 7           seed of the noise
-  :num 4            pictures a prompt
+  :num 4            images a prompt
   :size 512x512     height x width in pixels
   :method heun      euler or heun
   :shift 3          timestep shift
@@ -36,13 +36,13 @@ _READ: dict[str, Callable[[str], dict[str, object]]] = {
 def interact(
     model: SampleModel, wanted: Wanted, output: Output, trajectory: bool = False, ask: Callable[[str], str] = input
 ) -> None:
-    """Reads lines and samples, with the settings of `wanted` to begin with. Errors are told, and it goes on.
+    """Reads lines and samples, with the settings of `wanted` to begin with. Errors are reported, and it goes on.
 
     Every prompt of one size runs the same compiled program, whatever its steps, guidance and seed.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited, and have a history)
-    say("a prompt makes pictures; :help tells the settings, :quit ends")
+    say("a prompt makes images; :help tells the settings, :quit ends")
     while True:
         try:
             line = ask("> ").strip()

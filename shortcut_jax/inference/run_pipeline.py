@@ -1,4 +1,4 @@
-"""A trained model as a function from prompts to pictures: `Pipeline("runs/digits-scfm")("a handwritten digit two")`."""
+"""A trained model as a function from prompts to images: `Pipeline("runs/digits-scfm")("a handwritten digit two")`."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -37,7 +37,7 @@ class Pipeline:
     Attributes:
       settings: of the run.
       params: the weights of the view.
-      generate: captions to pictures, for any tree of weights.
+      generate: captions to images, for any tree of weights.
       ends: what it encodes captions and decodes latents with.
       assembly: the network on the devices.
       step: the training step whose weights were read.
@@ -59,7 +59,7 @@ class Pipeline:
           workdir: of a run.
           view: weights, or adapters.
           max_steps: the most sampling steps that will be asked for.
-          batch_size: pictures sampled at once.
+          batch_size: images sampled at once.
           base: of a run that trained adapters, where it has moved.
           lora_scale: strength of its adapters; 0 gives the base.
           encoders: converted pipeline whose text encoders and autoencoder a run on latents is sampled with; by default
@@ -67,7 +67,7 @@ class Pipeline:
 
         Raises:
           CheckpointError: the workdir has no readable checkpoint, or none with this view.
-          ConfigError: the base is not there, or not the one that the run was trained on; or base or scale are given
+          ConfigError: the base is not found, or not the one that the run was trained on; or base or scale are given
             for a run without adapters.
           ConversionError: weights that are not finite.
           ValueError: an unknown view.
@@ -148,13 +148,13 @@ class Pipeline:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and columns of its pictures in pixels."""
+        """Rows and columns of its images in pixels."""
         data = self.settings.data
         return data.height, data.width
 
     @property
     def channels(self) -> int:
-        """Of its pictures."""
+        """Of its images."""
         data = self.settings.data
         if data.store == "latents" or data.text_encoder == "stored":
             return 3
@@ -169,18 +169,18 @@ class Pipeline:
         guidance: float = 1.0,
         **options: Any,
     ) -> np.ndarray:
-        """Pictures [len(prompts) * num, h, w, c], uint8, those of a prompt together.
+        """Images [len(prompts) * num, h, w, c], uint8, those of a prompt together.
 
         Args:
           prompts: one or several; words beyond the text length are cut, which is said.
           steps: sampling steps, 1 to `max_steps`.
-          num: pictures a prompt.
+          num: images a prompt.
           seed: of the noise.
           guidance: guidance scale; 1 means none, and so does 0 where the model has no guidance embedding.
           **options: `draws`, `method` and `shift` of `Generator`.
 
         Raises:
-          ValueError: no prompt, or a number of steps or pictures out of range.
+          ValueError: no prompt, or a number of steps or images out of range.
         """
         return self.generate(self.params, self._captions(prompts, num), steps, seed, guidance, **options)
 
@@ -193,7 +193,7 @@ class Pipeline:
         guidance: float = 1.0,
         **options: Any,
     ) -> np.ndarray:
-        """The pictures that each step aims at, and the result: [len(prompts) * num, steps + 1, h, w, c], uint8.
+        """The images that each step aims at, and the result: [len(prompts) * num, steps + 1, h, w, c], uint8.
 
         Arguments and errors are those of a call.
         """
@@ -208,7 +208,7 @@ class Pipeline:
         skip: int = 0,
         **options: Any,
     ) -> np.ndarray:
-        """Pictures of what `source_prompt` says, uint8 of `size`, changed to what `prompt` says; see `steps.editing`.
+        """Images of what `source_prompt` says, uint8 of `size`, changed to what `prompt` says; see `steps.editing`.
 
         Args:
           pictures_BhwC: uint8, of `size`.
@@ -230,7 +230,7 @@ class Pipeline:
     def _captions(self, prompts: str | Sequence[str], num: int) -> list[str]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or num < 1:
-            raise ValueError(f"asked for {brief(num)} pictures of {len(prompts)} prompts, but both must be at least 1")
+            raise ValueError(f"asked for {brief(num)} images of {len(prompts)} prompts, but both must be at least 1")
         check_whole("num", num, MAX_IMAGES)
         self._tell(prompts)
         return [p for p in prompts for _ in range(num)]

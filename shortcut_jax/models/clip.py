@@ -1,9 +1,9 @@
 """The towers of CLIP (Radford et al. 2021; L/14 geometry by default) in Flax linen, their blocks scanned.
 
-Flux uses the text tower alone; the two together, projected into a joint space, score pictures against texts.
+Flux uses the text tower alone; the two together, projected into a joint space, score images against texts.
 
 Beyond the legend in `core/types.py`: F hidden width of an MLP, E joint width. Here D is the pooled width that Flux
-calls V, and M also counts the patches of a picture and its class token.
+calls V, and M also counts the patches of an image and its class token.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class ClipImageConfig:
     """Geometry and dtypes of the image tower.
 
     Attributes:
-      side: rows and columns of a picture.
+      side: rows and columns of an image.
       patch: rows and columns of a patch.
       width: D.
       blocks: transformer blocks.
@@ -80,7 +80,7 @@ class ClipPairConfig:
 
     Attributes:
       joint: E.
-      side: rows and columns of a picture; `image_*` are the rest of the image tower's `ClipImageConfig`.
+      side: rows and columns of an image; `image_*` are the rest of the image tower's `ClipImageConfig`.
       patch: see `side`.
       image_width: see `side`.
       image_blocks: see `side`.
@@ -219,7 +219,7 @@ class ClipText(nn.Module):
 
 
 class ClipImage(nn.Module):
-    """Pictures [B, side, side, 3], normalised -> the class token's state after the final norm [B, D]."""
+    """Images [B, side, side, 3], normalised -> the class token's state after the final norm [B, D]."""
 
     cfg: ClipImageConfig
 
@@ -253,7 +253,7 @@ class ClipPair(nn.Module):
         self.image_projection, self.text_projection = project(), project()
 
     def images(self, x_BhwC: Array) -> Array:
-        """Pictures [B, side, side, 3], normalised -> embeddings [B, E]."""
+        """Images [B, side, side, 3], normalised -> embeddings [B, E]."""
         return self.image_projection(self.image(x_BhwC))
 
     def texts(self, ids_BM: Array) -> Array:
@@ -261,5 +261,5 @@ class ClipPair(nn.Module):
         return self.text_projection(self.text(ids_BM).pooled_BD)
 
     def __call__(self, x_BhwC: Array, ids_BM: Array) -> tuple[Array, Array]:
-        """Embeddings of pictures and of texts."""
+        """Embeddings of images and of texts."""
         return self.images(x_BhwC), self.texts(ids_BM)

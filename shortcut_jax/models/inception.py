@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from shortcut_jax.core.types import Array
 
 SIDE = 299
-"""Rows and columns of a picture."""
+"""Rows and columns of an image."""
 CLASSES = 1008
 """Outputs of the classifier, of the release's size."""
 
@@ -36,7 +36,7 @@ class InceptionConfig:
 
     @property
     def features(self) -> int:
-        """Pooled features of a picture."""
+        """Pooled features of an image."""
         return 2048 // self.divisor
 
 
@@ -208,7 +208,7 @@ class InceptionBlock(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures [B, 299, 299, 3] in [-1, 1] -> pooled features [B, 2048], float32.
+    """Images [B, 299, 299, 3] in [-1, 1] -> pooled features [B, 2048], float32.
 
     With `classify` the logits [B, 1008] of the classifier instead: it comes with the weights, FID does not use it.
     """

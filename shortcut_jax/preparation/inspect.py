@@ -1,4 +1,4 @@
-"""Looking at a prepared set: what is in it, in numbers and as a sheet of pictures with their captions."""
+"""Looking at a prepared set: what is in it, in numbers and as a sheet of images with their captions."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 
 def inspect(folder: Path, out: Path | None) -> list[str]:
-    """Writes the sheet of a set with pictures, and returns what is to be said of it, a line each.
+    """Writes the sheet of a set with images, and returns what is to be said of it, a line each.
 
     Args:
       folder: of the set.
@@ -52,12 +52,12 @@ def inspect(folder: Path, out: Path | None) -> list[str]:
     prepared = PreparedSet(folder)
     pictures = prepared.info.store != "captions"
     if out and not pictures:
-        raise UsageError(f"--out={out}: {folder} is a set of captions alone, which has no pictures to show")
+        raise UsageError(f"--out={out}: {folder} is a set of captions alone, which has no images to show")
     lines = statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
     if not pictures:
         return lines
     sheet(prepared).save(png)
-    return [*lines, f"pictures: {png}"]
+    return [*lines, f"images: {png}"]
 
 
 def draw_sample(prepared: PreparedSet, most: int | None = None, seed: int = 0) -> Sample:
@@ -125,7 +125,7 @@ def histogram(name: str, values: Sequence[int]) -> list[str]:
 
 
 def sheet(prepared: PreparedSet) -> Image.Image:
-    """A few pictures of each of the fullest buckets, a row a bucket, with their captions."""
+    """A few images of each of the fullest buckets, a row a bucket, with their captions."""
     info = prepared.info
     split = max(info.counts, key=info.num_records)
     records, buckets = prepared.records(split), prepared.buckets(split)

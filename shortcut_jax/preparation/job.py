@@ -24,7 +24,7 @@ class Job:
       out: its folder.
       request: what determines its content, as JSON: a set that is there already has to agree with it.
       store: see `SetInfo`.
-      buckets: the sizes of its pictures.
+      buckets: the sizes of its images.
       units: what it is made of.
       num_items: records and what is left out, where that is known.
       bytes_per_record: about the least that a record takes.
@@ -34,7 +34,7 @@ class Job:
       validation: share of the validation split.
       max_skipped: the largest share that may be left out.
       unused: what the source has beside what its units count -> how many of it.
-      eval_prompts: captions that pictures are drawn for; None: the first captions of the validation split.
+      eval_prompts: captions that images are drawn for; None: the first captions of the validation split.
       prompts: eval prompts -> the arrays that `write_set` takes. Called once, by process 0.
       complete: called once, by process 0, with the folder that becomes the set and the sums of all records; may put
         further files there; returns fields of `SetInfo` that are known only now.

@@ -28,7 +28,7 @@ DEFAULT_UNIT = 4096
 """Items of a unit of work."""
 
 PIXEL_MULTIPLE = 2
-"""Sides of a picture that is trained on as pixels: a token is 2 x 2 of them."""
+"""Sides of an image that is trained on as pixels: a token is 2 x 2 of them."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
 
 
 def prepare_captions(options: types.SimpleNamespace, processes: Processes) -> int:
-    """Prepares a set of captions with their text states, without pictures; says what came of it."""
+    """Prepares a set of captions with their text states, without images; says what came of it."""
     from shortcut_jax.preparation.latents import CaptionEncoder
 
     drawn = read_prompts("eval_prompts", options.eval_prompts)
@@ -156,7 +156,7 @@ def write(job: Job, produce: Produce, processes: Processes) -> int:
             held.take()
             info = write_units(job, produce, processes.index, processes.count, say=say)
     except Stopped as stop:
-        say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; the same command goes on")
+        say(f"interrupted: {units_done(job):,} of {len(job.units):,} units are done; rerun the same command to resume")
         return distributed.EXIT_CODES[stop.args[0]]
     for line in summary(info, job.out, time.monotonic() - start):
         say(line)
@@ -189,7 +189,7 @@ def join(store: str) -> Processes:
 def make_store(
     options: types.SimpleNamespace, pool: ThreadPoolExecutor
 ) -> tuple[tuple[Size, ...], Encode, dict[str, Any]]:
-    """The buckets, what makes records of pictures, and fields of `Job` that depend on it (with `request`)."""
+    """The buckets, what makes records of images, and fields of `Job` that depend on it (with `request`)."""
     buckets = parse_buckets(options.buckets, options.resolution, multiple_of(options))
     if options.store == "latents":
         return buckets, *make_encoder(options, buckets)

@@ -1,4 +1,4 @@
-"""What a prepared set of latents is made with: pictures and captions to the fields of records, and what lies beside."""
+"""What a prepared set of latents is made with: images and captions to the fields of records, and what lies beside."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ class SetMaker:
         return {**told, "prompts": self.prompts, "complete": self.complete, "request": asked | request}
 
     def bytes_per_record(self, size: Size) -> int:
-        """About the least that a record of a bucket takes on the disk; (0, 0) is one without a picture."""
+        """About the least that a record of a bucket takes on the disk; (0, 0) is one without an image."""
         info, stride = self.text_info, self.latents.stride
         tokens = info.tokens if info.states == "full" else min(4, info.tokens)
         moments = 2 * 2 * math.prod(size) // stride**2 * self.latents.channels
@@ -118,7 +118,7 @@ def _open_encoders(checkpoint: str | Path, states: str, why: str) -> tuple[TextE
 
 
 class CaptionEncoder(SetMaker):
-    """Unit -> its records: captions with their text states, and no pictures.
+    """Unit -> its records: captions with their text states, and no images.
 
     The autoencoder lies beside them, for what is sampled on them is to be seen.
 
@@ -158,9 +158,9 @@ class CaptionEncoder(SetMaker):
 
 
 class LatentEncoder(SetMaker):
-    """Captioned pictures to latents and text states, on all devices of this process: an `Encode`.
+    """Captioned images to latents and text states, on all devices of this process: an `Encode`.
 
-    The same pictures in the same batches give the same bytes.
+    The same images in the same batches give the same bytes.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class LatentEncoder(SetMaker):
           states: `full` or `trimmed`.
           text_tokens: M.
           text_dtype: a key of `TEXT_DTYPES`.
-          per_device: pictures that a device encodes at once.
+          per_device: images that a device encodes at once.
 
         Raises:
           ConvertedError: a model is missing, or cannot be read.

@@ -11,7 +11,7 @@ from shortcut_jax.preparation.progress import Tally, remedies, skipped_text
 from shortcut_jax.preparation.units import Skip, as_json, done_units, has_changed, read_done, write_json, write_text
 
 REFUSED = "refused.json"
-"""Says that too much was left out, and how much would have been borne: units that are older are not the last word."""
+"""Says that too much was left out, and how much was tolerated: units that are older are not the last word."""
 
 
 def list_skipped(job: Job) -> Path:
@@ -72,5 +72,5 @@ def _first_skip(job: Job) -> str:
 
 
 def mark_refused(job: Job) -> None:
-    """Notes that too much was left out, and how much would have been borne."""
+    """Notes that too much was left out, and how much would have been tolerated."""
     write_json(job.work / REFUSED, job.max_skipped)

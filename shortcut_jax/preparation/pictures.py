@@ -1,4 +1,4 @@
-"""From captioned pictures to records: decoded in threads, brought to their buckets, encoded in batches."""
+"""From captioned images to records: decoded in threads, brought to their buckets, encoded in batches."""
 
 import math
 import os
@@ -21,7 +21,7 @@ FURTHER = f"{UNUSED}further captions of an image: the first one of a list is use
 
 
 class Picture(NamedTuple):
-    """A captioned picture in its bucket.
+    """A captioned image in its bucket.
 
     Attributes:
       key: of its record.
@@ -43,16 +43,16 @@ class Picture(NamedTuple):
 
 
 class Encode(Protocol):
-    """Makes of pictures what a record holds.
+    """Makes of images what a record holds.
 
     Attributes:
-      batch_size: the most pictures at once.
+      batch_size: the most images at once.
     """
 
     batch_size: int
 
     def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """For each of the pictures, all of one bucket: the further fields of its record, and its `Record.sums`."""
+        """For each of the images, all of one bucket: the further fields of its record, and its `Record.sums`."""
         ...
 
     def bytes_per_record(self, size: Size) -> int:
@@ -61,14 +61,14 @@ class Encode(Protocol):
 
 
 class PixelEncoder:
-    """Pictures as PNG, encoded by a pool of threads.
+    """Images as PNG, encoded by a pool of threads.
 
     Attributes:
-      batch_size: 64, less of large pictures: a batch of each bucket waits in memory.
+      batch_size: 64, less of large images: a batch of each bucket waits in memory.
     """
 
     def __init__(self, buckets: Sequence[Size], pool: ThreadPoolExecutor):
-        """Takes the sizes of the pictures, and the threads."""
+        """Takes the sizes of the images, and the threads."""
         self._pool = pool
         self.batch_size = max(1, min(64, 2**24 // max(3 * h * w for h, w in buckets)))
 
@@ -92,11 +92,11 @@ def producer(
     """Unit -> its records, in an order that depends on nothing but the unit.
 
     Args:
-      source: of the pictures.
-      buckets: sizes, the nearest of which a picture is brought to.
+      source: of the images.
+      buckets: sizes, the nearest of which an image is brought to.
       encode: makes records of them.
       pool: threads that decode.
-      enlarge: whether a picture that is smaller than its bucket is enlarged (and counted) or left out.
+      enlarge: whether an image that is smaller than its bucket is enlarged (and counted) or left out.
     """
 
     def produce(unit: Unit) -> Iterator[Record | Skip | Unused]:

@@ -28,7 +28,7 @@ class Tally:
     """
 
     def __init__(self, work: Path, num_units: int, num_items: int | None, outdated: Iterable[int] = ()):
-        """Takes the folder of the units, how many there are, and of how many pictures, where that is known.
+        """Takes the folder of the units, how many there are, and of how many images, where that is known.
 
         `outdated` are units that are not done until another process has written them again.
         """
@@ -106,7 +106,7 @@ def progress_bar(tally: Tally, shown: bool) -> Iterator[Bar]:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Of a file, another one after it was written again; None where it is not there."""
+    """Of a file, another one after it was written again; None where it is not found."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -150,6 +150,6 @@ def summary(info: SetInfo, folder: Path, seconds: float) -> list[str]:
             "--text_tokens keeps more"
         )
     if info.enlarged:
-        lines.append(f"{info.enlarged:,} of {info.total:,} pictures were smaller than their bucket and were enlarged")
+        lines.append(f"{info.enlarged:,} of {info.total:,} images were smaller than their bucket and were enlarged")
     lines.append(f"{folder}: {num_bytes(folder) / 1e6:,.1f} MB, {seconds:.0f} s")
     return lines

@@ -24,14 +24,14 @@ class TeacherSettings:
 
     Attributes:
       prompts: item i has prompt i modulo their number.
-      buckets: sizes of the pictures.
+      buckets: sizes of the images.
       per_bucket: items of each bucket; items are numbered through all of them.
       steps: sampling steps.
       guidance: guidance scale.
       seed: of the noise: that of item i depends on it and i only.
       text_tokens: M, for sampling and in the set.
       text_dtype: a key of `TEXT_DTYPES`.
-      per_device: pictures that a device samples at once.
+      per_device: images that a device samples at once.
       unit: items of a unit.
     """
 

@@ -22,7 +22,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 """A record is read by itself, at the speed of the disk."""
 
 KEPT_CAPTIONS = 16
-"""Different captions of a split that a unit tells of: those that pictures are drawn for by default."""
+"""Different captions of a split that a unit tells of: those that images are drawn for by default."""
 
 
 UNUSED = "unused "
@@ -35,7 +35,7 @@ class Unit(NamedTuple):
     Attributes:
       index: its place in the list of units.
       name: what it is, in words.
-      size: its pictures, where that is known beforehand.
+      size: its images, where that is known beforehand.
       state: changes when its part of the source does; "" where only the fingerprint of the whole is known.
       watched: its file and that file's `stamp`, where it is a file, or a part of one.
     """

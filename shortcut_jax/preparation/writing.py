@@ -1,6 +1,6 @@
 """Writing a set: unit by unit in a folder beside it, which gets the set's name when everything is there.
 
-Whatever stops the work, even in the middle of a write, the same command goes on from the units that are done and ends
+Whatever stops the work, even in the middle of a write, the same command resumes from the units that are done and ends
 with the same bytes. Several processes share the units and a file system; process 0 completes the set.
 """
 
@@ -164,7 +164,8 @@ def stale_units(job: Job) -> set[int]:
     """The units that are done and have to be read again.
 
     Those are the units whose part of the source, or a file that they read or left out, is another one now, and, where a
-    run ended because too much was left out, the units of that time that left anything out: unless more is borne now.
+    run ended because too much was left out, the units of that time that left anything out, unless more is tolerated
+    now.
     """
     refused = job.work / REFUSED
     since = 0

@@ -81,7 +81,7 @@ class Assembly:
             model, constrain=make_constrain(self.mesh, settings.mesh.min_shard), per_shard=make_per_shard(self.mesh)
         )
         if settings.train == "lora":
-            _ = self.state_shapes  # paths that match no layer are told at once
+            _ = self.state_shapes  # paths that match no layer are reported at once
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class Assembly:
 
     @property
     def num_image_tokens(self) -> int:
-        """N, of a picture of the size in the settings."""
+        """N, of an image of the size in the settings."""
         return self._image_tokens()
 
     def _image_tokens(self, size: Size | None = None) -> int:
@@ -105,11 +105,11 @@ class Assembly:
 
     @property
     def flops(self) -> int:
-        """Model FLOPs of one step, of pictures of the size in the settings."""
+        """Model FLOPs of one step, of images of the size in the settings."""
         return self.flops_at()
 
     def flops_at(self, size: Size | None = None) -> int:
-        """Model FLOPs of one step of pictures of `size`."""
+        """Model FLOPs of one step of images of `size`."""
         s = self.settings
         student, first, slow = self.evaluations
         group = row_group(objective_settings(s))
@@ -127,11 +127,11 @@ class Assembly:
 
     @property
     def batch_shapes(self) -> Batch:
-        """The global batch as abstract arrays with their shardings, of pictures of the size in the settings."""
+        """The global batch as abstract arrays with their shardings, of images of the size in the settings."""
         return self.batch_shapes_at()
 
     def batch_shapes_at(self, size: Size | None = None) -> Batch:
-        """The same for pictures of `size`."""
+        """The same for images of `size`."""
         cfg, data, sharding = self.model, self.settings.data, batch_sharding(self.mesh)
         text_dtype = STORED_TEXT_DTYPE if data.text_encoder == "stored" else jnp.float32
         rows = (
@@ -239,7 +239,7 @@ def mean_flops(assembly: Assembly, data: TrainingData) -> int:
 def empty_caption(settings: Settings, cfg: FluxConfig) -> tuple[Any, Any]:
     """Txt [M, T] and vec [V] of the empty caption: encoded, or as stored with the set.
 
-    They are zeros where the set is not there, as in a dry run: then nothing but their shapes is looked at.
+    They are zeros where the set is not found, as in a dry run: then nothing but their shapes is looked at.
     """
     data = settings.data
     if data.text_encoder == "words":

@@ -37,7 +37,7 @@ def check_grid(s: Settings, data: TrainingData) -> None:
 
 
 def _check_images(s: Settings, cfg: FluxConfig, one: OpenSet) -> None:
-    """All pictures of a set that is in memory are looked at, else the first."""
+    """All images of a set that is in memory are looked at, else the first."""
     records = one.records if isinstance(one.records, list) else [one.records[0]]
     for height, width, depth in sorted({record["image"].shape for record in records}):
         _check_size(s, one.name, [(height, width)])
@@ -57,7 +57,7 @@ def _check_prepared(s: Settings, cfg: FluxConfig, one: OpenSet) -> None:
     for height, width in one.sizes:
         if height % (stride * PATCH) or width % (stride * PATCH):
             raise ConfigError(
-                f"the set {one.name!r} has pictures of {height} x {width}, but a token takes {stride * PATCH} pixels "
+                f"the set {one.name!r} has images of {height} x {width}, but a token takes {stride * PATCH} pixels "
                 f"each way (data.stride={stride}, patches of {PATCH})"
             )
     _check_channels(s, cfg, one.name, info.latents.channels if info.latents else 3 * stride**2)

@@ -12,7 +12,7 @@ from shortcut_jax.steps.optim import OptimizerSettings
 
 
 def check_training(s: Settings) -> None:
-    """Raises ConfigError for dtypes in which training fails quietly, and for averages that are no fast and slow one.
+    """Raises ConfigError for dtypes in which training fails quietly, and for EMAs that are no fast and slow one.
 
     A run that was trained so can still be read.
     """
@@ -30,7 +30,7 @@ def check_training(s: Settings) -> None:
             )
     if s.ema.slow <= s.ema.fast:
         raise ConfigError(
-            f"ema.slow={s.ema.slow} must be greater than ema.fast={s.ema.fast}: the decay of the slow average is the "
+            f"ema.slow={s.ema.slow} must be greater than ema.fast={s.ema.fast}: the decay of the slow EMA is the "
             f"one closer to 1 (the defaults are 0.999 and 0.99)"
         )
 

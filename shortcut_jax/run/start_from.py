@@ -55,7 +55,7 @@ def open_initial(assembly: Assembly, base: dict[str, Any] | None = None) -> Init
       base: on resuming, what the checkpoint says of its base (`BaseRecord`); adapters are then not opened.
 
     Raises:
-      ConfigError: it is not there, holds no transformer, is of another geometry, or adapters are for another base,
+      ConfigError: it is not found, holds no transformer, is of another geometry, or adapters are for another base,
         other layers or another rank.
       SafetensorsError, ConversionError, ConvertedError: it cannot be read.
     """
@@ -94,7 +94,7 @@ def open_initial(assembly: Assembly, base: dict[str, Any] | None = None) -> Init
 def _existing(name: str, path: str, hint: str = "") -> Path:
     found = local_path(path, name)
     if not found.exists():
-        raise ConfigError(f"{name}={path} is not there{f': {hint}' if hint else download_hint(found.absolute())}")
+        raise ConfigError(f"{name}={path} is not found{f': {hint}' if hint else download_hint(found.absolute())}")
     return found
 
 
@@ -249,7 +249,7 @@ def load_base(assembly: Assembly, path: str | Path, stored: dict[str, Any]) -> A
     """The base of a run that is only sampled, on devices.
 
     Raises:
-      ConfigError: it is not there, of another geometry, or not the one that the run was trained on.
+      ConfigError: it is not found, of another geometry, or not the one that the run was trained on.
     """
     model = _open_network(assembly, "base", _existing("base", str(path), "name its new place with --base"))
     base = _load(assembly, model, assembly.state_shapes.frozen.base)

@@ -2,7 +2,7 @@
 
 Items are pytrees (`params`, `fast`, `slow`, `optimizer`) and `meta`, a JSON dict. Writing is asynchronous and atomic:
 a step's folder appears under its name only when it is complete, and older steps go only after that. Storage that fails
-is told, tried again and lived with; only a save that has to be sure gives up.
+is reported, tried again and lived with; only a save that has to be sure gives up.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class Checkpoints:
     def save(self, step: int, items: dict[str, Any], meta: dict[str, Any], surely: bool = False) -> None:
         """Starts writing a step in the background. The arrays may be donated as soon as this returns.
 
-        Where the storage fails, older checkpoints stay, it is told in a line, and the next save is the next chance.
+        Where the storage fails, older checkpoints stay, it is reported in a line, and the next save is the next chance.
 
         Args:
           step: its number.
@@ -113,7 +113,7 @@ class Checkpoints:
         if surely:
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder} in {self._attempts} attempts "
-                f"({self._why}); {left}: mend the storage and run the same command"
+                f"({self._why}); {left}: fix the storage and run the same command"
             )
         say(f"no checkpoint of step {step} after {self._attempts} attempts; {left}; the run goes on to the next one")
 
@@ -138,7 +138,7 @@ class Checkpoints:
         return step is None or self._went_well(step, self._manager.wait_until_finished)
 
     def _went_well(self, step: int, act: Callable[[], Any]) -> bool:
-        """Whether a part of a save worked on every process; else it is told. The next save removes what it left."""
+        """Whether a part of a save worked on every process; else it is reported. The next save removes what it left."""
         why = ""
         try:
             act()

@@ -1,4 +1,4 @@
-"""Scalars and pictures: TensorBoard, a JSON-lines record, contact sheets and curves."""
+"""Scalars and images: TensorBoard, a JSON-lines record, contact sheets and curves."""
 
 import functools
 import sys
@@ -72,7 +72,7 @@ class Meter:
 
 
 class MetricLog:
-    """Writes scalars to TensorBoard and `metrics.jsonl`, and pictures to TensorBoard. Only process 0 writes."""
+    """Writes scalars to TensorBoard and `metrics.jsonl`, and images to TensorBoard. Only process 0 writes."""
 
     def __init__(self, workdir: Path):
         self._writer: Any = None
@@ -99,7 +99,7 @@ class MetricLog:
         self._tensorboard(lambda writer: add_config(writer, "config", values, shown, step))
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Records a picture."""
+        """Records an image."""
         pixels = np.asarray(picture.convert("RGB"))
         self._tensorboard(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
         self._tensorboard(lambda writer: writer.flush())
@@ -156,13 +156,13 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 def contact_sheet(
     rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), cell: int = 48
 ) -> Image.Image:
-    """A labelled grid of pictures.
+    """A labelled grid of images.
 
     Args:
       rows: for each row an array [columns, h, w, c] of uint8, c 1 or 3.
       labels: one a row, at its left.
       columns: one a column, at its top; none by default.
-      cell: pixels of a picture's longer side; pictures are enlarged by whole factors where they are smaller.
+      cell: pixels of an image's longer side; images are enlarged by whole factors where they are smaller.
     """
     font = ImageFont.load_default()
     measure = lambda text: int(font.getlength(text))

@@ -53,7 +53,7 @@ PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*/a|.*/b", P()),
     # The autoencoder is small: its convolutions are whole.
     (r"(.*/)?(encoder|decoder)/.*kernel", P()),
-    # So are those of the networks that judge pictures.
+    # So are those of the networks that judge images.
     (r"(conv2d|mixed)_.*/(kernel|mean|variance)|fc/kernel", P()),
     (r"image/(patch_embedding/kernel|class_embedding)", P()),
     (r"(image|text)_projection/kernel", P("fsdp", None)),
@@ -73,7 +73,7 @@ STATE_RULES = (
     *PARAM_RULES,
     (r"(.*/)?(step|count|skipped|skipped_total)|(memory|spikes)/.*|frozen/(scale|unconditional/.*)", P()),
 )
-"""The same for a whole train state: moments and averages end in the path of their parameter."""
+"""The same for a whole train state: moments and EMAs end in the path of their parameter."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MeshShape:
 
     Attributes:
       data: copies of the weights, each with its part of the batch.
-      fsdp: shards of weights, moments and averages, each with its part of the batch.
+      fsdp: shards of weights, moments and EMAs, each with its part of the batch.
       tensor: shards of heads and MLP width.
     """
 

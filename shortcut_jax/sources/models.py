@@ -37,9 +37,9 @@ from shortcut_jax.weights.params import Spec, shapes_of, specs_of
 from shortcut_jax.weights.rules import Converted
 
 PIPELINE_KINDS = ("flux", "vae", "clip", "t5")
-"""What pictures are made with."""
+"""What images are made with."""
 JUDGES = ("clip_score", "inception")
-"""What pictures are judged with: both towers of CLIP, and the InceptionV3 of FID."""
+"""What images are judged with: both towers of CLIP, and the InceptionV3 of FID."""
 KINDS = (*PIPELINE_KINDS, *JUDGES)
 
 
@@ -51,7 +51,7 @@ class Model(NamedTuple):
       config: its geometry.
       params: by path, read when they are used.
       origin: what it is, in words.
-      notes: what the reader should be told.
+      notes: what the reader should know.
       path: the file or folder it was opened from.
     """
 
@@ -190,7 +190,7 @@ def _open_workdir(workdir: Path, view: str, base: Path | None) -> Model:
     path = base or Path(str(base_of(workdir)))
     if not path.exists():
         raise ConvertedError(
-            f"{workdir} holds adapters, and their base {path} is not there: name its place with --base"
+            f"{workdir} holds adapters, and their base {path} is not found: name its place with --base"
         )
     if path.resolve() == workdir.resolve():
         raise ConvertedError(f"{workdir} cannot be the base of its own adapters: name the one it was trained on")
@@ -250,7 +250,7 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
 
 
 def scheduler_notes(path: Path) -> tuple[str, ...]:
-    """What a reader should be told of the scheduler of a source, if it has one."""
+    """What a reader should know of the scheduler of a source, if it has one."""
     schedule = None if (path / RECORD).is_file() else _schedule_of(path)
     return () if schedule is None else schedule.notes
 
@@ -289,7 +289,7 @@ def _lora_file(path: Path) -> Path:
 
 
 def open_lora(path: Path, base: FluxConfig, view: str = "slow") -> tuple[Modules, tuple[str, ...]]:
-    """The adapters in a LoRA file, a PEFT or converted folder or a workdir, and what the reader should be told.
+    """The adapters in a LoRA file, a PEFT or converted folder or a workdir, and what the reader should know.
 
     Args:
       path: of it.
@@ -323,7 +323,7 @@ def with_strengths(loras: Sequence[str] | None, scales: Sequence[float] | None) 
 
 
 def open_loras(loras: Sequence[tuple[str | Path, float]], base: FluxConfig) -> tuple[Modules, tuple[str, ...]]:
-    """The sum of several adapters, each multiplied by a strength of its own, and what the reader should be told.
+    """The sum of several adapters, each multiplied by a strength of its own, and what the reader should know.
 
     Args:
       loras: paths, as `open_lora` takes them, and strengths; at least one.
@@ -337,7 +337,7 @@ def open_loras(loras: Sequence[tuple[str | Path, float]], base: FluxConfig) -> t
     for given, strength in loras:
         path = Path(given).expanduser()
         if not path.exists():
-            raise ConvertedError(f"the LoRA {path} is not there{download_hint(path)}")
+            raise ConvertedError(f"the LoRA {path} is not found{download_hint(path)}")
         if not math.isfinite(strength):
             raise ValueError(f"the strength of {path} is {strength}, but must be finite")
         modules, found = open_lora(path, base)
@@ -369,7 +369,7 @@ def _read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Modul
 
 
 def _peft_config(file: Path, header: Mapping[str, str]) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """PEFT's config of a LoRA file, empty without one, where it is, and what the reader should be told."""
+    """PEFT's config of a LoRA file, empty without one, where it is, and what the reader should know."""
     beside = file.parent / PEFT_CONFIG
     if METADATA_KEY in header:
         entries = parse_json(header[METADATA_KEY], f"{METADATA_KEY} in the header of {file}")

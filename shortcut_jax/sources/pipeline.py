@@ -1,4 +1,4 @@
-"""A converted folder that pictures can be made with, or prepared: whole, and of models that belong together."""
+"""A converted folder that images can be made with, or prepared: whole, and of models that belong together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ class PipelineParts(NamedTuple):
     tokenizers: dict[str, Tokenizer]
 
 
-def open_pipeline(folder: Path, kinds: Sequence[str] = PIPELINE_KINDS, purpose: str = "pictures need") -> PipelineParts:
+def open_pipeline(folder: Path, kinds: Sequence[str] = PIPELINE_KINDS, purpose: str = "images need") -> PipelineParts:
     """Opens a converted folder; nothing but headers and tokenizers is read.
 
     Args:
@@ -38,7 +38,7 @@ def open_pipeline(folder: Path, kinds: Sequence[str] = PIPELINE_KINDS, purpose: 
       ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its parts do not go together.
     """
     if not folder.is_dir():
-        raise ConvertedError(f"{folder} is not there{download_hint(folder)}")
+        raise ConvertedError(f"{folder} is not found{download_hint(folder)}")
     if not (folder / RECORD).is_file():
         raise ConvertedError(
             f"{folder} is no converted folder, for it has no {RECORD}: make one with python -m shortcut_jax.convert"

@@ -1,6 +1,6 @@
-"""FlowEdit (arXiv 2412.08629): a picture edited by the difference of two velocities, without inverting it to noise.
+"""FlowEdit (arXiv 2412.08629): an image edited by the difference of two velocities, without inverting it to noise.
 
-The picture moves by v(x, target prompt) - v(x, source prompt), both taken where noise has been added to it: what the
+The image moves by v(x, target prompt) - v(x, source prompt), both taken where noise has been added to it: what the
 prompts have in common cancels.
 """
 
@@ -30,7 +30,7 @@ class EditPlan(NamedTuple):
 
     Attributes:
       steps: of the grid from noise to data.
-      skip: first steps, the noisiest, that are left out: the more, the closer the result stays to the picture. The
+      skip: first steps, the noisiest, that are left out: the more, the closer the result stays to the image. The
         paper's n_max is steps - skip.
       plain: last steps that only follow the target's velocity: the paper's n_min.
       average: noises over which the difference is averaged at each step: the paper's n_avg.
@@ -68,13 +68,13 @@ def flow_edit(
     Equal velocity functions give back `x_BNC` itself, unless there are plain steps.
 
     Args:
-      source: the velocity that describes the picture.
+      source: the velocity that describes the image.
       target: the velocity that describes what it shall become.
-      x_BNC: the picture.
+      x_BNC: the image.
       noise: a draw for each step and average.
       times: decreasing times, shape [S + 1], S at least `plan.steps`.
       plan: 0 <= skip <= skip + plain <= steps; average at least 1.
-      step_sizes: what a model with a step-size input is told at each step, shape [S]; None for other models.
+      step_sizes: what a model with a step-size input is conditioned on at each step, shape [S]; None for other models.
     """
     chex.assert_rank([x_BNC, times], [3, 1])
     rows = x_BNC.shape[:1]
@@ -96,7 +96,7 @@ def flow_edit(
     def plain_step(k: Array, target_BNC: Array) -> Array:
         return target_BNC - (times[k] - times[k + 1]) * target(target_BNC, *told(k))
 
-    # How far the picture has moved: sums of it and the noise alone would not cancel exactly.
+    # How far the image has moved: sums of it and the noise alone would not cancel exactly.
     moved_BNC = jax.lax.fori_loop(plan.skip, last, step, jnp.zeros_like(x_BNC))
     # Without plain steps times[last] is 0, and no noise is added.
     noisy_BNC = interpolate(x_BNC, noise(jnp.asarray(last), jnp.asarray(0)), jnp.broadcast_to(times[last], rows))

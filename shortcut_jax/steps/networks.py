@@ -25,8 +25,9 @@ GUIDES = ("told", "both", "teacher", "targets")
 
 told: it is fed to the guidance embedding, if there is one, of all networks alike; nothing is computed with it.
 both: classifier-free guidance inside the student and its targets.
-teacher: classifier-free guidance in the teacher's jump only; the student's embedding tells it the scale.
-targets: classifier-free guidance in every jump while the student is told the scale. It compounds; kept to show that.
+teacher: classifier-free guidance in the teacher's jump only; the student's embedding conditions it on the scale.
+targets: classifier-free guidance in every jump while the student is conditioned on the scale. It compounds; kept
+  to show that.
 """
 
 
@@ -179,7 +180,7 @@ class Networks:
         guide: str,
         online: Any = None,
     ):
-        """Takes both averages of what is trained, what is frozen, and for `forward` what is trained itself."""
+        """Takes both EMAs of what is trained, what is frozen, and for `forward` what is trained itself."""
         self._velocity_of, self._frozen, self._guide = velocity_of, frozen, guide
         self._fast, self._slow, self._online = fast, slow, online
 
@@ -188,7 +189,7 @@ class Networks:
         return self._guided(whole(train, self._frozen), condition, ("both",))
 
     def slow(self, condition: Condition) -> StepVelocity:
-        """The slow average."""
+        """The slow EMA."""
         return self._guided(whole(self._slow, self._frozen), condition, ("both", "targets"))
 
     def forward(self, condition: Condition) -> StepVelocity:
@@ -196,7 +197,7 @@ class Networks:
         return self._velocity_of(whole(self._online, self._frozen), condition, forward=True)
 
     def first(self, condition: Condition, teacher_B: Array | None) -> StepVelocity:
-        """The teacher for the rows of `teacher_B` and the fast average for the others; the latter for all if None."""
+        """The teacher for the rows of `teacher_B` and the fast EMA for the others; the latter for all if None."""
         if teacher_B is None:
             return self._guided(whole(self._fast, self._frozen), condition, ("both", "targets"))
         velocity = self._first(condition, teacher_B)
@@ -229,7 +230,7 @@ def _scale(condition: Condition) -> Array:
 
 
 def evaluations(guide: str, adapters: bool, teacher: bool) -> tuple[int, int, int]:
-    """Forward passes of a row: in the student, in one of the first jumps, in one of the slow average's."""
+    """Forward passes of a row: in the student, in one of the first jumps, in one of the slow EMA's."""
     double = lambda *guides: 2 if guide in guides else 1
     networks = 2 if teacher and not adapters else 1
     first = double("both", "targets", *(("teacher",) if teacher else ()))

@@ -44,7 +44,7 @@ class ObjectiveSettings:
       guide: where it enters, one of `views.GUIDES`.
       teacher_share: probability that a self row learns from the teacher instead.
       teacher_grid: steps of the grid that teacher rows walk on, a multiple of the jumps.
-      rolled_steps: steps of the slow average from noise to where a rolled row begins.
+      rolled_steps: steps of the slow EMA from noise to where a rolled row begins.
       alpha: alpha-Flow's curriculum.
     """
 
@@ -112,7 +112,7 @@ class Examples(NamedTuple):
     Attributes:
       x_BNC: the state.
       t_B: its time.
-      step_B: the step size that the student is told, 0 for flow rows.
+      step_B: the step size that the student is conditioned on, 0 for flow rows.
       target_BNC: the velocity it should answer with.
       weight_B: of each row in the loss; None for 1.
     """
@@ -180,7 +180,7 @@ def _interval_start(rows: Rows) -> tuple[Array, Array, Array]:
 def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """Self-distillation without a step-size input (arXiv 2510.17858).
 
-    From x at t the fast average (or the teacher) makes the first half of the jumps of a student step and the slow
+    From x at t the fast EMA (or the teacher) makes the first half of the jumps of a student step and the slow
     average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). A jump
     is a step of the sampler with as many steps more, and begins where that does (`schedules.start_of`).
     """
@@ -188,7 +188,7 @@ def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -
 
 
 def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-    """The same from points that the slow average itself reaches from the row's noise: no image enters.
+    """The same from points that the slow EMA itself reaches from the row's noise: no image enters.
 
     Each walks from t = 1 to the interval's start in `rolled_steps` equal steps of Euler's method.
     """
@@ -214,7 +214,7 @@ def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, settings: Objective
 
 
 def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-    """Shortcut models (arXiv 2410.12557): the slow average, told the step size of each jump, makes all of them."""
+    """Shortcut models (arXiv 2410.12557): the slow EMA, with the size of each jump as its input, makes all of them."""
     times_BJ, count_B = rows.draws.intervals
     x_BNC, t_B, length_B = _interval_start(rows)
     slow = networks.slow(rows.condition)
@@ -222,7 +222,7 @@ def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSetting
 
 
 def alpha_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-    """alpha-Flow (arXiv 2510.20771): see `core.shortcut.alpha_target`; the average velocity is the slow average's.
+    """alpha-Flow (arXiv 2510.20771): see `core.shortcut.alpha_target`; the average velocity is the slow EMA's.
 
     A row weighs 1 / alpha, which undoes that its error is alpha times as large.
     """
@@ -235,7 +235,7 @@ def alpha_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) 
 
 
 def meanflow_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-    """MeanFlow (arXiv 2505.13447): see `core.shortcut.meanflow_target`; the network that learns is its own average."""
+    """MeanFlow (arXiv 2505.13447): see `core.shortcut.meanflow_target`; the network that learns is its own EMA."""
     del settings
     x_BNC, t_B, length_B = _interval_start(rows)
     v_BNC = velocity_target(rows.x0_BNC, rows.draws.noise_BNC)
@@ -253,7 +253,7 @@ class Objective:
     Attributes:
       of_self_rows: what self rows are asked; None where a batch has flow rows alone.
       of_rolled_rows: what rolled rows are asked; None where there can be none.
-      needs_step_size: whether the network is told its step size.
+      needs_step_size: whether the network is conditioned on its step size.
       takes_teacher: whether self rows may learn from a teacher, and their targets be guided.
       takes_alpha: whether `ObjectiveSettings.alpha` is for it.
       any_interval: whether self rows span any two times, in place of a student step.
@@ -272,7 +272,7 @@ class Objective:
 
     @property
     def distils(self) -> bool:
-        """Whether there are rows that learn from averages of the network itself."""
+        """Whether there are rows that learn from EMAs of the network itself."""
         return self.of_self_rows is not None
 
     def examples(self, rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:

@@ -39,7 +39,7 @@ def make_sampler(
       shift: timestep shift of the grid.
       finest: for models with a step-size input, the largest step count they were trained for; finer grids tell them
         d = 0, the instantaneous velocity.
-      method: `euler` or `heun`, which averages instantaneous velocities and always tells d = 0.
+      method: `euler` or `heun`, which averages instantaneous velocities and always conditions on d = 0.
       trajectory: whether it returns the clean images that it aims at on its way, [max_steps + 1, B, height, width, c];
         see `core.flow.predictions`.
       spacing: of the grid's times.
@@ -69,7 +69,7 @@ def make_sampler(
 
 
 def told_sizes(cfg: FluxConfig, times: Array, num_steps: Array, finest: int) -> Array | None:
-    """What the network is told at each step of a grid, [S]: d up to `finest` steps, else 0; None if it has no input."""
+    """The step-size input at each step of a grid, [S]: d up to `finest` steps, else 0; None for a network without it."""
     return jnp.where(num_steps <= finest, times[:-1] - times[1:], 0.0) if cfg.step_size else None
 
 

@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: training steps done, skipped ones included (int32).
       params: what is trained: the online weights, or the online adapters of a frozen base.
-      ema: fast and slow average of it, float32.
+      ema: fast and slow EMA of it, float32.
       opt_state: optax state.
       skipped: skipped steps in a row, up to now (int32).
       skipped_total: skipped steps in all (int32).
@@ -42,7 +42,7 @@ COUNTERS = ("step", "skipped", "skipped_total")
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Frozen) -> TrainState:
-    """The state before the first step: both averages are copies of what is trained."""
+    """The state before the first step: both EMAs are copies of what is trained."""
     zero = lambda: jnp.zeros((), jnp.int32)
     opt_state = optimizer.init(params)
     return TrainState(zero(), params, init_ema(params), opt_state, zero(), zero(), init_spikes(), frozen)
@@ -61,7 +61,7 @@ def num_updates(state: TrainState) -> Array:
 
 
 def select_state(keep: Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where `keep`, else `old` with the step counted as skipped; no weight, moment or average moves then."""
+    """`new` where `keep`, else `old` with the step counted as skipped; no weight, moment or EMA moves then."""
     empty = Frozen()
     select = lambda n, o: jnp.where(keep, n, o)
     chosen = jax.tree.map(select, new._replace(frozen=empty), old._replace(frozen=empty))

@@ -36,7 +36,7 @@ class StepSettings:
       model: the network.
       objective: the objective and its draws.
       optimizer: AdamW and its schedule.
-      ema: decays of the averages.
+      ema: decays of the EMAs.
       steps: length of the run, for the learning-rate schedule.
       seed: seed of the run; the key of step k is fold_in(key(seed), k).
       accumulate: micro-batches a step.
@@ -55,9 +55,9 @@ class StepSettings:
 
 @lru_cache(maxsize=16)
 def make_train_step(settings: StepSettings) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Composes objective, optimizer and averages. Jit, shardings and donation are the caller's.
+    """Composes objective, optimizer and EMAs. Jit, shardings and donation are the caller's.
 
-    A step whose loss or gradient is not finite, or that is a spike, changes no weight, moment or average; it is
+    A step whose loss or gradient is not finite, or that is a spike, changes no weight, moment or EMA; it is
     counted in the state.
     """
     optimizer = make_optimizer(settings.optimizer, settings.steps)

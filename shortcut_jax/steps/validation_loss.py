@@ -43,7 +43,7 @@ def make_validation(cfg: FluxConfig, rule: str, seed: int, guidance: float) -> C
     """A function (params, batch, index_B) -> `Validated`.
 
     Sample `index_B` of the validation set has its own time and noise, whatever batch it is in; -1 is padding and counts
-    nothing. A model with a guidance embedding is told `guidance`, one with a step-size input d = 0.
+    nothing. A model with a guidance embedding is conditioned on `guidance`, one with a step-size input d = 0.
     """
     times_T = jnp.asarray(RULES[rule], jnp.float32)
     key = jax.random.key(seed)

@@ -34,7 +34,7 @@ from shortcut_jax.steps.state import TrainState, choose_view, to_items
 
 
 class DivergedError(TrainingError):
-    """More steps in a row were skipped than the run bears."""
+    """More steps in a row were skipped than the run tolerates."""
 
     def __init__(self, message: str, skipped: int):
         """`skipped` is their number."""
@@ -48,12 +48,12 @@ class Outputs(NamedTuple):
     Attributes:
       workdir: the folder of all of it.
       checkpoints: of the train state.
-      log: scalars and pictures.
+      log: scalars and images.
       draw_grid: weights -> the sample grid, with the same noise and captions every time.
       base: what a checkpoint says of the frozen base, if there is one.
-      validation: weights -> the loss on held-out pictures, where it is asked for.
+      validation: weights -> the loss on held-out images, where it is asked for.
       progress: the heartbeat, and where the time goes.
-      watchdog: is told what the run does.
+      watchdog: learns what the run does.
     """
 
     workdir: Path
@@ -248,12 +248,12 @@ def save(
 
 
 def validate(step: int, s: Settings, validation: Validation, log: MetricLog, state: TrainState) -> None:
-    """Logs and tells the loss on held-out pictures, by the rule that its name tells."""
+    """Logs and tells the loss on held-out images, by the rule that its name tells."""
     for view in s.validation.views:
         name = f"validation/{s.validation.rule}/{view}"
         values = validation(choose_view(state, view), name)
         log.scalars(step, values)
-        tell(f"step {step}: {name} {values[name]:.4f} ({validation.num_images:,} pictures)")
+        tell(f"step {step}: {name} {values[name]:.4f} ({validation.num_images:,} images)")
 
 
 def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
@@ -265,7 +265,7 @@ def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
         try:
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
-        except OSError as error:  # a full disk takes no picture, but stops no run
+        except OSError as error:  # a full disk takes no image, but stops no run
             LOGGER.warning("the sample grid of step %d is not written: %s", step, error)
 
 

@@ -92,7 +92,7 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             with progress.doing("saving"):
                 checkpoints.wait()
             ending = "interrupted"
-            say(f"\n{signal.name}: {_what_is_saved(checkpoints, start)}; the same command goes on from there")
+            say(f"\n{signal.name}: {_what_is_saved(checkpoints, start)}; rerun the same command to resume")
             tell_time(goodput_line, progress)
             return distributed.EXIT_CODES[signal]
         except Exception as error:
@@ -213,7 +213,7 @@ def report(
     except OSError as error:  # a full disk takes no report, but the run is done and saved
         say(f"the report is not written: {error}")
         return
-    print(f"report   {path}\npicture  {workdir / grid_name(s.steps)}", flush=True)
+    print(f"report   {path}\nimage    {workdir / grid_name(s.steps)}", flush=True)
 
 
 def grid_painter(assembly: Assembly, data: TrainingData) -> Callable[[Any], Image.Image]:
@@ -237,7 +237,7 @@ def train_teacher(config_file: Path, settings: Settings) -> int:
     teacher = assemble_training(dataclasses.replace(own, data=data, mesh=settings.mesh))
     if not distributed.agree(_is_unfinished(workdir, teacher)):
         return 0
-    say(f"init_from={settings.init_from} is not there, or not finished: training the teacher first")
+    say(f"init_from={settings.init_from} is not found, or not finished: training the teacher first")
     return train(teacher, workdir)
 
 

@@ -72,7 +72,7 @@ def announce_data(assembly: Assembly, data: TrainingData) -> None:
         schedule = BatchSchedule(data.epoch_sizes, rows, assembly.settings.seed)
         sizes = ", ".join(f"{h} x {w}: {n:,}" for (h, w), n in zip(data.buckets, data.epoch_sizes, strict=True) if n)
         say(
-            f"an epoch of {records:,} pictures in {sum(n > 0 for n in data.epoch_sizes)} buckets ({sizes}), one step "
+            f"an epoch of {records:,} images in {sum(n > 0 for n in data.epoch_sizes)} buckets ({sizes}), one step "
             f"compiled for each; {int(schedule.batches_before(1).sum()):,} batches of {rows} in the first, "
-            f"{int(schedule.leftover(1).sum()):,} pictures carried over into the next"
+            f"{int(schedule.leftover(1).sum()):,} images carried over into the next"
         )

@@ -31,7 +31,7 @@ from shortcut_jax.weights.rescale import rescaled
 from shortcut_jax.weights.rules import nest
 
 FEW = 4
-"""Pictures that are sampled at once where several are asked for; one is sampled alone, so that its time is its own."""
+"""Images that are sampled at once where several are asked for; one is sampled alone, so that its time is its own."""
 
 EXAMPLES = (
     "a red fox in the snow, golden hour",
@@ -59,7 +59,7 @@ class Model(Protocol):
         """Which compiled programs a request needs: two requests with equal answers share all of them."""
 
     def pictures(self, request: Request, steps: int) -> np.ndarray:
-        """Pictures [num, h, w, c], uint8, of a request in a number of steps; picture i has noise i of its seed."""
+        """Images [num, h, w, c], uint8, of a request in a number of steps; image i has noise i of its seed."""
 
     def notes(self, request: Request) -> list[str]:
         """What a visitor should know of a request, such as a prompt that is cut."""
@@ -219,7 +219,7 @@ class _Adjustable(TextToImage):
 
 
 class ConvertedPipeline:
-    """A converted checkpoint: pictures of any size up to a bound, a program for each.
+    """A converted checkpoint: images of any size up to a bound, a program for each.
 
     Attributes:
       offer: see `Model`.
@@ -231,7 +231,7 @@ class ConvertedPipeline:
         Args:
           folder: made by `shortcut_jax.convert`.
           loras: adapters and their strengths, which a request multiplies.
-          max_size: the longest side of a picture in pixels, a multiple of 16.
+          max_size: the longest side of an image in pixels, a multiple of 16.
 
         Raises:
           ConversionError, ConvertedError: see `TextToImage`.
@@ -255,7 +255,7 @@ class ConvertedPipeline:
         )
         unit = PATCH * self._pipeline.models["vae"].config.factor
         if SIZE_UNIT % unit:
-            raise ConvertedError(f"{folder} makes pictures in multiples of {unit} pixels, the page of {SIZE_UNIT}")
+            raise ConvertedError(f"{folder} makes images in multiples of {unit} pixels, the page of {SIZE_UNIT}")
 
     def load(self, request: Request) -> bool:
         """See `Model`."""

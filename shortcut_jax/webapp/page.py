@@ -36,7 +36,7 @@ QUEUE = 16
 """Clicks that wait; further ones get a message at once."""
 
 KEPT = (60, 1200)
-"""Seconds between looks at old pictures, and the age at which their files are deleted."""
+"""Seconds between looks at old images, and the age at which their files are deleted."""
 
 RANDOM_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
 
@@ -99,7 +99,7 @@ def _settings(offer: Offer) -> Controls:
         button.click(None, None, controls["seed"], js=RANDOM_SEED, api_visibility="private")
     if offer.views:
         controls["view"] = gr.Radio(
-            list(offer.views), value=offer.views[0], label="View", info="the weights, or their fast or slow average"
+            list(offer.views), value=offer.views[0], label="View", info="the weights, or their fast or slow EMA"
         )
     if offer.adapters:
         bounds = -MAX_LORA_SCALE, MAX_LORA_SCALE

@@ -19,7 +19,7 @@ MAX_GUIDANCE = 30.0
 MAX_LORA_SCALE = 4.0
 MAX_SHIFT = 20.0
 SIZE_UNIT = 16
-"""Bounds of every request: steps, pictures, characters, seeds from 0, scales, and what sizes are multiples of."""
+"""Bounds of every request: steps, images, characters, seeds from 0, scales, and what sizes are multiples of."""
 
 FIELDS = {
     "prompt": f"what the images show, at most {MAX_PROMPT:,} characters",
@@ -27,7 +27,7 @@ FIELDS = {
     "num": f"how many images, 1 to {MAX_PICTURES}",
     "seed": "of the noise: the same seed gives the same images",
     "guidance": "guidance scale",
-    "view": "weights: online, or their fast or slow average",
+    "view": "weights: online, or their fast or slow EMA",
     "lora_scale": f"strength of the LoRA, {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}; 0 is the base model",
     "height": f"of an image in pixels, a multiple of {SIZE_UNIT}",
     "width": f"of an image in pixels, a multiple of {SIZE_UNIT}",
@@ -52,8 +52,8 @@ class Offer(NamedTuple):
     Attributes:
       title: what it is, in a few words.
       facts: more of the same, short phrases.
-      height: of a picture in pixels, by default or always.
-      width: of a picture in pixels.
+      height: of an image in pixels, by default or always.
+      width: of an image in pixels.
       max_size: the longest side that may be asked for; 0 where the size is fixed.
       guidance: the scale by default.
       min_guidance: the least scale.
@@ -103,9 +103,9 @@ class Request:
     """A request within the bounds of a model; `make_request` makes it.
 
     Attributes:
-      prompt: what the pictures shall show.
+      prompt: what the images shall show.
       steps: sampling steps.
-      num: pictures.
+      num: images.
       seed: of the noise.
       guidance: guidance scale.
       view: online, fast or slow; empty where there is no choice.

@@ -1,4 +1,4 @@
-"""From requests to pictures and times: one model, one request at a time, compiling told apart from sampling."""
+"""From requests to images and times: one model, one request at a time, compiling told apart from sampling."""
 
 import dataclasses
 import threading
@@ -26,12 +26,12 @@ MAX_PROGRAMS = 32
 
 
 class Answer(NamedTuple):
-    """Pictures and what they cost.
+    """Images and what they cost.
 
     Attributes:
       pictures: [num, h, w, c], uint8.
       steps: sampling steps.
-      seconds: from prompt to pixels, all pictures together, without the next two.
+      seconds: from prompt to pixels, all images together, without the next two.
       compiling: seconds that compiling took, 0 where the programs were there.
       loading: seconds that reading weights took, 0 where they were there.
     """
@@ -57,11 +57,11 @@ class Studio:
         self._closed = False
 
     def sample(self, request: Request) -> Answer:
-        """The pictures of a request. Raises RequestError after `close`."""
+        """The images of a request. Raises RequestError after `close`."""
         return self._answer(request, request.steps)
 
     def compare(self, request: Request) -> Iterator[Answer]:
-        """One picture from the same noise in each number of steps of `COMPARED`, as they are ready."""
+        """One image from the same noise in each number of steps of `COMPARED`, as they are ready."""
         single = dataclasses.replace(request, num=1)
         for steps in COMPARED:
             yield self._answer(single, steps, REPEATS)

@@ -62,7 +62,7 @@ def read(
       where: the config is, for messages.
 
     Returns:
-      The adapters, and what the reader should be told.
+      The adapters, and what the reader should know.
 
     Raises:
       ConversionError: a name that is not known, a factor without its other half, values that are not finite, an adapter
@@ -140,7 +140,7 @@ def alpha_origin(names: Iterable[str], config: Mapping[str, Any], where: str) ->
 
 
 def header_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """What the reader should be told of the entries of a file's header that trainers write.
+    """What the reader should know of the entries of a file's header that trainers write.
 
     Raises:
       ConversionError: an adapter of Chroma, whose names may be Flux's.
@@ -341,7 +341,7 @@ def to_kohya(modules: Modules, shapes: Shapes) -> tuple[dict[str, np.ndarray], d
 
 
 def kohya_notes(modules: Modules) -> tuple[str, ...]:
-    """What the writer of a file with kohya's names should be told of its readers."""
+    """What the writer of a file with kohya's names should know of its readers."""
     outside = [name for name in modules if "blocks." not in name]
     if not outside:
         return ()

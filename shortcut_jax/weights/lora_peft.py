@@ -36,7 +36,7 @@ Alphas = Callable[[str, int], float]
 
 
 def check(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """What the reader should be told of a config.
+    """What the reader should know of a config.
 
     Args:
       config: its entries.

@@ -54,7 +54,7 @@ class Schedule(NamedTuple):
     Attributes:
       shift: of its times.
       spacing: of its times.
-      notes: what the reader should be told.
+      notes: what the reader should know.
     """
 
     shift: ShiftRule

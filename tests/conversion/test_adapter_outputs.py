@@ -1,4 +1,4 @@
-"""What comes out of post-training: samples, converted adapters, and the same pictures in diffusers."""
+"""What comes out of post-training: samples, converted adapters, and the same images in diffusers."""
 
 import itertools
 

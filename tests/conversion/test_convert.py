@@ -315,7 +315,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(bfl, shapes, tmp_path, ca
     for index in ("[]", '{"weight_map": {"a": 1}}'):
         (tmp_path / "odd" / "m.safetensors.index.json").write_text(index)
         assert "is not an index of shards" in _fails(capfd, f"--from={tmp_path}/odd", target)
-    assert "nowhere is not there" in _fails(capfd, f"--from={tmp_path}/nowhere", target)
+    assert "nowhere is not found" in _fails(capfd, f"--from={tmp_path}/nowhere", target)
     assert f"cannot write to --to={tmp_path}/taken/x" in _fails(capfd, source, f"--to={tmp_path}/taken/x")
     assert "--to is missing" in _fails(capfd, source)
     assert "but no --from is one" in _fails(capfd, source, target, "--view=fast")
@@ -358,7 +358,7 @@ def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, 
     assert train.main(arguments(tmp_path / "run", **small)) == 0
     error = _fails(capfd, f"--from={tmp_path}/run", f"--to={tmp_path}/x", "--format=bfl")
     assert "has a step-size embedding" in error
-    for view in ("fast", "slow"):  # without warm-up the averages differ from the first step on
+    for view in ("fast", "slow"):  # without warm-up the EMAs differ from the first step on
         assert _convert(f"--from={tmp_path}/run", f"--to={tmp_path}/{view}", f"--view={view}") == 0
     fast, slow = (OrbaxParams(tmp_path / view / "flux") for view in ("fast", "slow"))
     assert "step_in/in_layer/kernel" in slow

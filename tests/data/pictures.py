@@ -1,4 +1,4 @@
-"""Small captioned pictures that tests of preparing share."""
+"""Small captioned images that tests of preparing share."""
 
 import io
 import json
@@ -34,5 +34,5 @@ def write_folder(folder, pictures, extra=()):
 
 def simple_folder(folder, num=40, height=32, width=32):
     return write_folder(
-        folder, {f"p/{i:03d}.png": (encoded(picture(i, height, width)), f"picture {i}") for i in range(num)}
+        folder, {f"p/{i:03d}.png": (encoded(picture(i, height, width)), f"image {i}") for i in range(num)}
     )

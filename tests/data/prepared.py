@@ -38,7 +38,7 @@ def write_shard(path, records, serialize):
 
 def pixel_record(i, size, rng):
     pixels = rng.integers(0, 256, (*size, 3), np.uint8)
-    pixels[0, 0] = i % 256, i // 256, 7  # the record can be told by its picture
+    pixels[0, 0] = i % 256, i // 256, 7  # the record can be told by its image
     return {"image": encode_png(pixels)}
 
 
@@ -66,7 +66,7 @@ def write_small_set(folder, store, counts, num_shards=3, seed=0, text=TEXT, spli
             path, records = folder / shard_name(name, split, n, num_shards), []
             for i in part:
                 height, width = SIZES[buckets[i]]
-                caption = f"{split} picture {i} of bucket {buckets[i]}"
+                caption = f"{split} image {i} of bucket {buckets[i]}"
                 fields = {"key": f"{split}/{i}", "caption": caption, "height": height, "width": width}
                 records.append(fields | make(i, SIZES[buckets[i]]))
             size = write_shard(path, records, serialize)

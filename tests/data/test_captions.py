@@ -62,7 +62,7 @@ def test_a_text_file_that_cannot_be_used_is_one_line(tmp_path, content, changes,
 
 
 def test_captions_that_are_not_there_are_one_line(tmp_path):
-    with pytest.raises(DataError, match=r"is not there\. Write a text file with a caption a line"):
+    with pytest.raises(DataError, match=r"is not found\. Write a text file with a caption a line"):
         check_available(_settings(tmp_path, "prompts.txt"))
 
 

@@ -34,7 +34,7 @@ def test_pixels_and_latents_are_inverse():
 
 
 def test_absent_data_are_named_at_once(tmp_path):
-    with pytest.raises(DataError, match=r"'flowers' is not prepared.*flowers is not there"):
+    with pytest.raises(DataError, match=r"'flowers' is not prepared.*flowers is not found"):
         check_available(DataSettings(name="flowers", dir=str(tmp_path)))
     with pytest.raises(DataError, match=r"shortcut_jax\.prepare.*configs/digits\.py"):
         check_available(DataSettings(name="cc12m_latents_256", store="latents", dir=str(tmp_path)))

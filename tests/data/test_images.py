@@ -128,7 +128,7 @@ def test_fitting_covers_the_bucket_and_keeps_the_middle():
     assert fit(image, (22, 30))[1] and fit(image, (40, 60))[1]
     small, enlarged = fit(Image.new("RGB", (300, 500), (9, 8, 7)), (16, 32))
     assert small.shape == (16, 32, 3) and not enlarged and (small == (9, 8, 7)).all()
-    # A picture with a dark left and right edge: they are cut away, evenly.
+    # An image with a dark left and right edge: they are cut away, evenly.
     edged = np.full((40, 80, 3), 200, np.uint8)
     edged[:, :10] = edged[:, -10:] = 0
     assert fit(Image.fromarray(edged), (20, 20))[0].min() > 190

@@ -51,15 +51,14 @@ def test_views_steps_and_what_is_asked_besides(evaluated):
     assert images == {("slow", 1): 40, ("slow", 2): 40, ("online", 2): 16, ("fast", 2): 16}
     assert all(np.isfinite(c["frechet_distance"]) and 0 <= c["accuracy"] <= 1 for c in record["cells"])
     assert (
-        all(c["few_images"] for c in record["cells"])
-        and "fewer pictures" in (evaluated / "evaluation.html").read_text()
+        all(c["few_images"] for c in record["cells"]) and "fewer images" in (evaluated / "evaluation.html").read_text()
     )
     assert set(record["paths"]) == {"times", "slow", "online", "fast"}
     assert len(record["paths"]["slow"]["change"]) == len(record["paths"]["times"]) == 31
     assert len(record["paths"]["slow"]["consistency"]) == 5
     losses = record["validation"]["slow"]
     (whole,) = [name for name in losses if "/" not in name]
-    assert whole == "mlperf loss (training pictures)" and len(losses) == 9
+    assert whole == "mlperf loss (training images)" and len(losses) == 9
     assert set(record["latency_seconds"]) == {"slow"}
     assert {p.name for p in evaluated.iterdir()} >= {"evaluation.html", "evaluation.json", "tensorboard", "cells"}
 
@@ -139,7 +138,7 @@ def test_what_was_killed_goes_on_where_it_was(
         [sys.executable, "-c", KILLED, *argv], env={**os.environ, **flags}, stderr=subprocess.DEVNULL
     )
     assert ended.returncode == -signal.SIGKILL and not (tmp_path / "evaluation.json").exists()
-    # Of 40 pictures in batches of 16, the first 16 are on the disk.
+    # Of 40 images in batches of 16, the first 16 are on the disk.
     made = []
     pictures = RunSubject.pictures
 
@@ -177,7 +176,7 @@ def test_adapters_are_judged_against_their_teacher(distilled, data_dir, tmp_path
         (["--workdir=x", "--checkpoint=y"], "give one of --workdir and --checkpoint"),
         (["--workdir=x", "--steps=0"], "--steps=0, but must be whole numbers from 1 to 1000"),
         (["--workdir=x", "--extras=speed"], "--extras has 'speed', but must be of grid, field, validation, latency"),
-        (["--workdir=x", "--images=1"], "a distance needs at least 2 pictures"),
+        (["--workdir=x", "--images=1"], "a distance needs at least 2 images"),
         (["--workdir=x", "--prompts=p"], "--prompts goes with --checkpoint"),
         (["--workdir=x", "--lora=l"], "--lora goes with --checkpoint, not with --workdir"),
         (["--checkpoint=x", "--prompts=p", "--lora=l", "--lora_scale=1", "--lora_scale=2"], "give one for each"),
@@ -201,7 +200,7 @@ def test_bad_input_is_one_clear_line(argv, pattern, capfd, tmp_path, monkeypatch
 def test_a_view_that_is_not_there_and_a_reference_that_is_not(trained, data_dir, tmp_path, capfd, one_device_of_module):
     for extra, pattern in (
         ("--views=teacher", "has no view 'teacher': it has online, fast, slow"),
-        ("--reference=none.npz", "are not there: make them with"),
+        ("--reference=none.npz", "are not found: make them with"),
     ):
         with pytest.raises(SystemExit):
             argv = ["evaluate", f"--workdir={trained}", f"--out={tmp_path}", f"--data_dir={data_dir}", *ARGUMENTS]
@@ -232,5 +231,5 @@ def test_a_converted_pipeline_is_judged_on_a_file_of_prompts_against_a_folder(
     assert all(0 <= c["clip_score"] <= 100 and c["few_images"] for c in record["cells"])
     assert [(c["label"], c["steps"], c["images"]) for c in record["cells"]] == [("checkpoint", n, 3) for n in (1, 2)]
     assert all(np.isfinite(c["frechet_distance"]) for c in record["cells"]) and set(record["paths"]) == {"times"}
-    assert record["facts"]["prompts"] == "3, pictures of 32 x 32"
+    assert record["facts"]["prompts"] == "3, images of 32 x 32"
     assert "Samples of checkpoint" in (tmp_path / "out" / "evaluation.html").read_text()

@@ -76,7 +76,7 @@ def test_only_the_release_is_called_fid(monkeypatch):
 
 
 def test_what_is_absent_is_told_with_the_command_that_makes_it(inception_folder, tmp_path):
-    with pytest.raises(ConvertedError, match=r"the InceptionV3 of FID, is not there: make it with python -m shortcut"):
+    with pytest.raises(ConvertedError, match=r"the InceptionV3 of FID, is not found: make it with python -m shortcut"):
         features.inception(tmp_path / "nowhere")
     with pytest.raises(
         ConvertedError, match=r"does not hold both towers of CLIP: make it with.*clip-vit-large-patch14"
@@ -91,10 +91,10 @@ def test_pixels_are_flat_in_minus_one_to_one_and_few():
     pictures = _pictures(3, 8, 8, 1)
     assert pixels.size == 64 and pixels(pictures).dtype == np.float32
     np.testing.assert_allclose(pixels(pictures), pictures.reshape(3, 64) / 127.5 - 1, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"pictures are \[8, 9, 1\], not \[8, 8, 1\]"):
+    with pytest.raises(ValueError, match=r"images are \[8, 9, 1\], not \[8, 8, 1\]"):
         pixels(_pictures(3, 8, 9, 1))
     assert features.pixels((64, 64, 1)).size == 4096
-    with pytest.raises(UsageError, match=r"pictures of 64 x 64 x 3 have 12288 values, but pixels serve .* up to 4096"):
+    with pytest.raises(UsageError, match=r"images of 64 x 64 x 3 have 12288 values, but pixels serve .* up to 4096"):
         features.pixels((64, 64, 3))
 
 

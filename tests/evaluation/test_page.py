@@ -66,7 +66,7 @@ def test_the_page_is_whole_alone_and_escapes_what_it_is_told(result):
     assert not re.search(r"url\(\s*['\"]?http", text)
     # Two curves of quality (distance and accuracy), two of paths.
     assert sum(tag == "svg" for tag, _ in parser.seen) == 4
-    for part in ("3.00 *", "4.00 *", "fewer pictures than features", "0.750", "40.0 ms", "t=0.5", "Samples of slow"):
+    for part in ("3.00 *", "4.00 *", "fewer images than features", "0.750", "40.0 ms", "t=0.5", "Samples of slow"):
         assert (part in text) == (part != "3.00 *"), part
     assert "FID" not in text
 

@@ -64,7 +64,7 @@ def _save_with(path, **more):
 @pytest.mark.parametrize(
     ("make", "pattern"),
     [
-        (lambda path: None, r"are not there: make them with python -m shortcut_jax.evaluate --save_reference"),
+        (lambda path: None, r"are not found: make them with python -m shortcut_jax.evaluate --save_reference"),
         (lambda path: path.write_bytes(b"no"), "cannot be used .*not a zip"),
         (lambda path: np.savez(path, mean=np.zeros(18)), "has no mu and sigma, but mean"),
         (lambda path: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"statistics of 4 features, but 18 are asked"),
@@ -129,7 +129,7 @@ def test_no_reference_at_all_and_too_few_pictures(folder, tmp_path):
         open_reference(None, None, FEATURES, tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ConfigError, match="has 0 pictures"):
+    with pytest.raises(ConfigError, match="has 0 images"):
         open_reference(str(empty), None, FEATURES, tmp_path)
 
 
@@ -149,10 +149,10 @@ def test_bad_images_are_left_out_and_told_up_to_a_share(folder, tmp_path):
     (folder / "bad.jpg").write_bytes(b"\x89PNG\r\n\x1a\n bad")
     for cache in ("a", "a"):  # the second time from what was kept
         found = open_reference(str(folder), None, FEATURES, tmp_path / cache)
-        assert found.num_pictures == 9 and found.source == f"pictures of {folder} (1 truncated left out)"
+        assert found.num_pictures == 9 and found.source == f"images of {folder} (1 truncated left out)"
         np.testing.assert_array_equal(found.gaussian.mean, expected.gaussian.mean)
     os.mkfifo(folder / "pipe.png")
-    with pytest.raises(ConfigError, match=r"of 11 pictures more than 5% .*1 not a file, 1 truncated so far.*pipe\.png"):
+    with pytest.raises(ConfigError, match=r"of 11 images more than 5% .*1 not a file, 1 truncated so far.*pipe\.png"):
         open_reference(str(folder), None, FEATURES, tmp_path / "a")
     few = tmp_path / "few"
     few.mkdir()

@@ -55,7 +55,7 @@ def test_what_is_refused_is_named_with_the_way_out(tmp_path):
         (tmp_path / name).write_bytes(b"x" * 100)
         with pytest.raises(error, match=message):
             open_pretrained(tmp_path / name)
-    with pytest.raises(SafetensorsError, match="nowhere is not there"):
+    with pytest.raises(SafetensorsError, match="nowhere is not found"):
         open_pretrained(tmp_path / "nowhere")
     save(tmp_path / "nf4.safetensors", {"a.weight.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)})
     with pytest.raises(ConversionError, match="quantised to NF4"):
@@ -90,7 +90,7 @@ def test_a_pipeline_folder_has_everything_that_its_index_names(tmp_path, params)
     assert len(open_pretrained(tmp_path)) == 1
     absent = {"text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     (tmp_path / "model_index.json").write_text(json.dumps({**index, **absent}))
-    with pytest.raises(ConversionError, match="names text_encoder_2, tokenizer, which is not there"):
+    with pytest.raises(ConversionError, match="names text_encoder_2, tokenizer, which is not found"):
         open_pretrained(tmp_path)
 
 

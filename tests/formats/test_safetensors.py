@@ -102,7 +102,7 @@ def test_shards_are_those_of_the_index(tmp_path):
     first, second = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
     _write(tmp_path / first, {"a": VALUES["a"]})
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": first, "b": second}}))
-    with pytest.raises(SafetensorsError, match=r"names m-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(SafetensorsError, match=r"names m-00002-of-00002\.safetensors, which is not found"):
         shard_files(tmp_path)
     _write(tmp_path / second, {"b": VALUES["b"]})
     _write(tmp_path / "stray.safetensors", {"z": VALUES["a"]})

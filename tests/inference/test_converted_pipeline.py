@@ -327,11 +327,11 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_clear_line(converted_folder, 
         with pytest.raises(ConvertedError, match=text):
             TextToImage(folder)
 
-    fails(tmp_path / "no", "no is not there$")
+    fails(tmp_path / "no", "no is not found$")
     fails(pipeline_folder, "is no converted folder, for it has no models.json: make one with python -m")
     only = _changed(converted_folder, tmp_path / "only", lambda m: [m.pop(k) for k in ("vae", "t5", "clip")])
     fails(
-        only, "holds flux, but pictures need vae, clip, t5 too: convert again from a whole pipeline, or with one --from"
+        only, "holds flux, but images need vae, clip, t5 too: convert again from a whole pipeline, or with one --from"
     )
     other = _changed(converted_folder, tmp_path / "other", lambda m: m["t5"]["config"].update(width=64))
     fails(other, "the transformer's text width is 32, but T5's is 64")
@@ -362,7 +362,7 @@ def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(c
         f"t5 of {converted_folder} (T5 encoder",
         "guidance 2: through the guidance embedding; computed in float32",
         "T5 reads 12 tokens of 'a photo of the cat and the dog and the c'",
-        "1 pictures of 24 x 40 in 2 steps, ",
+        "1 images of 24 x 40 in 2 steps, ",
     ):
         assert line in err
     assert err.count("T5 reads 12 tokens") == err.count("CLIP reads 16") + 1 == 1
@@ -373,7 +373,7 @@ def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(c
     called = TextToImage(converted_folder)(prompt, 2, 2.0, HEIGHT, WIDTH, seed=3, text_tokens=12)
     np.testing.assert_array_equal(pixels, called[0])
     assert sample.main([*argv, "--prompt=a cat", "--prompt=a dog", "--num=2", f"--out={out}"]) == 0
-    assert "4 pictures" in capfd.readouterr().err
+    assert "4 images" in capfd.readouterr().err
     with Image.open(out) as sheet:
         assert sheet.width > 2 * WIDTH and sheet.height > 2 * HEIGHT
 
@@ -383,7 +383,7 @@ def test_the_command_edits_a_photo_at_a_size_that_the_pipeline_can_make(one_devi
     argv = ["sample", f"--checkpoint={converted_folder}", f"--edit={tmp_path}/in.png", "--source_prompt=a cat"]
     argv += ["--prompt=a dog", "--steps=2", "--skip=1", f"--text_tokens={TEXT_TOKENS}", f"--out={tmp_path}/out.png"]
     assert sample.main(argv) == 0
-    assert "the picture of 25 x 39 is resized and cut to 24 x 40" in capfd.readouterr().err
+    assert "the image of 25 x 39 is resized and cut to 24 x 40" in capfd.readouterr().err
     with Image.open(tmp_path / "out.png") as picture:
         assert (picture.height, picture.width) == (24, 40)
     (made,) = read_records(tmp_path / "out.png")
@@ -409,7 +409,7 @@ def test_bad_input_to_the_command_is_one_clear_line(converted_folder, pipeline_f
     assert "height x width is 30 x 1024" in fails(good, "--height=30")
     assert "--steps is 0" in fails(good, "--steps=0")
     assert "text_tokens is 0" in fails(good, "--text_tokens=0")
-    assert "no is not there" in fails(f"--checkpoint={tmp_path}/no")
+    assert "no is not found" in fails(f"--checkpoint={tmp_path}/no")
     assert "is no converted folder" in fails(f"--checkpoint={pipeline_folder}")
 
 
@@ -428,7 +428,7 @@ def test_adapters_are_added_by_their_strengths(converted_folder, tmp_path):
     np.testing.assert_allclose(of((files[0], 1.25)) - plain, 1.25 * (one - plain), atol=1e-5)
     both = of((files[0], 0.5), (files[1], -0.25))
     np.testing.assert_allclose(both - plain, 0.5 * (one - plain) - 0.25 * (two - plain), atol=1e-5)
-    with pytest.raises(ConvertedError, match="is not there"):
+    with pytest.raises(ConvertedError, match="is not found"):
         of((tmp_path / "nowhere", 1.0))
 
 

@@ -27,7 +27,7 @@ def test_a_contact_sheet_has_a_row_a_prompt(trained, tmp_path, capfd):
     out = tmp_path / "sevens.png"
     argv = ["sample", f"--workdir={trained}", "--prompt=a handwritten digit seven", "--prompt=two", f"--out={out}"]
     assert sample.main([*argv, "--num=3", "--steps=2"]) == 0
-    assert "6 pictures of scfm (slow, step 4) in 2 steps" in capfd.readouterr().err
+    assert "6 images of scfm (slow, step 4) in 2 steps" in capfd.readouterr().err
     with Image.open(out) as picture:
         assert picture.width > 3 * 48 and picture.height > 2 * 48
 
@@ -93,9 +93,9 @@ def test_the_pipeline_says_what_is_cut_and_refuses_steps_out_of_range(trained, c
     for steps in (0, -1, 4):
         with pytest.raises(ValueError, match=f"asked for {steps} sampling steps, but must be 1 to 3"):
             pipeline("one", steps=steps)
-    with pytest.raises(ValueError, match="asked for 0 pictures of 1 prompts"):
+    with pytest.raises(ValueError, match="asked for 0 images of 1 prompts"):
         pipeline("one", num=0)
-    with pytest.raises(ValueError, match="asked for 1 pictures of 0 prompts"):
+    with pytest.raises(ValueError, match="asked for 1 images of 0 prompts"):
         pipeline([])
 
 
@@ -104,7 +104,7 @@ def test_bad_input_is_one_clear_line(trained, tmp_path, capfd):
     assert "--steps is 0" in _fails(capfd, [*good, "--steps=0"])
     assert "--prompt is missing" in _fails(capfd, [f"--workdir={trained}"])
     assert "end it in .png" in _fails(capfd, [*good, "--out=x.gif"])
-    assert "is not there" in _fails(capfd, [*good, f"--out={tmp_path}/no/x.png"])
+    assert "is not found" in _fails(capfd, [*good, f"--out={tmp_path}/no/x.png"])
     assert "no checkpoint in" in _fails(capfd, [f"--workdir={tmp_path}", "--prompt=x"])
     assert "view" in _fails(capfd, [*good, "--view=middle"])
     with pytest.raises(ValueError, match="one of online, fast, slow"):

@@ -65,7 +65,7 @@ def test_a_view_that_is_not_finite_is_refused_by_name_before_sampling(trained, t
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """What a file of two prompts leaves in a folder, two pictures of each."""
+    """What a file of two prompts leaves in a folder, two images of each."""
     with pytest.MonkeyPatch.context() as patch:
         import jax
 
@@ -131,7 +131,7 @@ def test_every_seed_of_a_list_gives_the_picture_it_gives_alone(trained, tmp_path
     for seed, picture in zip((7, 3, 7, 4294967295), together, strict=True):
         np.testing.assert_array_equal(pipeline(TWO, steps=2, seed=seed)[0, ..., 0], picture)
     assert [read_records(tmp_path / f"0000{i}.png")[0]["seed"] for i in range(4)] == [7, 3, 7, 4294967295]
-    with pytest.raises(ValueError, match="there are 1 draws for 2 pictures"):
+    with pytest.raises(ValueError, match="there are 1 draws for 2 images"):
         pipeline([TWO, SEVEN], draws=[(0, 0)])
 
 
@@ -139,7 +139,7 @@ def test_heun_is_another_way_to_the_picture_and_says_so(trained, tmp_path, capfd
     out = tmp_path / "x.png"
     argv = [f"--workdir={trained}", f"--prompt={TWO}", "--num=2", "--batch=4", "--steps=3", f"--out={out}"]
     _run(*argv, "--method=heun")
-    assert "2 pictures of scfm (slow, step 4) in 3 steps by heun" in capfd.readouterr().err
+    assert "2 images of scfm (slow, step 4) in 3 steps by heun" in capfd.readouterr().err
     assert [r["method"] for r in read_records(out)] == ["heun", "heun"]
     pipeline = Pipeline(trained, batch_size=4)
     heun, euler = (pipeline(TWO, 3, 2, method=method) for method in ("heun", "euler"))
@@ -185,7 +185,7 @@ def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings
     for text in (
         "error: the prompt '\\udce9' is not UTF-8",
         "never seen in training, so of no meaning: 'b', 'c', 'd'",
-        "error: this run makes pictures of 8 x 8 pixels only",
+        "error: this run makes images of 8 x 8 pixels only",
         "error: :size big: cannot be read",
         "error: --steps is -1",
         "error: --steps is 1001, but must be at most 1000",
@@ -271,7 +271,7 @@ def test_a_picture_of_another_size_is_fitted_and_it_is_told(trained, tmp_path, c
     out = tmp_path / "x.png"
     argv = [f"--workdir={trained}", f"--edit={tmp_path}/big.jpg", f"--source_prompt={SEVEN}", "--steps=1"]
     _run(*argv, f"--prompt={SEVEN}", f"--out={out}")
-    assert "the picture of 20 x 30 is resized and cut to 8 x 8" in capfd.readouterr().err
+    assert "the image of 20 x 30 is resized and cut to 8 x 8" in capfd.readouterr().err
     assert _pixels(out).shape == (8, 8)
 
 
@@ -298,14 +298,14 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
     assert "--source_prompt is missing" in fails("--prompt=x", "--edit=a.png")
     edit = ("--prompt=x", "--source_prompt=y")
     assert f"--edit={Path.cwd()}/a.png cannot be read: No such file" in fails(*edit, "--edit=a.png")
-    assert "torn.png cannot be read as a picture: " in fails(*edit, f"--edit={tmp_path}/torn.png")
-    assert "latin.txt cannot be read as a picture: unsupported format" in fails(*edit, f"--edit={tmp_path}/latin.txt")
+    assert "torn.png cannot be read as an image: " in fails(*edit, f"--edit={tmp_path}/torn.png")
+    assert "latin.txt cannot be read as an image: unsupported format" in fails(*edit, f"--edit={tmp_path}/latin.txt")
     assert "an edit of 4 steps, 4 of them skipped" in fails(*edit, f"--edit={grey[0]}", "--skip=4")
     assert "--edit takes one --prompt" in fails(*edit, f"--edit={grey[0]}", "--prompt=z")
     assert "--edit goes neither with --method=heun" in fails(*edit, f"--edit={grey[0]}", "--method=heun")
     with pytest.raises(UsageError, match="does not say how it was made"):
         read_records(grey[0])
-    with pytest.raises(UsageError, match="cannot be read as a picture"):
+    with pytest.raises(UsageError, match="cannot be read as an image"):
         read_records(tmp_path / "latin.txt")
 
 
@@ -369,7 +369,7 @@ def test_metadata_of_older_and_other_files_tells_a_sheet_as_far_as_it_can(tmp_pa
     assert layout((8, 8)) == layout((8, 8), **old(one)) == layout((8, 8), shortcut_jax="{") == "image"
     assert layout((8, 8), shortcut_jax="[" * 10**5) == "image"
     assert layout((90, 90), **old(one)) == layout((90, 90), **old(one, one)) == "sheet"
-    assert layout((90, 90), parameters="x\nSteps: 4, Pictures: 16, Version: shortcut_jax 0.1") == "sheet"
+    assert layout((90, 90), parameters="x\nSteps: 4, Images: 16, Version: shortcut_jax 0.1") == "sheet"
 
 
 def test_a_view_that_the_checkpoint_lacks_is_named_with_those_it_has(trained, tmp_path):

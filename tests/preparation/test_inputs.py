@@ -52,7 +52,7 @@ def test_a_folder_is_rows_in_units(tmp_path):
     assert [unit.size for unit in source.units] == [4, 4, 2] and source.num_items == 10
     items = _all(source)
     assert [item.key for item in items] == [f"p/{i:03d}.png" for i in range(10)]
-    assert [item.caption for item in items] == [f"picture {i}" for i in range(10)]
+    assert [item.caption for item in items] == [f"image {i}" for i in range(10)]
     again = open_source(str(folder), SourceOptions(unit=4))
     assert again.fingerprint == source.fingerprint
     with (folder / "metadata.jsonl").open("a") as file:
@@ -149,7 +149,7 @@ def test_tars_are_units_of_neighbouring_members(tmp_path):
         "duplicate key": 1,
     }
     assert _unused(items) == {".cls files": 1}
-    with pytest.raises(DataError, match=r"set-03\.tar, which is not there"):
+    with pytest.raises(DataError, match=r"set-03\.tar, which is not found"):
         open_source(str(tmp_path / "set-{00..03}.tar"), SourceOptions())
 
 
@@ -203,7 +203,7 @@ def test_a_tfds_set_gives_its_pictures_and_captions(data_dir, tmp_path):
     for name, options, told in (
         ("tfds:digits:test", SourceOptions(tfds_dir=data_dir), "no split 'test': it has train"),
         ("tfds:digits", SourceOptions(template="{x}", tfds_dir=data_dir), "the fields are caption, label"),
-        ("tfds:digits", SourceOptions(caption_field="x", tfds_dir=data_dir), "x is not there"),
+        ("tfds:digits", SourceOptions(caption_field="x", tfds_dir=data_dir), "x is not found"),
         ("tfds:cifar10", SourceOptions(tfds_dir=data_dir), "not prepared.*tfds build cifar10"),
         ("tfds:digits", SourceOptions(where=("a=b",), tfds_dir=data_dir), "--where does not go with a TFDS set"),
     ):

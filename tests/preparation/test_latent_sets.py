@@ -1,4 +1,4 @@
-"""Sets of latents, made of pictures or by a teacher, on the small random pipeline."""
+"""Sets of latents, made of images or by a teacher, on the small random pipeline."""
 
 import dataclasses
 import signal
@@ -121,7 +121,7 @@ def test_the_set_decodes_its_own_pictures(prepared, autoencoder):
     assert np.abs(decode(latents) - expected).max() <= 2
     many = decode(np.repeat(latents, 5, axis=0))
     assert many.shape == (5, 32, 32, 3) and many.dtype == np.uint8 and np.ptp(many.astype(int), axis=0).max() <= 1
-    with pytest.raises(ConvertedError, match="nowhere is not there"):
+    with pytest.raises(ConvertedError, match="nowhere is not found"):
         load_decoder(prepared / "nowhere")
 
 
@@ -308,7 +308,7 @@ def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(conv
     lines = inspect.inspect(tmp_path / "set", None)
     assert "store: captions" in lines and f"train: {len(captions)} records" in lines
     assert not any("originals" in line or "pictures:" in line for line in lines)
-    with pytest.raises(UsageError, match="captions alone, which has no pictures to show"):
+    with pytest.raises(UsageError, match="captions alone, which has no images to show"):
         inspect.inspect(tmp_path / "set", tmp_path / "x.png")
     with pytest.raises(DataError, match=r"holds captions, but data\.store is 'latents': set it to 'captions'"):
         open_set(DataSettings(dir=str(tmp_path), name="set", store="latents"), "set")
@@ -334,7 +334,7 @@ def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_f
     fails(_teacher(converted_folder, out, prompts, buckets="18x16"), "18 x 16, but both must be multiples of 4")
     fails(_teacher(converted_folder, out, prompts, steps=0), "steps is 0")
     fails(_teacher(converted_folder, out, prompts, per_bucket=0), "--per_bucket is 0")
-    fails(_teacher(tmp_path / "no", out, prompts), "no is not there")
+    fails(_teacher(tmp_path / "no", out, prompts), "no is not found")
     fails([*_teacher(converted_folder, out, prompts), f"--source={source}"], "do not go with --from_teacher")
     fails(["prepare", f"--source={source}", f"--out={out}", "--store=latents"], "--checkpoint is missing")
     fails(_arguments(source, converted_folder, out, buckets="18x16"), "18x16 is not in multiples of 4; the nearest is")
@@ -344,7 +344,7 @@ def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_f
     fails([flag for flag in captions if "checkpoint" not in flag], "--checkpoint is missing")
     fails([flag for flag in captions if "prompts" not in flag], "--prompts is missing")
     fails([*captions, f"--source={source}"], "--source does not go with --store=captions")
-    fails(_teacher(converted_folder, out, prompts, store="captions"), "--store=captions has no pictures to sample")
+    fails(_teacher(converted_folder, out, prompts, store="captions"), "--store=captions has no images to sample")
     assert not out.exists()
 
 

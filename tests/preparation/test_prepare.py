@@ -46,7 +46,7 @@ def test_tfds_opens_the_pixels_of_the_source(prepared):
         for record in tfds.builder_from_directory(prepared).as_data_source(split):
             i = int(record["key"].decode()[2:5])
             np.testing.assert_array_equal(record["image"], picture(i))
-            assert record["caption"].decode() == f"picture {i}" and (record["height"], record["width"]) == (32, 32)
+            assert record["caption"].decode() == f"image {i}" and (record["height"], record["width"]) == (32, 32)
             numbers.append(i)
     assert sorted(numbers) == list(range(200))
 
@@ -66,9 +66,9 @@ def test_prepared_twice_is_the_same_and_the_third_time_is_told(source, prepared,
 def test_stopped_in_the_middle_and_run_again_is_the_same(source, prepared, tmp_path, which, code):
     out = tmp_path / "set"
     slow = (  # so that the signal meets the work
-        "import sys, time; from shortcut_jax import cli, prepare; from shortcut_jax.preparation import pictures\n"
-        "read = pictures._read\n"
-        "pictures._read = lambda *a: (time.sleep(0.02), read(*a))[1]\n"
+        "import sys, time; from shortcut_jax import cli, prepare; from shortcut_jax.preparation import images\n"
+        "read = images._read\n"
+        "images._read = lambda *a: (time.sleep(0.02), read(*a))[1]\n"
         "cli.run(prepare.main, sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, *_arguments(source, out, unit=20)]
@@ -80,7 +80,7 @@ def test_stopped_in_the_middle_and_run_again_is_the_same(source, prepared, tmp_p
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code and not out.exists(), err
     if which != signal.SIGKILL:
-        assert "of 10 units are done; the same command goes on" in err and "Traceback" not in err
+        assert "of 10 units are done; rerun the same command to resume" in err and "Traceback" not in err
     before = {p.name: os.stat(p).st_mtime_ns for p in work.glob("[0-9]*.json")}
     assert 3 <= len(before) < 10
     assert prepare.main(_arguments(source, out, unit=20)) == 0
@@ -89,7 +89,7 @@ def test_stopped_in_the_middle_and_run_again_is_the_same(source, prepared, tmp_p
 
 
 def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
-    pictures = {f"{i:03d}.png": (encoded(picture(i)), f"picture {i}") for i in range(60)}
+    pictures = {f"{i:03d}.png": (encoded(picture(i)), f"image {i}") for i in range(60)}
     whole = encoded(picture(1, 64, 64))
     frames = dict(save_all=True, append_images=[__import__("PIL.Image").Image.fromarray(picture(2))])
     bad = {
@@ -114,7 +114,7 @@ def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
     assert {skip["key"]: skip["reason"] for skip in listed}["moves.gif"] == "animated" and len(listed) == 10
     capsys.readouterr()
     assert prepare.main(_arguments(folder, tmp_path / "enlarged", max_skipped=0.2)) == 0
-    assert "1 of 61 pictures were smaller than their bucket and were enlarged" in capsys.readouterr().err
+    assert "1 of 61 images were smaller than their bucket and were enlarged" in capsys.readouterr().err
 
 
 def test_a_set_that_ends_without_a_train_split_says_so(source, tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_what_cannot_start_a_run_is_one_clear_line_before_anything_is_written(so
     shapes = {k: v.shape for k, v in flat_paths(abstract_params("flux", preset("tiny"))).items()}
     export.write_tensors(tmp_path / "lora.safetensors", *to_peft(random_modules(shapes)))
     cases = (
-        ({"init_from": str(tmp_path / "nowhere")}, "is not there"),
+        ({"init_from": str(tmp_path / "nowhere")}, "is not found"),
         ({"init_from": str(tmp_path / "lora.safetensors")}, "is a LoRA, but train=all: set train=lora"),
         (
             {"init_from": str(folder / "orbax"), "model__double_blocks": 1},

@@ -78,7 +78,7 @@ def _on_one_device(kind):
 
 
 def _assert_equals_one_device(mesh, kind):
-    """Loss and gradients of the first step, then weights, averages and loss of the third; returns the sharded state."""
+    """Loss and gradients of the first step, then weights, EMAs and loss of the third; returns the sharded state."""
     begin, state, metrics, (opt_state, loss) = _on_one_device(kind)
     sharded, sharded_metrics, (sharded_opt_state, sharded_loss) = _three_steps(_on(mesh, **KINDS_OF_TRAINING[kind]))
     assert abs(sharded_loss - loss) <= 1e-5 * abs(loss)

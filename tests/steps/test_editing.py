@@ -43,7 +43,7 @@ def test_plain_steps_start_from_the_noisy_picture_and_follow_the_target_only():
 
 
 def test_velocities_are_taken_at_the_noisy_picture_and_at_it_moved_as_far_as_the_edit_has_come():
-    """Against the paper's algorithm 1, written with the edited picture itself."""
+    """Against the paper's algorithm 1, written with the edited image itself."""
     source, target = lambda x, t, d: jnp.cos(x) * t[:, None, None], lambda x, t, d: jnp.sin(2.0 * x) + d[:, None, None]
     sizes = jnp.arange(1.0, 7.0)
     plan = EditPlan(4, skip=1, average=2)

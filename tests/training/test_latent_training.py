@@ -1,4 +1,4 @@
-"""From captioned pictures to latents, to a trained model, to pictures of it: nothing between them is made up."""
+"""From captioned images to latents, to a trained model, to images of it: nothing between them is made up."""
 
 import json
 

@@ -91,7 +91,7 @@ def test_a_base_that_moved_is_named_by_base_in_whatever_format(copied, post_argu
     workdir, base = copied
     with pytest.raises(ConfigError, match="the base has moved: name its new place with --base"):
         train.main(post_arguments(workdir, "--stop_at=3"))
-    with pytest.raises(ConfigError, match="gone is not there: name its new place with --base"):
+    with pytest.raises(ConfigError, match="gone is not found: name its new place with --base"):
         Pipeline(workdir)
     # The same weights in another format are the same base.
     assert convert.main(["convert", f"--from={base}", f"--to={tmp_path}/converted"]) == 0
@@ -148,7 +148,7 @@ def lora_files(distilled, tmp_path_factory):
     ("changes", "message"),
     [
         ({"init_from": ""}, "train=lora needs pretrained weights: set init_from"),
-        ({"init_from": "/nowhere"}, "init_from=/nowhere is not there"),
+        ({"init_from": "/nowhere"}, "init_from=/nowhere is not found"),
         ({"model__double_blocks": 1}, "double_blocks: 2 -> 1"),
         ({"init_from": "LORA"}, "is a LoRA that does not know its base: name it with base"),
         ({"base": "TRAINED"}, "are two networks, but training starts from its base"),
@@ -163,7 +163,7 @@ def lora_files(distilled, tmp_path_factory):
         ({"jumps": 64}, "teacher_grid is 32, but must be a multiple of jumps=64"),
         ({"jumps": 6}, "teacher_grid is 32, but must be a multiple of jumps=6"),
         ({"student_steps": "(1,2,32)"}, "student_steps has 32, whose targets take 64 steps"),
-        ({"guidance": "(0.0,7.5)"}, "tiny has no guidance embedding to be told it"),
+        ({"guidance": "(0.0,7.5)"}, "tiny has no guidance embedding to take it"),
         ({"guide": "both"}, "guide=both needs a range of scales"),
         ({"guide": "teacher", "guidance": "(1.0,4.0)"}, "guide=teacher needs a guidance embedding: set model.guidance"),
         ({"guide": "both", "guidance": "(1.0,4.0)", "model__guidance": True}, "set model.guidance=false"),
@@ -204,7 +204,7 @@ def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one
     argv = ["train", f"--config={config}", f"--config.data.dir={data_dir}", f"--workdir={tmp_path}/run", "--stop_at=1"]
     assert train.main(argv) == 0
     told = capfd.readouterr().err
-    assert f"init_from={tmp_path}/teacher is not there, or not finished: training the teacher first" in told
+    assert f"init_from={tmp_path}/teacher is not found, or not finished: training the teacher first" in told
     assert max(Checkpoints(tmp_path / "teacher/checkpoints", read_only=True).steps()) == 2
     stored = stored_meta(tmp_path / "teacher/checkpoints")["config"]["data"]
     assert stored["caption_dropout"] == 0.3 and stored["dir"] == data_dir

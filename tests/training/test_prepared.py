@@ -108,7 +108,7 @@ def test_the_validation_loss_is_logged_by_its_rule_and_view(run):
     last = read_metrics(workdir / "metrics.jsonl")[24]
     assert 0.5 < last["validation/mlperf/slow"] < 5
     times = [last[f"validation/mlperf/slow/t={t:g}"] for t in RULES["mlperf"]]
-    assert np.isclose(np.mean(times), last["validation/mlperf/slow"])  # 200 pictures: 25 at each time
+    assert np.isclose(np.mean(times), last["validation/mlperf/slow"])  # 200 images: 25 at each time
 
 
 def _direct_loss(assembly, params, rule):

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("highest_precision")]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Workdirs with a checkpoint of one device, in which no weight, moment or average is zero or like another."""
+    """Workdirs with a checkpoint of one device, in which no weight, moment or EMA is zero or like another."""
     folder = tmp_path_factory.mktemp("sources")
     for num, blocks in BLOCKS.items():
         assembly, rng = tiny_assembly(**FOUR_HEADS, **blocks), np.random.default_rng(1)

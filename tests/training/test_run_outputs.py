@@ -28,7 +28,7 @@ def test_the_printed_table_is_the_reports(trained, tmp_path, arguments, capfd):
 
 @pytest.mark.slow
 def test_grids_during_a_run_have_the_same_noise_and_captions(tmp_path, arguments):
-    # Weights that hardly move give one picture, whenever it is drawn.
+    # Weights that hardly move give one image, whenever it is drawn.
     quiet = {"sample_every": 1, "optimizer__learning_rate": 1e-12, "eval__views": "()", "eval__images": "()"}
     assert train.main(arguments(tmp_path / "run", steps=3, **quiet)) == 0
     paths = sorted((tmp_path / "run" / "samples").iterdir())

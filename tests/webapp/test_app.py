@@ -65,7 +65,7 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
             assert run.load(request) == (view != "slow" and view not in pictures)
             drawn = run.pictures(request, 2)
             assert len(drawn) == num and _close(drawn, pictures.setdefault(view, drawn)[:num])
-    assert reads == ["slow", "params", "fast"] and _programs(run) == 2  # for one picture and for a few
+    assert reads == ["slow", "params", "fast"] and _programs(run) == 2  # for one image and for a few
     expected = _reference(trained)
     for view, drawn in pictures.items():
         weights = Pipeline(trained, view=view).params
@@ -304,7 +304,7 @@ def test_a_command_that_cannot_be_served_is_one_line(trained, tmp_path, monkeypa
         port = busy.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in _error(good, f"--port={port}")
     assert f"no checkpoint in {tmp_path}" in _error(f"--workdir={tmp_path}", "--port=0")
-    assert "nowhere is not there" in _error("--checkpoint=nowhere", "--port=0")
+    assert "nowhere is not found" in _error("--checkpoint=nowhere", "--port=0")
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     assert 'the web page needs gradio: pip install ".[app]"' in _error(good)
 

@@ -102,7 +102,7 @@ def page(served):
 
 
 def _shown(page, selector, num):
-    """Waits until so many pictures are there, decoded."""
+    """Waits until so many images are there, decoded."""
     script = "([s, n]) => [...document.querySelectorAll(s)].filter(x => x.complete && x.naturalWidth > 0).length == n"
     page.wait_for_function(script, arg=[selector, num])
 

@@ -86,7 +86,7 @@ def test_output_equals_diffusers_on_non_square_images(name, size, highest_precis
     actual = apply({"params": params}, x, t, txt, vec, img_ids, txt_ids, guidance)
     assert np.linalg.norm(expected) > 0.1
     assert np.linalg.norm(actual - expected) / np.linalg.norm(expected) <= 1e-5
-    # The comparison can fail: transposed positions are another picture.
+    # The comparison can fail: transposed positions are another image.
     turned = apply({"params": params}, x, t, txt, vec, img_ids[:, [0, 2, 1]], txt_ids, guidance)
     assert np.linalg.norm(turned - expected) / np.linalg.norm(expected) > 1e-3
 

@@ -69,4 +69,4 @@ def test_another_layout_is_one_line_that_names_it(released, changed, message, tm
 
 def test_it_is_written_for_this_package_alone(released, tmp_path, capfd):
     assert _convert(tmp_path, released, "--format=diffusers") == 1
-    assert re.search("error: inception judges pictures.*use --format=orbax", capfd.readouterr().err)
+    assert re.search("error: inception judges images.*use --format=orbax", capfd.readouterr().err)

@@ -1,4 +1,4 @@
-"""What a source of captioned pictures is, and what is wrong with a caption."""
+"""What a source of captioned images is, and what is wrong with a caption."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ MAX_CAPTION = 10_000
 
 
 class Item(NamedTuple):
-    """A captioned picture.
+    """A captioned image.
 
     Attributes:
       key: its name in the source.
@@ -33,11 +33,11 @@ class Item(NamedTuple):
 
 
 class Source(Protocol):
-    """Captioned pictures in units, in an order that does not change.
+    """Captioned images in units, in an order that does not change.
 
     Attributes:
       units: all of them.
-      num_items: pictures and what is left out, where that is known beforehand.
+      num_items: images and what is left out, where that is known beforehand.
       fingerprint: changes when the source does.
       notes: what was found in it, a line each.
       unused: files and folders beside its items that nothing is made of: kind -> how many of it.
@@ -66,7 +66,7 @@ class SourceOptions:
     """How a source is read.
 
     Attributes:
-      unit: pictures a unit, where the source does not divide itself.
+      unit: images a unit, where the source does not divide itself.
       where: `field=value` that the rows of a table have to have.
       caption_field: of a row; `captions/text` goes into nested fields of a TFDS record.
       template: caption of a TFDS or parquet record with its fields in braces, or of an image in the folder `{label}`.

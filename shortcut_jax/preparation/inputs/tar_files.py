@@ -43,7 +43,7 @@ def find_tars(pattern: str) -> list[Path]:
       pattern: a folder, a file, a glob, or a range in braces: `cc12m-{00000..01242}.tar`.
 
     Raises:
-      DataError: there are none, one is not there, is no file or may not be read, or the braces name too many.
+      DataError: there are none, one is not found, is no file or may not be read, or the braces name too many.
     """
     pattern = os.path.expanduser(pattern)
     literal = os.path.lexists(pattern)  # a file may have braces in its name

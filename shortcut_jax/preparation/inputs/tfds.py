@@ -41,7 +41,7 @@ class CatalogueSource:
           options: where sets lie and what the captions are.
 
         Raises:
-          DataError: it is not there, is not stored as ArrayRecord, or has no pictures or no such captions.
+          DataError: it is not found, is not stored as ArrayRecord, or has no images or no such captions.
         """
         import tensorflow_datasets as tfds
 
@@ -51,7 +51,7 @@ class CatalogueSource:
         self._features = builder.info.features
         images = [k for k, f in self._features.items() if type(f) is tfds.features.Image]
         if not images:
-            raise DataError(f"the TFDS set {name!r} has no pictures: its fields are {', '.join(self._features)}")
+            raise DataError(f"the TFDS set {name!r} has no images: its fields are {', '.join(self._features)}")
         self._image = images[0]
         if not self._template and not self._field:
             self._field = self._find_caption(name)
@@ -65,7 +65,7 @@ class CatalogueSource:
         self._unit = options.unit
         self.units = consecutive(self.num_items, options.unit, "records")
         if self.num_items:
-            self._caption(self._records[0])  # a field that is not there is told now
+            self._caption(self._records[0])  # a field that is not found is reported now
 
     def items(self, unit: Unit) -> Iterator[Item | Skip]:
         """The records of a unit."""
@@ -94,7 +94,7 @@ class CatalogueSource:
         value: Any = record
         for part in self._field.split("/"):
             if not isinstance(value, Mapping) or part not in value:
-                raise DataError(f"--caption_field={self._field} is not there: the fields are {', '.join(record)}")
+                raise DataError(f"--caption_field={self._field} is not found: the fields are {', '.join(record)}")
             value = value[part]
         return value
 
@@ -160,7 +160,7 @@ def _find(name: str, tfds_dir: Path) -> Path:
         raise DataError(f"the TFDS set {name!r} is there as {configs}: name one of them")
     if not found:
         raise DataError(
-            f"the TFDS set {name!r} is not prepared: {path} is not there or holds none. Generate it (TensorFlow is "
+            f"the TFDS set {name!r} is not prepared: {path} is not found or holds none. Generate it (TensorFlow is "
             f"needed for that) with `tfds build {base} --file_format=array_record --data_dir={tfds_dir}`"
         )
     return found[-1]
