@@ -26,7 +26,7 @@ SOURCES = [path for folder in ("shortcut_jax", "configs") for path in (ROOT / fo
 
 def _prose(path):
     """Texts of a page, or the comments and strings of a source, without names in backticks and argument lists."""
-    text = path.read_text().partition("## Words")[0] if path.name == "CONTRIBUTING.md" else path.read_text()
+    text = re.sub(r"^## Words$.*?(?=^## )", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)  # the list itself
     if path.suffix == ".py":
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         kinds = (tokenize.COMMENT, tokenize.STRING)

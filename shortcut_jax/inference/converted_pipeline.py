@@ -152,7 +152,7 @@ class TextToImage:
           prompts: one or several; what does not fit is cut, which is said once.
           steps: sampling steps, at least 1.
           guidance: guidance scale. A model with a guidance embedding is conditioned on it (3.5 by default); for other
-            models 0 and 1 mean none (the default); another scale is classifier-free guidance, at two evaluations a step.
+            models 0 and 1 mean none (the default); another scale is classifier-free guidance (two evaluations a step).
           height: of an image in pixels.
           width: of an image in pixels.
           num: images a prompt.

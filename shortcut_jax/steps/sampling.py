@@ -69,7 +69,7 @@ def make_sampler(
 
 
 def told_sizes(cfg: FluxConfig, times: Array, num_steps: Array, finest: int) -> Array | None:
-    """The step-size input at each step of a grid, [S]: d up to `finest` steps, else 0; None for a network without it."""
+    """The step-size input at each step of a grid, [S]: d up to `finest` steps, else 0; None without such an input."""
     return jnp.where(num_steps <= finest, times[:-1] - times[1:], 0.0) if cfg.step_size else None
 
 
