@@ -1,8 +1,12 @@
 """shortcut_jax: flow-matching image models that need 1 to 4 sampling steps."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shortcut_jax.core.version import __version__
+
+if TYPE_CHECKING:
+    from shortcut_jax.inference.converted_pipeline import TextToImage
+    from shortcut_jax.inference.run_pipeline import Pipeline
 
 __all__ = ["Pipeline", "TextToImage", "__version__"]
 

@@ -18,11 +18,11 @@ from absl import flags, logging
 
 from shortcut_jax.cluster import failures
 from shortcut_jax.config.fields import field_help
-from shortcut_jax.config.load import load_config
+from shortcut_jax.config.load import load_config, packaged_config
 from shortcut_jax.config.schema import Settings, known_fields
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.core.version import __version__
 from shortcut_jax.errors import UsageError, UserError
-from shortcut_jax.local_path import local_path
 
 PATH_FLAGS = (
     *("workdir", "checkpoint", "base", "encoders", "lora", "teacher", "from_teacher", "inception", "clip"),
@@ -236,7 +236,7 @@ def _load_config(options: types.SimpleNamespace, name: str, overrides: Mapping[s
         if overrides:
             raise UsageError(f"--{name}.{min(overrides)} is given without --{name}: name the config file")
         return
-    path = local_path(given, f"--{name}")
+    path = packaged_config(given) or local_path(given, f"--{name}")
     setattr(options, f"{name}_path", path)
     setattr(options, name, load_config(path, overrides))
 

@@ -16,10 +16,10 @@ from shortcut_jax.cluster.distributed import say, tell
 from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.conversion.gather import DTYPES, check_format, gather
 from shortcut_jax.conversion.write import check_space, files_of, write
+from shortcut_jax.core.local_path import download_hint
 from shortcut_jax.core.schedules import start_of
 from shortcut_jax.errors import ConvertedError, UsageError
 from shortcut_jax.formats import export
-from shortcut_jax.local_path import download_hint
 from shortcut_jax.sources.models import (
     bases_of,
     with_strengths,

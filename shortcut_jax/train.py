@@ -14,9 +14,9 @@ from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.config.resume import flatten
 from shortcut_jax.config.schema import Settings, to_dict
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.data.records import check_available
 from shortcut_jax.errors import UsageError
-from shortcut_jax.local_path import local_path
 from shortcut_jax.run.check_training import assemble_training
 from shortcut_jax.run.workdir import keep_batch
 from shortcut_jax.runtime.checkpoint import stored_config

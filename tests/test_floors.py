@@ -11,7 +11,6 @@ PACKAGE = Path(__file__).parent.parent / "shortcut_jax"
 COMMANDS = ("app", "bench", "compare", "convert", "evaluate", "prepare", "sample", "train")
 FLOORS = (
     {"errors"},
-    {"local_path"},
     {"core"},
     {"models", "weights", "data", "cluster"},
     {"steps", "runtime", "formats"},
@@ -23,7 +22,7 @@ FLOORS = (
     {"evaluation"},
     {"training", "diagnostics", "webapp"},
     {"cli"},
-    {*COMMANDS, "__init__"},
+    {*COMMANDS, "__init__", "__main__"},
 )
 """Rooms, lowest first: folders, and files of the top level. Rooms of one floor do not know each other."""
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.local_path import local_path
 
 SEEDS = ("seed", "validation.seed", "eval.seeds")
 """Below 2^32: JAX takes a seed modulo that."""

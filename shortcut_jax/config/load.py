@@ -22,6 +22,12 @@ _LONGEST_REASON = 300
 sys.modules.setdefault("shortcut_jax.settings", schema)  # where config files of before 2026-11-27 find `default_config`
 
 
+def packaged_config(name: str) -> Path | None:
+    """The config file that comes with this package under a name such as `digits`, where it is no file of the user's."""
+    path = Path(__file__).parents[1] / "configs" / f"{name}.py"
+    return path if name.isidentifier() and path.is_file() and not Path(name).exists() else None
+
+
 def load_config(path: Path, overrides: Mapping[str, str]) -> ConfigDict:
     """The config of a file with `--config.key=value` overrides, each parsed by the type of its field.
 

@@ -17,11 +17,11 @@ from shortcut_jax.cluster.watchdog import WatchdogSettings
 from shortcut_jax.config.fields import FieldError, describe, field_types, parse_text, split_hint, unknown
 from shortcut_jax.core.batch_split import RowGroup
 from shortcut_jax.core.ema import EmaSettings
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.core.loss_spikes import SpikeSettings
 from shortcut_jax.core.schedules import AlphaSchedule, ShiftRange, StudentSteps
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.local_path import local_path
 from shortcut_jax.models.presets import preset
 from shortcut_jax.steps.optim import OptimizerSettings
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.datasets import EMBEDDED, register
 from shortcut_jax.data.format import INFO, PreparedSet, Size
 from shortcut_jax.data.stored import open_records
 from shortcut_jax.errors import DataError
-from shortcut_jax.local_path import local_path
 
 
 @dataclass(frozen=True)

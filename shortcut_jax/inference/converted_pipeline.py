@@ -22,6 +22,7 @@ from shortcut_jax.config.bounds import (
     is_unguided,
 )
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
@@ -29,7 +30,6 @@ from shortcut_jax.errors import ConvertedError
 from shortcut_jax.inference.converted_editor import Editor
 from shortcut_jax.inference.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
 from shortcut_jax.inference.generator import Draws, bound_of, draw_arrays, full_batches, numbered
-from shortcut_jax.local_path import local_path
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard

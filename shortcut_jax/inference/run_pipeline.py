@@ -13,13 +13,13 @@ from shortcut_jax.config.bounds import MAX_IMAGES, brief, check_prompts, check_w
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.config.schema import complete
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.data.datasets import EMBEDDED, captions
 from shortcut_jax.data.records import stride_of
 from shortcut_jax.data.words import count_words
 from shortcut_jax.errors import CheckpointError, ConfigError
 from shortcut_jax.inference.codec import sampling_ends
 from shortcut_jax.inference.generator import Generator
-from shortcut_jax.local_path import local_path
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.start_from import freeze, load_base, open_initial
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta

@@ -8,10 +8,10 @@ import jax
 
 from shortcut_jax.cluster.distributed import say, tell
 from shortcut_jax.core.fingerprint import fingerprint
+from shortcut_jax.core.local_path import download_hint, local_path
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConfigError, ConversionError
 from shortcut_jax.formats.to_devices import place
-from shortcut_jax.local_path import download_hint, local_path
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.init import FRESH_INPUTS, fresh_embeddings
 from shortcut_jax.models.lora import adapter_shapes

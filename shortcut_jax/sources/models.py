@@ -12,6 +12,7 @@ import numpy as np
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.config.derive import model_config, sampling_start
 from shortcut_jax.config.schema import Settings, build, complete
+from shortcut_jax.core.local_path import download_hint
 from shortcut_jax.core.schedules import ShiftRule, Spacing
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
@@ -19,7 +20,6 @@ from shortcut_jax.formats.detect_encoders import Found, describe
 from shortcut_jax.formats.inference_checkpoint import RECORD, OrbaxParams, Sampling, read_record
 from shortcut_jax.formats.json_objects import parse_json, read_json
 from shortcut_jax.formats.pretrained import open_pretrained, open_tensors
-from shortcut_jax.local_path import download_hint
 from shortcut_jax.models.clip import ClipPair, ClipText
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.inception import SIDE, InceptionV3

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shortcut_jax.core.latents import PATCH
+from shortcut_jax.core.local_path import download_hint
 from shortcut_jax.errors import ConvertedError
 from shortcut_jax.formats.inference_checkpoint import RECORD, Sampling, read_record
 from shortcut_jax.formats.tokenizers import CLIP, T5, Tokenizer, check_vocab
-from shortcut_jax.local_path import download_hint
 from shortcut_jax.sources.models import PIPELINE_KINDS, Model, open_models
 
 

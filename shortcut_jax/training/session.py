@@ -24,6 +24,7 @@ from shortcut_jax.config.load import load_config, load_teacher_config
 from shortcut_jax.config.resume import compare
 from shortcut_jax.config.schema import Settings, build, to_dict
 from shortcut_jax.core.ema import num_restarts
+from shortcut_jax.core.local_path import local_path
 from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.evaluation.digits import Score, judge, measures, reference_of, table, write_report
@@ -31,7 +32,6 @@ from shortcut_jax.evaluation.validation import Validation
 from shortcut_jax.inference.codec import training_ends
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.inference.sheets import grid_captions, sample_grid
-from shortcut_jax.local_path import local_path
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.check_data import check_data, check_grid
 from shortcut_jax.run.check_training import assemble_training

@@ -7,8 +7,8 @@ import pytest
 
 import shortcut_jax
 from shortcut_jax import cli
+from shortcut_jax.core.local_path import download_hint, local_path
 from shortcut_jax.errors import PathError
-from shortcut_jax.local_path import download_hint, local_path
 
 
 def test_it_is_absolute_and_keeps_what_is_absolute(tmp_path, monkeypatch):
