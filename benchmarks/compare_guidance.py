@@ -19,9 +19,9 @@ from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.inference.sheets import grid_captions
 
 
-def saturation(pictures):
+def saturation(images):
     """Mean absolute pixel value, and contrast, of images in 8 bits."""
-    x = to_latents(np.asarray(pictures)).reshape(len(pictures), -1)
+    x = to_latents(np.asarray(images)).reshape(len(images), -1)
     return f"{np.abs(x).mean():.3f} / {x.std(axis=1).mean():.3f}"
 
 

@@ -45,11 +45,11 @@ def main():
     numbers = range(len(digits))
 
     def row(name, make):
-        pictures = np.concatenate([make([(seed, i) for i in numbers]) for seed in range(options.seeds)])
-        sources, classes = np.concatenate([digits] * options.seeds), reference.classify(pictures)
+        images = np.concatenate([make([(seed, i) for i in numbers]) for seed in range(options.seeds)])
+        sources, classes = np.concatenate([digits] * options.seeds), reference.classify(images)
         shares = [f"{np.mean(classes == digit):.3f}" for digit in (options.after, options.before)]
         print(name, *shares, flush=True)
-        return pictures, [name, *shares, f"{distance(pictures, sources):.2f}"]
+        return images, [name, *shares, f"{distance(images, sources):.2f}"]
 
     edit = lambda skip: lambda draws: pipeline.edit(digits, before, after, options.steps, skip, draws=draws)
     fresh = lambda draws: pipeline([after] * len(draws), options.steps, draws=draws)

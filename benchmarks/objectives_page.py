@@ -14,9 +14,9 @@ from shortcut_jax.evaluation.page import (
     Metric,
     best_rows,
     definitions,
+    embedded_image,
     metrics_of,
     page,
-    picture,
     quality_plot,
     section,
     table,
@@ -153,7 +153,9 @@ def to_html(name: str, steps: int, rows: Sequence[Row], tuned: Sequence[Row], dr
         section(f"Tuning, on training seed {TUNING_SEED} alone", *tables(tuned)),
     ]
     if drawn is not None:
-        sections.append(section("The same captions and noise", picture(drawn, "images of each method and step count")))
+        sections.append(
+            section("The same captions and noise", embedded_image(drawn, "images of each method and step count"))
+        )
     commands = {row.title: row.records[0]["command"] for row in (*rows, *tuned)}
     sections.append(section("Commands of the first seeds", definitions(commands)))
     records = [record for row in (*rows, *tuned) for record in row.records]

@@ -65,9 +65,9 @@ def main(argv: Sequence[str]) -> int:
     captions = grid_captions((), reference.captions, options.columns)
     labels = [f"{name}, {count_label(n)}" for name in names for n in steps]
     rows = [pipeline(captions, steps=n) for pipeline in pipelines for n in steps]
-    picture = contact_sheet(rows, labels, [c.split()[-1] for c in captions])
+    image = contact_sheet(rows, labels, [c.split()[-1] for c in captions])
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(f"{options.out}.png")
+    image.save(f"{options.out}.png")
     body = table(scores, steps)
     facts = [
         f"{name}: {Path(w).name}, {p.step} steps, global batch {p.settings.batch_size}, training seed {p.settings.seed}"

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         features = choose_features(options, None)
         reference = open_reference(options.reference, None, features, out)
         save_reference(Path(options.save_reference), reference, features)
-        say(f"{features.name} of {reference.num_pictures:,} {reference.source}: {options.save_reference}")
+        say(f"{features.name} of {reference.num_images:,} {reference.source}: {options.save_reference}")
         return 0
     with Claim(out, "--out") as claim:
         top = max(*steps, *other_steps, options.teacher_steps)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         claim.take()
         own = subjects[0].captioned if isinstance(subjects[0], RunSubject) else None
         clip = clip_scores(options.clip) if options.clip else None
-        shape = own.pictures([0]).shape[1:] if own else None
+        shape = own.images([0]).shape[1:] if own else None
         if options.features == "network":
             beside = pixels(shape) if options.reference is None and shape and math.prod(shape) <= MAX_PIXELS else None
             judges = own_network(own, out)._replace(clip=clip, pixels=beside)
@@ -222,7 +222,7 @@ def open_teacher(options: types.SimpleNamespace, student: Subject, max_steps: in
 def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
     """Images and captions -> the CLIP score of each pair."""
     clip = load_clip(folder)
-    return lambda pictures, captions: clip_score(clip.images(pictures), clip.texts(captions))
+    return lambda images, captions: clip_score(clip.images(images), clip.texts(captions))
 
 
 def classifier(own: CaptionedSet | None) -> Classify | None:

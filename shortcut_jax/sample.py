@@ -18,8 +18,8 @@ from shortcut_jax.cluster.distributed import say
 from shortcut_jax.config.bounds import MAX_BATCH, check_prompts, check_whole
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.errors import UsageError
-from shortcut_jax.inference.backends import ConvertedModel, RunModel, SampleModel, Wanted
-from shortcut_jax.inference.batches import fit_picture, paint, read_picture, repaint
+from shortcut_jax.inference.backends import ConvertedModel, RunModel, SampleModel, SampleRequest
+from shortcut_jax.inference.batches import edit_to_files, fit_image, read_edited, sample_to_files
 from shortcut_jax.inference.image_files import Output, names_folder
 from shortcut_jax.inference.repl import interact
 from shortcut_jax.runtime.compilation_cache import keep_programs
@@ -42,42 +42,42 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, samples or edits, and writes PNGs."""
     options = _parse(argv)
-    wanted = _wanted(options)
-    wanted.check()
+    request = _request(options)
+    request.check()
     cli.check_finite("lora_scale", options.lora_scale or ())
-    image = None if options.edit is None else _picture_to_edit(options)
+    image = None if options.edit is None else _image_to_edit(options)
     output = Output(options.out, count_on=options.interactive)
     if options.interactive and not output.is_folder:
         raise UsageError(f"--out={options.out}: --interactive needs a folder, such as --out=samples/")
     distributed.initialize()
     keep_programs()
-    model = _open(options, wanted)
+    model = _open(options, request)
     if options.interactive:
-        interact(model, wanted, output, options.trajectory)
+        interact(model, request, output, options.trajectory)
         return 0
-    read = wanted.prompts if image is None else (options.source_prompt, *wanted.prompts)
-    for note in model.notes(dataclasses.replace(wanted, prompts=read)):
+    read = request.prompts if image is None else (options.source_prompt, *request.prompts)
+    for note in model.notes(dataclasses.replace(request, prompts=read)):
         say(note)
     if image is None:
-        paint(model, wanted, output, options.trajectory)
+        sample_to_files(model, request, output, options.trajectory)
         return 0
     plan = dict(skip=options.skip, plain=options.plain, average=options.average)
     plan["source_guidance"] = options.source_guidance
-    picture_hwc = fit_picture(model, image, wanted)
-    wanted = dataclasses.replace(wanted, height=picture_hwc.shape[0], width=picture_hwc.shape[1])
-    repaint(model, wanted, output, picture_hwc, options.source_prompt, plan)
+    image_hwc = fit_image(model, image, request)
+    request = dataclasses.replace(request, height=image_hwc.shape[0], width=image_hwc.shape[1])
+    edit_to_files(model, request, output, image_hwc, options.source_prompt, plan)
     return 0
 
 
-def _open(options: SimpleNamespace, wanted: Wanted) -> SampleModel:
+def _open(options: SimpleNamespace, request: SampleRequest) -> SampleModel:
     """The model, its weights on the devices."""
     begin = time.perf_counter()
     if options.checkpoint is None:
-        model: SampleModel = RunModel(options, wanted.num * max(len(wanted.prompts), 1))
-        model.check(wanted)
+        model: SampleModel = RunModel(options, request.num * max(len(request.prompts), 1))
+        model.check(request)
     else:
         model = converted = ConvertedModel(options)
-        converted.check(wanted)
+        converted.check(request)
         converted.tell()
         begin = time.perf_counter()
         _ = converted.pipeline.params
@@ -146,7 +146,7 @@ def _flags() -> Any:
     return values
 
 
-def _wanted(options: SimpleNamespace) -> Wanted:
+def _request(options: SimpleNamespace) -> SampleRequest:
     """What the options ask for. Raises UsageError where they contradict each other."""
     prompts = [
         *(options.prompt or ()),
@@ -167,7 +167,7 @@ def _wanted(options: SimpleNamespace) -> Wanted:
     if options.batch is not None:
         check_whole("--batch", options.batch, MAX_BATCH)
     same = ("num", "steps", "guidance", "seed", "method", "shift", "height", "width", "text_tokens")
-    return Wanted(tuple(prompts), seeds=seeds, **{name: getattr(options, name) for name in same})
+    return SampleRequest(tuple(prompts), seeds=seeds, **{name: getattr(options, name) for name in same})
 
 
 def _default_num(options: SimpleNamespace, prompts: int) -> int:
@@ -175,7 +175,7 @@ def _default_num(options: SimpleNamespace, prompts: int) -> int:
     return 1 if one or (prompts == 1 and not names_folder(options.out)) else SEVERAL
 
 
-def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
+def _image_to_edit(options: SimpleNamespace) -> Image.Image:
     """The image of `--edit`. Raises UsageError for what an edit cannot do, before weights are read."""
     if options.source_prompt is None:
         raise UsageError("--source_prompt is missing: say what the image of --edit shows")
@@ -190,7 +190,7 @@ def _picture_to_edit(options: SimpleNamespace) -> Image.Image:
         make_plan(options.steps, options.skip, options.plain, options.average)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return read_picture(options.edit)
+    return read_edited(options.edit)
 
 
 if __name__ == "__main__":

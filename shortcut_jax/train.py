@@ -77,13 +77,13 @@ def _check_flags(options: Any) -> None:
         raise UsageError(f"--config={options.config_path} repeats a run: name its folder with --workdir")
 
 
-OF_A_HOST = ("data.dir", "data.threads", "data.workers", "base")
+PER_HOST_KEYS = ("data.dir", "data.threads", "data.workers", "base")
 """Config keys that may differ between hosts: where it has its files, and how it reads them."""
 
 
 def check_same(settings: Settings, workdir: Path, stop_at: int | None) -> None:
     """Raises AgreementError where the processes were started with different configs, code or flags of XLA."""
-    config = {key: value for key, value in flatten(to_dict(settings)).items() if key not in OF_A_HOST}
+    config = {key: value for key, value in flatten(to_dict(settings)).items() if key not in PER_HOST_KEYS}
     consistency.check_same({**config, "--workdir": workdir.name, "--stop_at": stop_at, **consistency.code_facts()})
 
 

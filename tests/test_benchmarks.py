@@ -40,7 +40,7 @@ def _write(method, seed, distance, steps=1000, change="", folder=None):
     Image.new("L", (8 * 10, 8 * len(CELLS)), int(distance * 10)).save(run.path.with_suffix(".png"))
 
 
-def test_tables_page_and_picture_are_those_of_the_files(tmp_path, monkeypatch, capsys):
+def test_tables_page_and_image_are_those_of_the_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_objectives, "RESULTS", tmp_path)
     for run in (("scfm", 0, 1.0), ("scfm", 1, 2.0), ("flow", 0, 4.0), ("flow", 1, 4.1), ("scfm", 100, 7.0)):
         _write(*run)

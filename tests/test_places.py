@@ -8,7 +8,7 @@ from shortcut_jax import cli, compare, convert, evaluate, prepare, sample, train
 from shortcut_jax.cluster.claim import Claim, Times
 from shortcut_jax.preparation import inspect, jobs
 from shortcut_jax.preparation.jobs import Processes
-from tests.data.pictures import simple_folder
+from tests.data.images import simple_folder
 
 CASES = {
     "train": (train, "assemble_training", ["--config=configs/digits.py", "--workdir={place}"]),

@@ -62,8 +62,8 @@ def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, ...]:
 
         return jax.tree.map(take, tree)
 
-    ends = list(itertools.accumulate(group.counts, initial=0))
-    return tuple(part(start, stop) for start, stop in itertools.pairwise(ends))
+    codec = list(itertools.accumulate(group.counts, initial=0))
+    return tuple(part(start, stop) for start, stop in itertools.pairwise(codec))
 
 
 def merge_kinds(parts: Sequence[Any], group: RowGroup) -> Any:

@@ -62,7 +62,7 @@ class StudentSteps:
         return starts.get(1, 0.0) / sum(starts.values())
 
     @property
-    def untaught(self) -> tuple[int, ...]:
+    def unsupervised_counts(self) -> tuple[int, ...]:
         """The counts m whose finer count J m is absent, so that nothing trains the steps their targets are made of."""
         return tuple(m for m in self.counts if self.jumps * m not in self.counts)
 

@@ -27,10 +27,10 @@ class Records(Sequence[dict[str, Any]]):
     def __init__(self, source: Any, pieces: Sequence[Piece], optional: frozenset[str] = frozenset()):
         """Takes a data source of TFDS, where its records lie, and the fields that a record may lack."""
         self._source, self._pieces, self._optional = source, pieces, optional
-        self._ends = list(itertools.accumulate(piece.num for piece in pieces))
+        self._codec = list(itertools.accumulate(piece.num for piece in pieces))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._codec[-1] if self._codec else 0
 
     def __getitem__(self, index: Any) -> Any:
         """A record.
@@ -64,9 +64,9 @@ class Records(Sequence[dict[str, Any]]):
 
     def place(self, index: int) -> str:
         """Shard and record, in words."""
-        which = bisect.bisect_right(self._ends, index)
+        which = bisect.bisect_right(self._codec, index)
         piece = self._pieces[which]
-        before = self._ends[which - 1] if which else 0
+        before = self._codec[which - 1] if which else 0
         return f"record {index - before + piece.first:,} of {piece.path}"
 
 

@@ -15,7 +15,7 @@ from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.run.check_data import check_data
 
 
-class Asked(NamedTuple):
+class CaptionBatch(NamedTuple):
     """Captions that images are made for.
 
     Attributes:
@@ -46,14 +46,14 @@ class CaptionedSet:
         self.folder = data_folder(settings)
         self.records = self._data.sets[0].records
         self._classes = dict[bytes, int]()
-        self._to_row, self._ends = RowMaker(self._data, pipeline.ends.encode), pipeline.ends
+        self._to_row, self._codec = RowMaker(self._data, pipeline.codec.encode), pipeline.codec
         facts = (self.folder, settings.split, settings.limit, len(self._index), size)
         self.identity = " ".join(map(str, facts))
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def ask(self, indices: Sequence[int], total: int) -> Asked:
+    def ask(self, indices: Sequence[int], total: int) -> CaptionBatch:
         """See `Subject.ask`: evenly over the set, or again from its beginning beyond its end."""
         size = len(self._index)
         picks = [i * size // total if total < size else i % size for i in indices]
@@ -61,9 +61,9 @@ class CaptionedSet:
         captions = [record["caption"].decode("utf-8") for record in records]
         labels = self._labels(records)
         if self._data.settings.text_encoder != "stored":
-            return Asked(captions, None, labels)
+            return CaptionBatch(captions, None, labels)
         rows = [self._to_row(record, draw) for record, draw in zip(records, draws, strict=True)]
-        return Asked(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
+        return CaptionBatch(captions, [(row.txt_BMT, row.vec_BV) for row in rows], labels)
 
     def labelled(self, most: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Images [S, h, w, c], the class of each [S], and how many classes there are; of at most `most` images.
@@ -76,14 +76,14 @@ class CaptionedSet:
             names = sorted({record["caption"] for record in records})
             self._classes = {name: i for i, name in enumerate(names)}
         labels = self._labels(records)
-        return self.pictures(picks), labels, len(self._classes) or 1 + int(labels.max())
+        return self.images(picks), labels, len(self._classes) or 1 + int(labels.max())
 
     def _labels(self, records: list[dict[str, Any]]) -> Any:
         if "label" in records[0]:
             return np.array([int(record["label"]) for record in records])
         return np.array([self._classes.get(r["caption"], -1) for r in records]) if self._classes else None
 
-    def pictures(self, indices: Sequence[int]) -> np.ndarray:
+    def images(self, indices: Sequence[int]) -> np.ndarray:
         """Images of the set, uint8, as the run sees them: those of latents are decoded.
 
         Raises:
@@ -93,7 +93,7 @@ class CaptionedSet:
             raise ConfigError("the run has captions alone to be judged against: give --reference=FILE.npz or a folder")
         records, draws = self._read(indices)
         latents = [self._to_row(record, draw).latents_BhwC for record, draw in zip(records, draws, strict=True)]
-        return self._ends.decode(np.stack(latents))
+        return self._codec.decode(np.stack(latents))
 
     def captions(self, num: int) -> list[str]:
         """See `TrainingData.captions`."""

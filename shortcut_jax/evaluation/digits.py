@@ -112,10 +112,10 @@ def score(
     captions = [reference.captions[i] for i in picks]
     distances, accuracies = [], []
     for seed in seeds:
-        pictures = generate(params, captions, num_steps, seed=seed)
-        distances.append(frechet_distance(fit_gaussian(to_latents(pictures)), reference.gaussian))
+        images = generate(params, captions, num_steps, seed=seed)
+        distances.append(frechet_distance(fit_gaussian(to_latents(images)), reference.gaussian))
         if reference.classify is not None and reference.labels is not None:
-            accuracies.append(float(np.mean(reference.classify(pictures) == reference.labels[picks])))
+            accuracies.append(float(np.mean(reference.classify(images) == reference.labels[picks])))
     return Score(view, num_steps, len(picks), tuple(distances), tuple(accuracies))
 
 
@@ -188,7 +188,7 @@ def write_report(
     scores: Sequence[Score],
     facts: dict[str, Any],
     times: str,
-    pictures: Sequence[str],
+    images: Sequence[str],
     unjudged: str = "",
 ) -> None:
     """Writes `report.md`: the table, how it was measured, where the time went, the images.
@@ -208,6 +208,6 @@ def write_report(
         times,
         "```",
         "",
-        *(f"![{name}]({name})\n" for name in pictures),
+        *(f"![{name}]({name})\n" for name in images),
     ]
     path.write_text("\n".join(lines))

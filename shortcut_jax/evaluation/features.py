@@ -49,9 +49,9 @@ class Features(NamedTuple):
     size: int
     function: Callable[[np.ndarray], np.ndarray]
 
-    def __call__(self, pictures_BhwC: np.ndarray) -> np.ndarray:
+    def __call__(self, images_BhwC: np.ndarray) -> np.ndarray:
         """The features of images."""
-        return self.function(pictures_BhwC)
+        return self.function(images_BhwC)
 
 
 def inception(folder: str | Path, resize: str = "clean") -> Features:
@@ -78,10 +78,10 @@ def pixels(shape: Sequence[int]) -> Features:
             f"{MAX_PIXELS}: take a random network, or convert InceptionV3"
         )
 
-    def flat(pictures_BhwC: np.ndarray) -> np.ndarray:
-        if pictures_BhwC.shape[1:] != tuple(shape):
-            raise ValueError(f"images are {list(pictures_BhwC.shape[1:])}, not {list(shape)}")
-        return to_latents(pictures_BhwC).reshape(len(pictures_BhwC), size)
+    def flat(images_BhwC: np.ndarray) -> np.ndarray:
+        if images_BhwC.shape[1:] != tuple(shape):
+            raise ValueError(f"images are {list(images_BhwC.shape[1:])}, not {list(shape)}")
+        return to_latents(images_BhwC).reshape(len(images_BhwC), size)
 
     return Features("Frechet distance (pixels)", size, flat)
 
@@ -118,9 +118,9 @@ class ClipEmbeddings:
     def _tokens(self, texts: Sequence[str]) -> Any:
         return self._tokenizer(list(texts), min(self._tokenizer.max_tokens, self._config.max_tokens))
 
-    def images(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    def images(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Images [h, w, 3 or 1], uint8, of any sizes -> [B, E], float32, not normalised."""
-        return self._images(pictures)
+        return self._images(images)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> [B, E], float32, not normalised; what is beyond 77 tokens is cut off."""

@@ -256,7 +256,7 @@ def path_section(paths: dict[str, Any], times: Sequence[float]) -> str:
     return f"<p>{html.escape(text)}</p><div class=pair>{plot(change)}{plot(consistency)}</div>" + table(head, body)
 
 
-def picture(image: Image.Image, alt: str) -> str:
+def embedded_image(image: Image.Image, alt: str) -> str:
     """An image inside the page."""
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)

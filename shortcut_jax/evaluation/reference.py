@@ -41,14 +41,14 @@ class Reference(NamedTuple):
       gaussian: of their features.
       features: of a sample of them, [S, F], S at most `tally.RESERVOIR`; None where the file has the Gaussian only.
       source: where they come from.
-      num_pictures: 0 where that is not known.
+      num_images: 0 where that is not known.
       pixels: of the images themselves, where they are looked at too.
     """
 
     gaussian: Gaussian
     features: np.ndarray | None
     source: str
-    num_pictures: int
+    num_images: int
     pixels: Gaussian | None = None
 
 
@@ -68,7 +68,7 @@ def open_reference(given: str | None, own: CaptionedSet | None, features: Featur
         if own is None:
             raise ConfigError(f"reference statistics are missing: give --reference=FILE.npz, or {HOW}")
         named = lambda: "the training set"
-        return _kept(cache, own.identity, features, lambda: _pictures_of_set(own), len(own), named)
+        return _kept(cache, own.identity, features, lambda: _images_of_set(own), len(own), named)
     path = Path(given).expanduser()
     if path.is_dir():
         files = _image_files(path)
@@ -77,9 +77,9 @@ def open_reference(given: str | None, own: CaptionedSet | None, features: Featur
         stated = "".join(f"{os.fsdecode(file)} {stamp(file)}\n" for file in files)
         identity = hashlib.sha256(stated.encode("utf-8", "backslashreplace")).hexdigest()
         bad: Counter[str] = Counter()
-        pictures = lambda: _pictures_of_files(given, files, bad)
+        images = lambda: _images_of_files(given, files, bad)
         named = lambda: f"images of {given}" + (f" ({skipped_text(bad)} left out)" if bad else "")
-        return _kept(cache, f"{path.resolve()} {identity}", features, pictures, len(files), named)
+        return _kept(cache, f"{path.resolve()} {identity}", features, images, len(files), named)
     if not path.is_file():
         raise ConfigError(f"reference statistics {given} are not found: {HOW}")
     return load_reference(path, features)
@@ -148,7 +148,7 @@ def save_reference(path: Path, reference: Reference, features: Features) -> None
     """Writes statistics that also other tools for FID read."""
     mean, covariance = reference.gaussian
     more: Any = {} if reference.features is None else {"features": reference.features}
-    more |= {"label": features.name, "source": reference.source, "count": reference.num_pictures}
+    more |= {"label": features.name, "source": reference.source, "count": reference.num_images}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -160,7 +160,7 @@ def _kept(
     cache: Path,
     identity: str,
     features: Features,
-    pictures: Callable[[], Iterable[np.ndarray]],
+    images: Callable[[], Iterable[np.ndarray]],
     total: int,
     source: Callable[[], str],
 ) -> Reference:
@@ -171,7 +171,7 @@ def _kept(
     name = hashlib.sha256(f"{features.name} {identity}".encode()).hexdigest()[:12]
     path = cache / f"reference-{name}.npz"
     if not distributed.agree(path.is_file()):
-        tally = of_all_processes(_tally(pictures(), features, total))
+        tally = of_all_processes(_tally(images(), features, total))
         reference = Reference(gaussian_of(tally.moments), tally.reservoir.features_SF, source(), tally.done)
         if key_value.process_id() == 0:
             save_reference(path, reference, features)
@@ -184,17 +184,17 @@ def _tally(batches: Iterable[np.ndarray], features: Features, total: int) -> Tal
     tally, done = no_tally(features.size), 0
     rank, processes = key_value.process_id(), key_value.num_processes()
     with tqdm(total=total, desc="reference", unit="image", disable=rank > 0, leave=False) as bar:
-        for pictures in batches:
-            mine = np.arange(rank, len(pictures), processes)
-            indices, done = done + mine, done + len(pictures)
-            tally = add(tally, indices, features(pictures[mine]), {}, done) if len(mine) else tally._replace(done=done)
-            bar.update(len(pictures))
+        for images in batches:
+            mine = np.arange(rank, len(images), processes)
+            indices, done = done + mine, done + len(images)
+            tally = add(tally, indices, features(images[mine]), {}, done) if len(mine) else tally._replace(done=done)
+            bar.update(len(images))
     return tally
 
 
-def _pictures_of_set(own: CaptionedSet) -> Iterator[np.ndarray]:
+def _images_of_set(own: CaptionedSet) -> Iterator[np.ndarray]:
     for first in range(0, len(own), BATCH):
-        yield own.pictures(range(first, min(first + BATCH, len(own))))
+        yield own.images(range(first, min(first + BATCH, len(own))))
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -204,7 +204,7 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(p for p in found if not is_system_file(p.relative_to(folder).as_posix()))
 
 
-def _pictures_of_files(given: str, files: list[Path], bad: Counter[str]) -> Iterator[np.ndarray]:
+def _images_of_files(given: str, files: list[Path], bad: Counter[str]) -> Iterator[np.ndarray]:
     """Images in their order, those of one size together as long as they follow each other.
 
     Args:

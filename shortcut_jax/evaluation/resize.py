@@ -20,21 +20,21 @@ CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 _THREADS = 8  # PIL resizes without Python's lock
 
 
-def to_rgb(pictures_BhwC: np.ndarray) -> np.ndarray:
+def to_rgb(images_BhwC: np.ndarray) -> np.ndarray:
     """Images [B, h, w, 3] uint8; grey ones [B, h, w, 1] three times over.
 
     Raises:
       ValueError: they are of another kind.
     """
-    if pictures_BhwC.dtype != np.uint8 or pictures_BhwC.ndim != 4 or pictures_BhwC.shape[-1] not in (1, 3):
+    if images_BhwC.dtype != np.uint8 or images_BhwC.ndim != 4 or images_BhwC.shape[-1] not in (1, 3):
         raise ValueError(
-            f"images are uint8 of shape [B, h, w, 3] or [B, h, w, 1], but these are {pictures_BhwC.dtype} of shape "
-            f"{list(pictures_BhwC.shape)}"
+            f"images are uint8 of shape [B, h, w, 3] or [B, h, w, 1], but these are {images_BhwC.dtype} of shape "
+            f"{list(images_BhwC.shape)}"
         )
-    return np.broadcast_to(pictures_BhwC, (*pictures_BhwC.shape[:3], 3))
+    return np.broadcast_to(images_BhwC, (*images_BhwC.shape[:3], 3))
 
 
-def resize_clean(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
+def resize_clean(images_BhwC: np.ndarray, side: int) -> np.ndarray:
     """Images, uint8 -> [B, side, side, C] float32 in [0, 255], as clean-fid resizes.
 
     PIL's bicubic filter, wider than the pixels of the result where these are larger, on each channel in floating point:
@@ -45,19 +45,19 @@ def resize_clean(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
         image = Image.fromarray(x_hw.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
         return np.asarray(image).clip(0, 255)
 
-    def picture(x_hwC: np.ndarray) -> np.ndarray:
+    def one(x_hwC: np.ndarray) -> np.ndarray:
         return np.stack([channel(x_hwC[..., i]) for i in range(x_hwC.shape[-1])], axis=-1)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return np.stack(list(pool.map(picture, pictures_BhwC)))
+        return np.stack(list(pool.map(one, images_BhwC)))
 
 
-def resize_legacy(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
+def resize_legacy(images_BhwC: np.ndarray, side: int) -> np.ndarray:
     """Images, uint8 -> [B, side, side, C] float32 in [0, 255], as pytorch-fid's `F.interpolate` resizes.
 
     Between the four pixels around each point, however far apart points are: `align_corners=False`, no antialiasing.
     """
-    x_BhwC: Any = pictures_BhwC.astype(np.float32)
+    x_BhwC: Any = images_BhwC.astype(np.float32)
     for axis in (1, 2):
         size = x_BhwC.shape[axis]
         place = np.maximum((np.arange(side, dtype=np.float32) + 0.5) * np.float32(size / side) - 0.5, 0)
@@ -68,7 +68,7 @@ def resize_legacy(pictures_BhwC: np.ndarray, side: int) -> np.ndarray:
     return x_BhwC
 
 
-def for_inception(pictures_BhwC: np.ndarray, side: int, resize: str) -> np.ndarray:
+def for_inception(images_BhwC: np.ndarray, side: int, resize: str) -> np.ndarray:
     """Images [B, h, w, 3 or 1] uint8 -> [B, side, side, 3] float32, about [-1, 1], as InceptionV3 sees them.
 
     Each convention also has its own scale: clean-fid takes (x - 128) / 128, pytorch-fid 2 x / 255 - 1.
@@ -78,13 +78,13 @@ def for_inception(pictures_BhwC: np.ndarray, side: int, resize: str) -> np.ndarr
     """
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}, but must be one of {', '.join(RESIZES)}")
-    shape = (len(to_rgb(pictures_BhwC)), side, side, 3)
+    shape = (len(to_rgb(images_BhwC)), side, side, 3)
     if resize == "clean":
-        return np.broadcast_to((resize_clean(pictures_BhwC, side) - 128) / 128, shape)
-    return np.broadcast_to(resize_legacy(pictures_BhwC, side) * np.float32(2 / 255) - 1, shape)
+        return np.broadcast_to((resize_clean(images_BhwC, side) - 128) / 128, shape)
+    return np.broadcast_to(resize_legacy(images_BhwC, side) * np.float32(2 / 255) - 1, shape)
 
 
-def for_clip(pictures: Sequence[np.ndarray] | np.ndarray, side: int = 224) -> np.ndarray:
+def for_clip(images: Sequence[np.ndarray] | np.ndarray, side: int = 224) -> np.ndarray:
     """Images [h, w, 3 or 1] uint8, of any sizes -> [B, side, side, 3] float32, as CLIP sees them.
 
     As `CLIPImageProcessor` of transformers on PIL: the shorter side is resized to `side` (bicubic, 8 bits), the middle
@@ -94,7 +94,7 @@ def for_clip(pictures: Sequence[np.ndarray] | np.ndarray, side: int = 224) -> np
       ValueError: images are of another kind.
     """
 
-    def picture(pixels_hwC: np.ndarray) -> np.ndarray:
+    def one(pixels_hwC: np.ndarray) -> np.ndarray:
         (rgb_hwC,) = to_rgb(np.asarray(pixels_hwC)[None])
         short = min(rgb_hwC.shape[:2])
         height, width = (int(side * size / short) for size in rgb_hwC.shape[:2])
@@ -103,5 +103,5 @@ def for_clip(pictures: Sequence[np.ndarray] | np.ndarray, side: int = 224) -> np
         return np.asarray(image.crop((left, top, left + side, top + side)))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        pixels_BhwC = np.stack(list(pool.map(picture, pictures)))
+        pixels_BhwC = np.stack(list(pool.map(one, images)))
     return (pixels_BhwC.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD

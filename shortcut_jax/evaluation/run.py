@@ -15,7 +15,7 @@ from shortcut_jax.core.straightness import PATH_STEPS
 from shortcut_jax.core.text import count_label
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.accumulators import Tally
-from shortcut_jax.evaluation.captions import Asked
+from shortcut_jax.evaluation.captions import CaptionBatch
 from shortcut_jax.evaluation.metrics import Cell, against_teacher, figures
 from shortcut_jax.evaluation.reference import Reference
 from shortcut_jax.evaluation.sampling import Judges, latencies, sample_cell
@@ -139,7 +139,7 @@ def evaluate(entries: Sequence[Entry], plan: Plan, judges: Judges, reference: Re
     names = {entry.label: entry.subject for entry in entries}
     subjects = list({id(entry.subject): entry.subject for entry in entries}.values())
     facts = {f"{s.name}: {k}" if len(subjects) > 1 else k: v for s in subjects for k, v in s.facts.items()}
-    count = f"{reference.num_pictures:,} images, " if reference.num_pictures else ""
+    count = f"{reference.num_images:,} images, " if reference.num_images else ""
     facts |= {
         "distance": f"{judges.features.name}, {judges.features.size} features, in float64",
         "reference": f"{count}{reference.source}",
@@ -174,7 +174,7 @@ def _judge(
     in_full = entry.view in (plan.views[0], TEACHER)
     shown = entry.asks.show(COLUMNS)
     bar.set_description(f"{label}: compiling")
-    subject.pictures(weights, shown, 1, plan.seed, 0)
+    subject.images(weights, shown, 1, plan.seed, 0)
     for cell in entry.cells:
         bar.set_description(str(cell))
         path = out / "cells" / f"{label.replace('/', '-')}-{cell.steps}.npz"
@@ -193,11 +193,11 @@ def _judge(
         result.validation[label] = loss
     counts = sorted({cell.steps for cell in entry.cells})
     if in_full and "latency" in plan.extras:
-        one = Asked(shown.captions[:1])
+        one = CaptionBatch(shown.captions[:1])
         result.latency[label] = latencies(lambda n: subject.few(weights, one, n, plan.seed), counts)
     if in_full and "grid" in plan.extras:
         drawn = (subject.few(weights, shown, n, plan.seed) for n in counts)
-        rows = [np.stack([thumbnail(pixels, THUMBNAIL) for pixels in pictures]) for pictures in drawn]
+        rows = [np.stack([thumbnail(pixels, THUMBNAIL) for pixels in images]) for images in drawn]
         words = [caption.split()[-1] if caption else "" for caption in shown.captions]
         columns = words if max(map(len, words)) <= 12 else ()
         result.sheets[label] = contact_sheet(rows, [count_label(n) for n in counts], columns)

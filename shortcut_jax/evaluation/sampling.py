@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from shortcut_jax.cluster import distributed
 from shortcut_jax.evaluation.accumulators import Tally, add, load, no_tally, of_all_processes, save
-from shortcut_jax.evaluation.captions import Asked
+from shortcut_jax.evaluation.captions import CaptionBatch
 from shortcut_jax.evaluation.features import Features
 from shortcut_jax.evaluation.metrics import Cell
 from shortcut_jax.evaluation.subjects import Subject
@@ -81,13 +81,13 @@ def sample_cell(
         indices = np.arange(first, min(first + subject.batch_size, cell.images))
         asked = asks.ask(indices.tolist(), cell.images)
         begin = time.perf_counter()
-        pictures = subject.pictures(weights, asked, cell.steps, seed, first)
+        images = subject.images(weights, asked, cell.steps, seed, first)
         seconds = (time.perf_counter() - begin) * (rank == 0)
         mine = np.arange(rank, len(indices), processes)
-        sums = {"seconds": seconds, **_look(judges, asked, pictures, mine)}
+        sums = {"seconds": seconds, **_look(judges, asked, images, mine)}
         done = int(indices[-1]) + 1
-        features = judges.features(pictures[mine]) if len(mine) else np.zeros((0, judges.features.size), np.float32)
-        flat = judges.pixels(pictures[mine]) if judges.pixels and len(mine) else None
+        features = judges.features(images[mine]) if len(mine) else np.zeros((0, judges.features.size), np.float32)
+        flat = judges.pixels(images[mine]) if judges.pixels and len(mine) else None
         tally = add(tally, indices[mine], features, sums, done, flat)
         bar.update(len(indices) * cell.steps)
         if done < cell.images and distributed.agree(time.monotonic() - saved > SAVE_SECONDS):
@@ -105,15 +105,15 @@ def _keep(tally: Tally, empty: Tally | None, path: Path, key: str) -> Tally:
     return empty._replace(done=whole.done)
 
 
-def _look(judges: Judges, asked: Asked, pictures: np.ndarray, mine: np.ndarray) -> dict[str, float]:
+def _look(judges: Judges, asked: CaptionBatch, images: np.ndarray, mine: np.ndarray) -> dict[str, float]:
     sums: dict[str, float] = {}
     if not len(mine):
         return sums
     if judges.classify and asked.labels is not None:
-        hits = judges.classify(pictures[mine]) == asked.labels[mine]
+        hits = judges.classify(images[mine]) == asked.labels[mine]
         sums |= {"classified": float(hits.sum()), "labelled": float(len(mine))}
     if judges.clip:
-        scores = judges.clip(pictures[mine], [asked.captions[i] for i in mine])
+        scores = judges.clip(images[mine], [asked.captions[i] for i in mine])
         squares = float((np.asarray(scores, np.float64) ** 2).sum())
         sums |= {"clip": float(scores.sum()), "clip_squares": squares, "captioned": float(len(mine))}
     return sums

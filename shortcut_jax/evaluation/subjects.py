@@ -18,7 +18,7 @@ from shortcut_jax.core.straightness import PATH_STEPS, PathMeasures, measure_pat
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.records import with_images
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.evaluation.captions import Asked, CaptionedSet
+from shortcut_jax.evaluation.captions import CaptionBatch, CaptionedSet
 from shortcut_jax.evaluation.validation import Validation
 from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.inference.generator import Caption, Generator
@@ -62,16 +62,16 @@ class Subject(Protocol):
     def __len__(self) -> int:
         """How many captions there are."""
 
-    def ask(self, indices: Sequence[int], total: int) -> Asked:
+    def ask(self, indices: Sequence[int], total: int) -> CaptionBatch:
         """The captions of images `indices` of `total`."""
 
-    def show(self, num: int) -> Asked:
+    def show(self, num: int) -> CaptionBatch:
         """Captions to show images of, different ones where there are."""
 
-    def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
+    def images(self, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
         """Images [S, h, w, c], uint8, for at most `batch_size` captions; noise `first` ... of a seed."""
 
-    def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
+    def few(self, weights: Any, asked: CaptionBatch, steps: int, seed: int) -> np.ndarray:
         """The same for a few captions, all in one batch of their own, noise 0 ... of a seed."""
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
@@ -130,35 +130,35 @@ class RunSubject:
     def __len__(self) -> int:
         return len(self.captioned)
 
-    def ask(self, indices: Sequence[int], total: int) -> Asked:
+    def ask(self, indices: Sequence[int], total: int) -> CaptionBatch:
         """See `Subject`."""
         return self.captioned.ask(indices, total)
 
-    def show(self, num: int) -> Asked:
+    def show(self, num: int) -> CaptionBatch:
         """See `Subject`."""
         chosen = grid_captions(self.pipeline.settings.eval.captions, self.captioned.captions(256), num)
-        return Asked(chosen)
+        return CaptionBatch(chosen)
 
-    def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
+    def images(self, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
         """See `Subject`."""
         return self._draw(self.batch_size, weights, asked, steps, seed, first)
 
-    def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
+    def few(self, weights: Any, asked: CaptionBatch, steps: int, seed: int) -> np.ndarray:
         """See `Subject`."""
         return self._draw(len(asked.captions), weights, asked, steps, seed, 0)
 
-    def _draw(self, batch: int, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
+    def _draw(self, batch: int, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
         draws = [(seed, first + i) for i in range(len(asked.captions))]
         return self._generator(batch)(weights, self._texts(asked), steps, guidance=self.guidance, draws=draws)
 
-    def _texts(self, asked: Asked) -> Sequence[Caption]:
+    def _texts(self, asked: CaptionBatch) -> Sequence[Caption]:
         """Stored states are those of T5 and CLIP: for a network that reads them."""
         return asked.states if asked.states and self.data.text_encoder == "stored" else asked.captions
 
     def _generator(self, batch: int) -> Generator:
         if batch not in self._generators:
-            steps, ends = self.pipeline.generate.max_steps, self.pipeline.ends
-            self._generators[batch] = Generator(self.pipeline.assembly, batch, steps, self.shift, ends)
+            steps, codec = self.pipeline.generate.max_steps, self.pipeline.codec
+            self._generators[batch] = Generator(self.pipeline.assembly, batch, steps, self.shift, codec)
         return self._generators[batch]
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
@@ -259,20 +259,20 @@ class ConvertedSubject:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def show(self, num: int) -> Asked:
+    def show(self, num: int) -> CaptionBatch:
         """See `Subject`."""
         return self.ask(range(num), num)
 
-    def ask(self, indices: Sequence[int], total: int) -> Asked:
+    def ask(self, indices: Sequence[int], total: int) -> CaptionBatch:
         """See `Subject`."""
-        return Asked([self._prompts[i % len(self._prompts)] for i in indices])
+        return CaptionBatch([self._prompts[i % len(self._prompts)] for i in indices])
 
-    def pictures(self, weights: Any, asked: Asked, steps: int, seed: int, first: int) -> np.ndarray:
+    def images(self, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
         """See `Subject`."""
         draws = [(seed, first + i) for i in range(len(asked.captions))]
         return self._model(asked.captions, steps, draws=draws, batch_size=self.batch_size, **self._options)
 
-    def few(self, weights: Any, asked: Asked, steps: int, seed: int) -> np.ndarray:
+    def few(self, weights: Any, asked: CaptionBatch, steps: int, seed: int) -> np.ndarray:
         """See `Subject`."""
         return self._model(asked.captions, steps, seed=seed, batch_size=len(asked.captions), **self._options)
 

@@ -10,13 +10,13 @@ from shortcut_jax.core.text import count_label
 from shortcut_jax.evaluation.metrics import public_names
 from shortcut_jax.evaluation.page import (
     column,
+    embedded_image,
     error_key,
     known,
     metric_table,
     metrics_of,
     page,
     path_section,
-    picture,
     quality_plot,
     section,
     table,
@@ -97,7 +97,7 @@ def to_html(result: Result) -> str:
     sections = [section("Quality", quality, *notes), section("Quality against steps", curves)]
     for label, sheet in result.sheets.items():
         title = f"Samples of {label}: the same noise down each column"
-        sections.append(section(title, picture(sheet, title)))
+        sections.append(section(title, embedded_image(sheet, title)))
     if result.paths:
         sections.append(section("How straight the field is", path_section(result.paths, result.times)))
     if result.validation:

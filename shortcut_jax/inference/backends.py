@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleRequest:
     """What is asked of a model.
 
     Attributes:
@@ -88,55 +88,61 @@ class Wanted:
 
 
 class SampleModel(Protocol):
-    """A model as `sample` needs it. Arguments of images are rows and a `Wanted` that has been checked."""
+    """A model as `sample` needs it. Arguments of images are rows and a `SampleRequest` that has been checked."""
 
     batch_size: int
     spacing: Spacing
 
-    def check(self, wanted: Wanted) -> None:
+    def check(self, request: SampleRequest) -> None:
         """Raises UsageError for what this model cannot do, before weights are read."""
 
-    def notes(self, wanted: Wanted) -> list[str]:
+    def notes(self, request: SampleRequest) -> list[str]:
         """What the user should know: guidance, prompts that are cut."""
 
-    def pictures(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
+    def images(self, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
         """[B, h, w, c], uint8."""
 
-    def trajectories(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
+    def trajectories(self, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
         """What each step aims at, and the result: [B, steps + 1, h, w, c], uint8."""
 
     def edit(
-        self, picture_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], wanted: Wanted, **plan: Any
+        self, image_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], request: SampleRequest, **plan: Any
     ) -> Any:
         """Variants [B, h, w, c] of one image, uint8: `plan` is that of an edit, and `source_guidance`."""
 
-    def picture_size(self, height: int, width: int, wanted: Wanted) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int, request: SampleRequest) -> tuple[int, int, int]:
         """Rows, columns and channels of the images that it edits, for one of `height` x `width` pixels."""
 
-    def facts(self, wanted: Wanted) -> Record:
+    def facts(self, request: SampleRequest) -> Record:
         """Size, guidance, shift and what tells the model: `height`, `width`, `guidance`, `shift`, `model`, ..."""
 
-    def title(self, wanted: Wanted) -> str:
+    def title(self, request: SampleRequest) -> str:
         """Its images in a few words."""
 
 
-def record(model: SampleModel, row: Row, wanted: Wanted) -> Record:
+def record(model: SampleModel, row: Row, request: SampleRequest) -> Record:
     """What an image is made by: sampled again with it, in batches of the same size, it has the same pixels."""
-    made = {"prompt": row.prompt, "seed": row.seed, "index": row.number, "steps": wanted.steps, "method": wanted.method}
-    return {**made, **model.facts(wanted), "batch_size": model.batch_size, "version": __version__}
+    made = {
+        "prompt": row.prompt,
+        "seed": row.seed,
+        "index": row.number,
+        "steps": request.steps,
+        "method": request.method,
+    }
+    return {**made, **model.facts(request), "batch_size": model.batch_size, "version": __version__}
 
 
-def grid_times(model: SampleModel, wanted: Wanted) -> list[float]:
+def grid_times(model: SampleModel, request: SampleRequest) -> list[float]:
     """The times at which the steps begin."""
-    shift = model.facts(wanted)["shift"]
-    return np.asarray(sampling_grid(wanted.steps, wanted.steps, shift, model.spacing))[:-1].tolist()
+    shift = model.facts(request)["shift"]
+    return np.asarray(sampling_grid(request.steps, request.steps, shift, model.spacing))[:-1].tolist()
 
 
 class RunModel:
     """A view of a training run; see `SampleModel`."""
 
-    def __init__(self, options: SimpleNamespace, pictures: int):
-        """Reads its weights. `pictures` are wanted, 64 of which at most are sampled at once by default.
+    def __init__(self, options: SimpleNamespace, images: int):
+        """Reads its weights. `images` are wanted, 64 of which at most are sampled at once by default.
 
         Raises:
           UsageError, and those of `Pipeline`.
@@ -145,69 +151,69 @@ class RunModel:
         if len(scales) > 1:
             raise UsageError(f"--lora_scale is given {len(scales)} times, but a workdir has one set of adapters")
         self._view, self._scale, self._name = options.view, scales[0], Path(options.workdir).resolve().name
-        batch = options.batch or min(pictures, 64)
+        batch = options.batch or min(images, 64)
         chosen = options.view, MAX_STEPS, batch, options.base, scales[0], options.encoders
         self.pipeline = Pipeline(options.workdir, *chosen)
         self.batch_size, self.spacing = self.pipeline.generate.batch_size, self.pipeline.generate.spacing
 
-    def check(self, wanted: Wanted) -> None:
+    def check(self, request: SampleRequest) -> None:
         """See `SampleModel`."""
         height, width = self.pipeline.size
-        if (wanted.height or height, wanted.width or width) != (height, width):
+        if (request.height or height, request.width or width) != (height, width):
             raise UsageError(f"this run makes images of {height} x {width} pixels only: leave the size out")
 
-    def notes(self, wanted: Wanted) -> list[str]:
+    def notes(self, request: SampleRequest) -> list[str]:
         """See `SampleModel`."""
-        guidance, classifier_free = self._guidance(wanted), "classifier-free, two evaluations a step"
+        guidance, classifier_free = self._guidance(request), "classifier-free, two evaluations a step"
         how = "through the guidance embedding" if self.pipeline.distilled_guidance else classifier_free
         lines = [] if guidance == 1.0 else [f"guidance {guidance:g}: {how}"]
         if guidance == 0 and not self.pipeline.distilled_guidance:
             lines = ["guidance 0: none, as 1 is"]
-        return lines + self.pipeline.notes(wanted.prompts)
+        return lines + self.pipeline.notes(request.prompts)
 
-    def pictures(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
+    def images(self, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
         """See `SampleModel`."""
-        return self._draw(self.pipeline.generate, rows, wanted)
+        return self._draw(self.pipeline.generate, rows, request)
 
-    def trajectories(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
+    def trajectories(self, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
         """See `SampleModel`."""
-        return self._draw(self.pipeline.generate.trajectory, rows, wanted)
+        return self._draw(self.pipeline.generate.trajectory, rows, request)
 
-    def _draw(self, draw: Any, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
-        options = dict(draws=[r.draw for r in rows], method=wanted.method, shift=wanted.shift)
-        captions, guidance = [r.prompt for r in rows], self._guidance(wanted)
-        pictures: np.ndarray = draw(self.pipeline.params, captions, wanted.steps, guidance=guidance, **options)
-        return pictures
+    def _draw(self, draw: Any, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
+        options = dict(draws=[r.draw for r in rows], method=request.method, shift=request.shift)
+        captions, guidance = [r.prompt for r in rows], self._guidance(request)
+        images: np.ndarray = draw(self.pipeline.params, captions, request.steps, guidance=guidance, **options)
+        return images
 
     def edit(
-        self, picture_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], wanted: Wanted, **plan: Any
+        self, image_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], request: SampleRequest, **plan: Any
     ) -> Any:
         """See `SampleModel`."""
-        guidance, pictures = self._guidance(wanted), np.stack([picture_hwc] * len(rows))
-        plan |= {"guidance": guidance, "shift": wanted.shift, "draws": [r.draw for r in rows], "quiet": True}
+        guidance, images = self._guidance(request), np.stack([image_hwc] * len(rows))
+        plan |= {"guidance": guidance, "shift": request.shift, "draws": [r.draw for r in rows], "quiet": True}
         if plan["source_guidance"] is None:
             plan["source_guidance"] = guidance
-        return self.pipeline.edit(pictures, source_prompt, rows[0].prompt, wanted.steps, **plan)
+        return self.pipeline.edit(images, source_prompt, rows[0].prompt, request.steps, **plan)
 
-    def picture_size(self, height: int, width: int, wanted: Wanted) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int, request: SampleRequest) -> tuple[int, int, int]:
         """See `SampleModel`."""
         return *self.pipeline.size, self.pipeline.channels
 
-    def facts(self, wanted: Wanted) -> Record:
+    def facts(self, request: SampleRequest) -> Record:
         """See `SampleModel`."""
         settings, (height, width) = self.pipeline.settings, self.pipeline.size
-        shift = settings.eval.shift if wanted.shift is None else wanted.shift
-        told: Record = {"guidance": self._guidance(wanted), "shift": shift, "height": height, "width": width}
+        shift = settings.eval.shift if request.shift is None else request.shift
+        told: Record = {"guidance": self._guidance(request), "shift": shift, "height": height, "width": width}
         told |= {"model": self._name, "objective": settings.objective, "view": self._view}
         lora_scale = self._scale if settings.train == "lora" else None
         return {**told, "checkpoint_step": self.pipeline.step, "lora_scale": lora_scale}
 
-    def title(self, wanted: Wanted) -> str:
+    def title(self, request: SampleRequest) -> str:
         """See `SampleModel`."""
         return f"{self.pipeline.settings.objective} ({self._view}, step {self.pipeline.step})"
 
-    def _guidance(self, wanted: Wanted) -> float:
-        return self.pipeline.settings.eval.guidance if wanted.guidance is None else wanted.guidance
+    def _guidance(self, request: SampleRequest) -> float:
+        return self.pipeline.settings.eval.guidance if request.guidance is None else request.guidance
 
 
 class ConvertedModel:
@@ -230,64 +236,64 @@ class ConvertedModel:
             say(model.origin)
             tell(model.notes)
 
-    def check(self, wanted: Wanted) -> None:
+    def check(self, request: SampleRequest) -> None:
         """See `SampleModel`."""
-        options = self._options(wanted)
+        options = self._options(request)
         try:
-            self.pipeline.check(wanted.prompts or ("",), num=wanted.num, **options)
+            self.pipeline.check(request.prompts or ("",), num=request.num, **options)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    def notes(self, wanted: Wanted) -> list[str]:
+    def notes(self, request: SampleRequest) -> list[str]:
         """See `SampleModel`."""
-        guidance = f"{self.pipeline.guidance(wanted.guidance)}; computed in {self.pipeline.compute_dtype}"
-        return [guidance, *self.pipeline.cuts(wanted.prompts, wanted.text_tokens)]
+        guidance = f"{self.pipeline.guidance(request.guidance)}; computed in {self.pipeline.compute_dtype}"
+        return [guidance, *self.pipeline.cuts(request.prompts, request.text_tokens)]
 
-    def pictures(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
+    def images(self, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
         """See `SampleModel`."""
-        return self._draw(self.pipeline, rows, wanted)
+        return self._draw(self.pipeline, rows, request)
 
-    def trajectories(self, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
+    def trajectories(self, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
         """See `SampleModel`."""
-        return self._draw(self.pipeline.trajectory, rows, wanted)
+        return self._draw(self.pipeline.trajectory, rows, request)
 
-    def _draw(self, draw: Any, rows: Sequence[Row], wanted: Wanted) -> np.ndarray:
-        options = dict(draws=[r.draw for r in rows], method=wanted.method, batch_size=self.batch_size, quiet=True)
-        pictures: np.ndarray = draw([r.prompt for r in rows], **self._options(wanted), **options)
-        return pictures
+    def _draw(self, draw: Any, rows: Sequence[Row], request: SampleRequest) -> np.ndarray:
+        options = dict(draws=[r.draw for r in rows], method=request.method, batch_size=self.batch_size, quiet=True)
+        images: np.ndarray = draw([r.prompt for r in rows], **self._options(request), **options)
+        return images
 
     def edit(
-        self, picture_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], wanted: Wanted, **plan: Any
+        self, image_hwc: np.ndarray, source_prompt: str, rows: Sequence[Row], request: SampleRequest, **plan: Any
     ) -> Any:
         """See `SampleModel`."""
-        options = {k: v for k, v in self._options(wanted).items() if k not in ("height", "width")}
-        pictures, draws = np.stack([picture_hwc] * len(rows)), [r.draw for r in rows]
-        return self.pipeline.edit(pictures, source_prompt, rows[0].prompt, draws=draws, quiet=True, **options, **plan)
+        options = {k: v for k, v in self._options(request).items() if k not in ("height", "width")}
+        images, draws = np.stack([image_hwc] * len(rows)), [r.draw for r in rows]
+        return self.pipeline.edit(images, source_prompt, rows[0].prompt, draws=draws, quiet=True, **options, **plan)
 
-    def picture_size(self, height: int, width: int, wanted: Wanted) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int, request: SampleRequest) -> tuple[int, int, int]:
         """See `SampleModel`: the size that is asked for, or that of the image, at most about a megapixel."""
         unit = PATCH * self.pipeline.models["vae"].config.factor
-        if wanted.height and wanted.width:
-            return wanted.height, wanted.width, 3
+        if request.height and request.width:
+            return request.height, request.width, 3
         scale = min(1.0, 1024 / math.sqrt(height * width))
         return *(max(round(side * scale / unit), 1) * unit for side in (height, width)), 3
 
-    def facts(self, wanted: Wanted) -> Record:
+    def facts(self, request: SampleRequest) -> Record:
         """See `SampleModel`."""
-        guidance, asked = self.pipeline.guidance(wanted.guidance), self._options(wanted)
+        guidance, asked = self.pipeline.guidance(request.guidance), self._options(request)
         rows, columns = self.pipeline.latent_size(asked["height"], asked["width"])
-        shift = self.pipeline.sampling.shift.at(rows * columns // PATCH**2) if wanted.shift is None else wanted.shift
+        shift = self.pipeline.sampling.shift.at(rows * columns // PATCH**2) if request.shift is None else request.shift
         scale = guidance.scale if guidance.embedded is None else guidance.embedded
         told = {"guidance": scale, "shift": shift, "height": asked["height"], "width": asked["width"]}
         loras = [[Path(path).name, scale] for path, scale in self._loras]
-        return {**told, "text_tokens": wanted.text_tokens, "model": self._name, "lora": loras}
+        return {**told, "text_tokens": request.text_tokens, "model": self._name, "lora": loras}
 
-    def title(self, wanted: Wanted) -> str:
+    def title(self, request: SampleRequest) -> str:
         """See `SampleModel`."""
-        asked = self._options(wanted)
+        asked = self._options(request)
         return f"{asked['height']} x {asked['width']}"
 
-    def _options(self, wanted: Wanted) -> dict[str, Any]:
-        size = {"height": wanted.height or 1024, "width": wanted.width or 1024}
-        told = {"steps": wanted.steps, "guidance": wanted.guidance, "shift": wanted.shift}
-        return {**told, **size, "text_tokens": wanted.text_tokens}
+    def _options(self, request: SampleRequest) -> dict[str, Any]:
+        size = {"height": request.height or 1024, "width": request.width or 1024}
+        told = {"steps": request.steps, "guidance": request.guidance, "shift": request.shift}
+        return {**told, **size, "text_tokens": request.text_tokens}

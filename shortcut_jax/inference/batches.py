@@ -13,46 +13,46 @@ from tqdm import tqdm
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, fit
 from shortcut_jax.errors import UsageError
-from shortcut_jax.inference.backends import Row, SampleModel, Wanted, grid_times, record
+from shortcut_jax.inference.backends import Row, SampleModel, SampleRequest, grid_times, record
 from shortcut_jax.inference.image_files import IMAGE, Output, layout_of
 from shortcut_jax.runtime.compilation_cache import CompileClock
 
 Draw = Callable[[Sequence[Row]], np.ndarray]
 
 
-def paint(model: SampleModel, wanted: Wanted, output: Output, trajectory: bool = False) -> list[Path]:
+def sample_to_files(model: SampleModel, request: SampleRequest, output: Output, trajectory: bool = False) -> list[Path]:
     """Samples what is wanted and writes it; returns the files of a folder.
 
     With `trajectory` every image is accompanied by what each step aimed at.
     """
-    draw: Draw = lambda rows: model.trajectories(rows, wanted) if trajectory else model.pictures(rows, wanted)
-    return _paint(model, wanted, output, draw, trajectory=trajectory)
+    draw: Draw = lambda rows: model.trajectories(rows, request) if trajectory else model.images(rows, request)
+    return _paint(model, request, output, draw, trajectory=trajectory)
 
 
-def repaint(
+def edit_to_files(
     model: SampleModel,
-    wanted: Wanted,
+    request: SampleRequest,
     output: Output,
-    picture_hwc: np.ndarray,
+    image_hwc: np.ndarray,
     source_prompt: str,
     plan: dict[str, Any],
 ) -> list[Path]:
     """Edits one image, as `plan` for `SampleModel.edit` says, and writes it; returns the files of a folder."""
-    draw: Draw = lambda rows: model.edit(picture_hwc, source_prompt, rows, wanted, **plan)
-    return _paint(model, wanted, output, draw, source=picture_hwc, told={"source_prompt": source_prompt, **plan})
+    draw: Draw = lambda rows: model.edit(image_hwc, source_prompt, rows, request, **plan)
+    return _paint(model, request, output, draw, source=image_hwc, told={"source_prompt": source_prompt, **plan})
 
 
 def _paint(
     model: SampleModel,
-    wanted: Wanted,
+    request: SampleRequest,
     output: Output,
     draw: Draw,
     trajectory: bool = False,
     source: np.ndarray | None = None,
     told: dict[str, Any] | None = None,
 ) -> list[Path]:
-    rows, size, written = wanted.rows, model.batch_size, list[Path]()
-    times = grid_times(model, wanted) if trajectory else []
+    rows, size, written = request.rows, model.batch_size, list[Path]()
+    times = grid_times(model, request) if trajectory else []
     starts = range(0, len(rows), size)
     spent = 0.0
     with CompileClock() as clock:
@@ -61,22 +61,22 @@ def _paint(
             chunk = rows[first : first + size]
             drawn = draw(chunk)
             spent += time.perf_counter() - begin
-            records = [{**record(model, row, wanted), **(told or {})} for row in chunk]
+            records = [{**record(model, row, request), **(told or {})} for row in chunk]
             along = drawn if trajectory else None
             written += output.add(drawn[:, -1] if trajectory else drawn, records, along, times)
     output.close(source)
     if clock.programs:
         say(f"{clock}: the next images of this kind need none of it")
     rate = len(rows) / max(spent - clock.seconds, 1e-9)
-    how = "" if wanted.method == "euler" else f" by {wanted.method}"
+    how = "" if request.method == "euler" else f" by {request.method}"
     say(
-        f"{len(rows)} images of {model.title(wanted)} in {wanted.steps} steps{how}, {rate:.3g} images/s "
+        f"{len(rows)} images of {model.title(request)} in {request.steps} steps{how}, {rate:.3g} images/s "
         f"without compiling, {size} at once: {output.target}"
     )
     return written
 
 
-def read_picture(path: str, name: str = "--edit") -> Image.Image:
+def read_edited(path: str, name: str = "--edit") -> Image.Image:
     """The image to edit, 8-bit RGB; `name` is what an error calls it.
 
     Raises:
@@ -85,7 +85,7 @@ def read_picture(path: str, name: str = "--edit") -> Image.Image:
     try:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        picture = decode(data)
+        opened = decode(data)
     except OSError as error:
         raise UsageError(f"{name}={path} cannot be read: {error.strerror}") from error
     except BadImage as error:
@@ -97,12 +97,12 @@ def read_picture(path: str, name: str = "--edit") -> Image.Image:
             f"{name}={path} is a {layout} of several images, but one is edited: sample it alone (--num=1), or take one "
             "from a folder (--out=samples/)"
         )
-    return picture
+    return opened
 
 
-def fit_picture(model: SampleModel, image: Image.Image, wanted: Wanted) -> np.ndarray:
+def fit_image(model: SampleModel, image: Image.Image, request: SampleRequest) -> np.ndarray:
     """Its pixels [h, w, c], uint8, of a size that the model makes: resized to cover it, and cut to its middle."""
-    height, width, channels = model.picture_size(image.height, image.width, wanted)
+    height, width, channels = model.image_size(image.height, image.width, request)
     pixels, _ = fit(image, (height, width))
     if (image.height, image.width) != (height, width):
         say(f"the image of {image.height} x {image.width} is resized and cut to {height} x {width}")

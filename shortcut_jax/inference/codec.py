@@ -9,28 +9,28 @@ from shortcut_jax.data.format import VAE
 from shortcut_jax.data.records import data_folder, is_prepared
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.inference.generator import Ends, pixel_ends
+from shortcut_jax.inference.generator import Codec, pixel_codec
 from shortcut_jax.run.assembly import Assembly, text_encoder
 
 
-def training_ends(assembly: Assembly, data: TrainingData) -> Ends:
+def training_codec(assembly: Assembly, data: TrainingData) -> Codec:
     """Captions and images of a run on `data`: of stored text states, those of the set's prompts only.
 
     The decoder of a set of latents is read from the set itself.
     """
-    ends = pixel_ends(assembly)
+    codec = pixel_codec(assembly)
     if assembly.settings.data.text_encoder == "stored":
-        ends = ends._replace(encode=stored_captions(data))
+        codec = codec._replace(encode=stored_captions(data))
     prepared = data.sets[0].prepared
     if prepared and prepared.info.latents:
-        from shortcut_jax.inference.encoders import load_halves
+        from shortcut_jax.inference.encoders import load_vae_codec
 
-        halves = load_halves(prepared.folder / VAE)
-        ends = ends._replace(decode=halves.decode, latents=halves.latents)
-    return ends
+        vae_codec = load_vae_codec(prepared.folder / VAE)
+        codec = codec._replace(decode=vae_codec.decode, latents=vae_codec.latents)
+    return codec
 
 
-def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
+def sampling_codec(assembly: Assembly, encoders: str | Path | None) -> Codec:
     """Captions and images of a trained model: of a converted pipeline, or else of the set it was trained on.
 
     Raises:
@@ -41,24 +41,24 @@ def sampling_ends(assembly: Assembly, encoders: str | Path | None) -> Ends:
     if data.text_encoder == "words" and data.store != "latents":
         if encoders is not None:
             raise ConfigError("encoders are for runs on latents: this one reads words and makes pixels")
-        return pixel_ends(assembly)
+        return pixel_codec(assembly)
     if encoders is not None:
-        from shortcut_jax.inference.encoders import load_halves, load_text_encoder
+        from shortcut_jax.inference.encoders import load_text_encoder, load_vae_codec
 
         folder = Path(encoders).expanduser()
-        halves = load_halves(folder)
-        ends = Ends(text_encoder(assembly.settings, assembly.model), halves.decode, halves.latents)
+        vae_codec = load_vae_codec(folder)
+        codec = Codec(text_encoder(assembly.settings, assembly.model), vae_codec.decode, vae_codec.latents)
         if data.text_encoder == "words":
-            return ends
+            return codec
         # A grid asks for the same captions at every step count.
         encode = functools.lru_cache(maxsize=256)(load_text_encoder(folder, data.text_tokens, data.text_states))
-        return ends._replace(encode=encode)
+        return codec._replace(encode=encode)
     if not is_prepared(data_folder(data)):
         raise ConfigError(
             f"the run was trained on prepared text states, and its set {data_folder(data)} is not here: name the "
             f"pipeline that made them with --encoders=CONVERTED"
         )
-    return training_ends(assembly, TrainingData(dataclasses.replace(data, mix=(), weights=())))
+    return training_codec(assembly, TrainingData(dataclasses.replace(data, mix=(), weights=())))
 
 
 def stored_captions(data: TrainingData) -> Any:

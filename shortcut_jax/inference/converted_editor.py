@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Editor:
-    """`TextToImage("flux1-dev").edit(pictures, "a cat on a chair", "a dog on a chair", steps=28, skip=4)`."""
+    """`TextToImage("flux1-dev").edit(images, "a cat on a chair", "a dog on a chair", steps=28, skip=4)`."""
 
     def __init__(self, pipeline: "TextToImage"):
         """Takes the pipeline whose models it edits with."""
@@ -28,7 +28,7 @@ class Editor:
 
     def __call__(
         self,
-        pictures_BhwC: np.ndarray,
+        images_BhwC: np.ndarray,
         source_prompt: str,
         prompt: str,
         steps: int = 4,
@@ -46,7 +46,7 @@ class Editor:
         """Images of what `source_prompt` says, changed to what `prompt` says, uint8; see `steps.editing`.
 
         Args:
-          pictures_BhwC: uint8 [B, height, width, 3], all sampled at once.
+          images_BhwC: uint8 [B, height, width, 3], all sampled at once.
           source_prompt: of all of them.
           prompt: of all of them.
           steps: of the grid.
@@ -64,7 +64,7 @@ class Editor:
           ValueError: numbers or a size out of range.
           ConvertedError: the weights cannot be read.
         """
-        ours, (num, height, width) = self._pipeline, pictures_BhwC.shape[:3]
+        ours, (num, height, width) = self._pipeline, images_BhwC.shape[:3]
         plan = make_plan(steps, skip, plain, average)
         ours.check([source_prompt, prompt], steps, guidance, height, width, num, text_tokens, shift)
         ours.tell([source_prompt, prompt], text_tokens, quiet)
@@ -76,11 +76,11 @@ class Editor:
         negative = None if scales == [1.0, 1.0] else ours.encode([""] * num, guidance, text_tokens)
         numbers = draw_arrays(numbered(draws, 0, num), np.arange(num))
         split = partial(jax.tree.map, partial(split_rows, ours.mesh))
-        rows = split((ours.halves.latents(pictures_BhwC), *numbers, source, target))
+        rows = split((ours.vae_codec.latents(images_BhwC), *numbers, source, target))
         with jax.set_mesh(ours.mesh):
             args = (ours.params["flux"], float(shift), *rows, plan, split(negative), *map(float, scales))
             latents = self._edit(*args, size=size, bound=bound_of(steps))
-        return ours.pictures(latents)[:num]
+        return ours.images(latents)[:num]
 
     @cached_property
     def _edit(self) -> Callable[..., Array]:

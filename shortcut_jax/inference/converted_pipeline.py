@@ -28,7 +28,7 @@ from shortcut_jax.core.types import Array, Condition
 from shortcut_jax.data.records import to_pixels
 from shortcut_jax.errors import ConvertedError
 from shortcut_jax.inference.converted_editor import Editor
-from shortcut_jax.inference.encoders import Halves, TextEncoders, on_mesh, place_on, split_rows
+from shortcut_jax.inference.encoders import TextEncoders, VaeCodec, on_mesh, place_on, split_rows
 from shortcut_jax.inference.generator import Draws, bound_of, draw_arrays, full_batches, numbered
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.models.flux import FluxConfig
@@ -71,7 +71,7 @@ class TextToImage:
       models: by kind, `flux`, `vae`, `t5` and `clip`; their configs are constrained to the mesh.
       sampling: the shift rule, text length and text states of the pipeline.
       text: its text encoders.
-      halves: of its autoencoder.
+      vae_codec: of its autoencoder.
       mesh: all devices along `fsdp`.
       compute_dtype: of activations and matrix products.
     """
@@ -109,7 +109,7 @@ class TextToImage:
         for kind, model in self.models.items():
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
-        self.halves = Halves(self.models["vae"], self.mesh)
+        self.vae_codec = VaeCodec(self.models["vae"], self.mesh)
         if loras:
             self._add_loras([(local_path(path, "lora"), strength) for path, strength in loras])
 
@@ -129,7 +129,7 @@ class TextToImage:
           ConversionError: values that are not finite.
         """
         flux = place_on(self.mesh, self.models["flux"])
-        return {"flux": flux, "vae": self.halves.weights("decoder"), **self.text.params}
+        return {"flux": flux, "vae": self.vae_codec.weights("decoder"), **self.text.params}
 
     def __call__(
         self,
@@ -168,7 +168,7 @@ class TextToImage:
           ConvertedError: the weights cannot be read.
         """
         asked = (steps, guidance, height, width, num, seed, text_tokens, shift)
-        return np.concatenate([self.pictures(x)[:n] for x, n in self._batches(prompts, *asked, **options)])
+        return np.concatenate([self.images(x)[:n] for x, n in self._batches(prompts, *asked, **options)])
 
     def trajectory(self, prompts: str | Sequence[str], steps: int = 4, **options: Any) -> np.ndarray:
         """The images that each step aims at, and the result: [images, steps + 1, height, width, 3], uint8.
@@ -178,7 +178,7 @@ class TextToImage:
         parts = []
         for kept, num in self._batches(prompts, steps, trajectory=True, **options):
             along = kept[: steps + 1, :num]
-            parts.append(np.stack([self.pictures(latents) for latents in along], axis=1))
+            parts.append(np.stack([self.images(latents) for latents in along], axis=1))
         return np.concatenate(parts)
 
     def _batches(
@@ -221,7 +221,7 @@ class TextToImage:
         size = 1 if batch_size is None else check_whole("batch_size", batch_size, MAX_BATCH)
         return -(-size // devices) * devices
 
-    def pictures(self, latents_BhwC: Array) -> np.ndarray:
+    def images(self, latents_BhwC: Array) -> np.ndarray:
         """Images [B, height, width, 3], uint8, of latents.
 
         Raises:
@@ -348,7 +348,7 @@ class TextToImage:
 
     def decode(self, latents_BhwC: Array) -> Array:
         """Images [B, height, width, 3] of latents, float32, about [-1, 1], whole on every device."""
-        return self.halves.images(latents_BhwC)
+        return self.vae_codec.images(latents_BhwC)
 
     @cached_property
     def _sample(self) -> Callable[..., Array]:

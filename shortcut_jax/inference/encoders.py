@@ -131,7 +131,7 @@ class TextEncoders:
         return _text_program(self.models["t5"].config, self.models["clip"].config)
 
 
-class Halves:
+class VaeCodec:
     """The autoencoder's encoder and decoder on a mesh, each read on first use.
 
     Attributes:
@@ -183,10 +183,10 @@ class Halves:
 
     @cached_property
     def _functions(self) -> dict[str, Callable[..., Any]]:
-        return _halves_programs(self.model.config, self._mesh)
+        return _vae_programs(self.model.config, self._mesh)
 
 
-def load_halves(folder: str | Path) -> Halves:
+def load_vae_codec(folder: str | Path) -> VaeCodec:
     """An autoencoder on this process's devices.
 
     Args:
@@ -202,12 +202,12 @@ def load_halves(folder: str | Path) -> Halves:
     if model is None:
         raise ConvertedError(f"{folder} holds no autoencoder")
     mesh, dtype = local_mesh()
-    return Halves(on_mesh(model, mesh, dtype), mesh)
+    return VaeCodec(on_mesh(model, mesh, dtype), mesh)
 
 
 def load_decoder(folder: str | Path) -> Callable[[Any], np.ndarray]:
-    """Latents [B, h, w, C] as the network sees them -> images [B, H, W, 3], uint8; see `load_halves`."""
-    return load_halves(folder).decode
+    """Latents [B, h, w, C] as the network sees them -> images [B, H, W, 3], uint8; see `load_vae_codec`."""
+    return load_vae_codec(folder).decode
 
 
 def load_text_encoder(
@@ -253,7 +253,7 @@ def _text_program(t5_config: T5Config, clip_config: ClipConfig) -> Callable[...,
 
 
 @lru_cache(maxsize=16)
-def _halves_programs(config: VaeConfig, mesh: Mesh) -> dict[str, Callable[..., Any]]:
+def _vae_programs(config: VaeConfig, mesh: Mesh) -> dict[str, Callable[..., Any]]:
     """The two halves of an autoencoder, compiled once for all that are like it."""
     vae = Autoencoder(config)
 

@@ -35,7 +35,7 @@ def bound_of(steps: int) -> int:
     return max(64, 1 << (steps - 1).bit_length())
 
 
-class Ends(NamedTuple):
+class Codec(NamedTuple):
     """What a network works between.
 
     Attributes:
@@ -49,12 +49,12 @@ class Ends(NamedTuple):
     latents: Encode
 
 
-def pixel_ends(assembly: Assembly) -> Ends:
+def pixel_codec(assembly: Assembly) -> Codec:
     """Words in, pixels out: what a run on pixels needs, and nothing else."""
     stride = stride_of(assembly.settings.data)
     decode = lambda latents_BhwC: to_pixels(unfold(latents_BhwC, stride))
     latents = lambda pixels_BhwC: np.stack([fold(x_hwC, stride) for x_hwC in to_latents(pixels_BhwC)])
-    return Ends(text_encoder(assembly.settings, assembly.model), decode, latents)
+    return Codec(text_encoder(assembly.settings, assembly.model), decode, latents)
 
 
 @lru_cache(maxsize=16)
@@ -100,14 +100,14 @@ class Generator:
     """Samples images for captions from a tree of weights."""
 
     def __init__(
-        self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0, ends: Ends | None = None
+        self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0, codec: Codec | None = None
     ):
         """Prepares a sampler of up to `max_steps` steps; `batch_size` is rounded up to the mesh.
 
-        `ends` are those of a run on pixels by default.
+        `codec` are those of a run on pixels by default.
         """
         self._assembly, self._shift = assembly, shift
-        self._ends = ends or pixel_ends(assembly)
+        self._codec = codec or pixel_codec(assembly)
         shards = assembly.mesh_shape.batch_shards
         self.batch_size = -(-batch_size // shards) * shards
         self.max_steps = max_steps
@@ -154,11 +154,11 @@ class Generator:
         """
         self._check(num_steps)
         draws = numbered(draws, seed, len(captions))
-        return self._pictures(params, captions, num_steps, draws, guidance, shift, method)
+        return self._images(params, captions, num_steps, draws, guidance, shift, method)
 
     def without_steps(self, params: Any, captions: Sequence[str]) -> np.ndarray:
         """All the work of a call but its steps, which shows what they cost: captions, placing, noise, decoding."""
-        return self._pictures(params, captions, 0, numbered(None, 0, len(captions)), 1.0, None, "euler")
+        return self._images(params, captions, 0, numbered(None, 0, len(captions)), 1.0, None, "euler")
 
     def trajectory(
         self,
@@ -182,14 +182,14 @@ class Generator:
         parts = []
         for kept, num in self._batches(*args, bound=bound, trajectory=True):
             along = kept[: num_steps + 1, :num]
-            pictures = self._ends.decode(along.reshape(-1, *along.shape[2:]))
-            parts.append(pictures.reshape(*along.shape[:2], *pictures.shape[1:]).swapaxes(0, 1))
+            images = self._codec.decode(along.reshape(-1, *along.shape[2:]))
+            parts.append(images.reshape(*along.shape[:2], *images.shape[1:]).swapaxes(0, 1))
         return np.concatenate(parts)
 
     def edit(
         self,
         params: Any,
-        pictures_BhwC: np.ndarray,
+        images_BhwC: np.ndarray,
         sources: Sequence[str],
         targets: Sequence[str],
         plan: EditPlan,
@@ -202,7 +202,7 @@ class Generator:
 
         Args:
           params: weights.
-          pictures_BhwC: uint8, of the size that the model makes.
+          images_BhwC: uint8, of the size that the model makes.
           sources: one an image.
           targets: one an image.
           plan: of the edit.
@@ -220,7 +220,7 @@ class Generator:
             guidance, source_guidance = (1.0 if is_unguided(g) else g for g in (guidance, source_guidance))
         edited = []
         for rows, _ in full_batches(len(targets), self.batch_size):
-            latents = self._place(self._ends.latents(pictures_BhwC[rows]))
+            latents = self._place(self._codec.latents(images_BhwC[rows]))
             source = self.condition([sources[i] for i in rows], source_guidance)
             target = self.condition([targets[i] for i in rows], guidance)
             args: tuple[Any, ...] = (
@@ -236,13 +236,13 @@ class Generator:
                 empty = self.condition([""] * self.batch_size, guidance)
                 args = (*args, empty, float(source_guidance), float(guidance))
             with jax.set_mesh(self._assembly.mesh):
-                edited.append(self._ends.decode(np.asarray(self._edit(*args))))
+                edited.append(self._codec.decode(np.asarray(self._edit(*args))))
         return np.concatenate(edited)[: len(targets)]
 
-    def _pictures(self, *args: Any) -> np.ndarray:
+    def _images(self, *args: Any) -> np.ndarray:
         """Takes what `_batches` does."""
         batches = self._batches(*args, bound=self.max_steps, trajectory=False)
-        return np.concatenate([self._ends.decode(latents)[:num] for latents, num in batches])
+        return np.concatenate([self._codec.decode(latents)[:num] for latents, num in batches])
 
     def _batches(
         self,
@@ -279,7 +279,7 @@ class Generator:
 
     def condition(self, captions: Sequence[Caption], guidance: float) -> Condition:
         """Encoded captions on the mesh, as many as it takes whole."""
-        states = [self._ends.encode(c) if isinstance(c, str) else c for c in captions]
+        states = [self._codec.encode(c) if isinstance(c, str) else c for c in captions]
         txt, vec = (np.stack(x) for x in zip(*states, strict=True))
         scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
         return jax.tree.map(self._place, Condition(txt, vec, scale))

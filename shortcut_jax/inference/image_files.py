@@ -52,17 +52,17 @@ def parameters(records: Sequence[Record]) -> str:
     return "\n".join([*dict.fromkeys(r["prompt"] for r in records), line])
 
 
-def save_picture(path: Path, picture: Image.Image, records: Sequence[Record], layout: str = IMAGE) -> None:
+def save_image(path: Path, image: Image.Image, records: Sequence[Record], layout: str = IMAGE) -> None:
     """Writes an image; a PNG with the records of what is on it. Of several processes only the first one writes."""
     if jax.process_index() != 0:
         return
     if path.suffix.lower() != ".png":
-        picture.save(path)
+        image.save(path)
         return
     info = PngInfo()
     info.add_text("parameters", parameters(records))
     info.add_text(CHUNK, json.dumps({"layout": layout, "pictures": list(records)}))
-    picture.save(path, pnginfo=info)
+    image.save(path, pnginfo=info)
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -72,8 +72,8 @@ def read_records(path: str | Path) -> list[Record]:
       UsageError: it is no image, or has no such metadata.
     """
     try:
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {}).get(CHUNK)
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(CHUNK)
     except OSError as error:
         raise UsageError(f"{path} cannot be read as an image: {error}") from error
     if text is None:
@@ -148,21 +148,21 @@ class Output:
         self._strips: list[tuple[np.ndarray, Record]] = []
 
     def add(
-        self, pictures: np.ndarray, records: Sequence[Record], along: np.ndarray | None = None, times: Any = ()
+        self, images: np.ndarray, records: Sequence[Record], along: np.ndarray | None = None, times: Any = ()
     ) -> list[Path]:
         """Takes images [B, h, w, c] and their trajectories [B, S + 1, h, w, c]; returns what was written at once."""
         self._times, written = times, []
-        for i, (pixels, record) in enumerate(zip(pictures, records, strict=True)):
+        for i, (pixels, record) in enumerate(zip(images, records, strict=True)):
             if not self.is_folder:
                 self._kept.append((pixels, record))
                 self._strips += [] if along is None else [(along[i], record)]
                 continue
             path = self._path / f"{self._next:05d}.png"
-            save_picture(path, to_image(pixels), [record])
+            save_image(path, to_image(pixels), [record])
             written.append(path)
             if along is not None:
                 path = path.with_stem(f"{path.stem}_trajectory")
-                save_picture(path, strip([along[i]], [shown(record["prompt"])], times), [record], TRAJECTORY)
+                save_image(path, strip([along[i]], [shown(record["prompt"])], times), [record], TRAJECTORY)
                 written.append(path)
             self._kept.append((thumbnail(pixels), record))
             self._next += 1
@@ -180,16 +180,16 @@ class Output:
             labels.insert(0, "source")
         sheet = lambda: contact_sheet(rows, labels)
         if self.is_folder:
-            save_picture(self._path / "sheet.png", sheet(), records, SHEET)
+            save_image(self._path / "sheet.png", sheet(), records, SHEET)
             return
         if len(records) == 1:
-            save_picture(self._path, to_image(self._kept[0][0]), records)
+            save_image(self._path, to_image(self._kept[0][0]), records)
         else:
-            save_picture(self._path, sheet(), records, SHEET)
+            save_image(self._path, sheet(), records, SHEET)
         if self._strips:
             path = self._path.with_stem(f"{self._path.stem}_trajectory")
             paths, marks = zip(*self._strips, strict=True)
-            save_picture(path, strip(paths, [shown(r["prompt"]) for r in marks], self._times), records, TRAJECTORY)
+            save_image(path, strip(paths, [shown(r["prompt"]) for r in marks], self._times), records, TRAJECTORY)
             say(f"the images along the way: {path}")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.errors import UsageError, UserError
-from shortcut_jax.inference.backends import SampleModel, Wanted
-from shortcut_jax.inference.batches import paint
+from shortcut_jax.inference.backends import SampleModel, SampleRequest
+from shortcut_jax.inference.batches import sample_to_files
 from shortcut_jax.inference.image_files import Output
 
 HELP = """A line is a prompt; a line that begins with a colon is a setting:
@@ -30,13 +30,17 @@ _READ: dict[str, Callable[[str], dict[str, object]]] = {
     "method": lambda text: {"method": text},
     "shift": lambda text: {"shift": float(text)},
 }
-"""Setting -> its text as fields of `Wanted`; ValueError where it cannot be read."""
+"""Setting -> its text as fields of `SampleRequest`; ValueError where it cannot be read."""
 
 
 def interact(
-    model: SampleModel, wanted: Wanted, output: Output, trajectory: bool = False, ask: Callable[[str], str] = input
+    model: SampleModel,
+    request: SampleRequest,
+    output: Output,
+    trajectory: bool = False,
+    ask: Callable[[str], str] = input,
 ) -> None:
-    """Reads lines and samples, with the settings of `wanted` to begin with. Errors are reported, and it goes on.
+    """Reads lines and samples, with the settings of `request` to begin with. Errors are reported, and it goes on.
 
     Every prompt of one size runs the same compiled program, whatever its steps, guidance and seed.
     """
@@ -52,25 +56,25 @@ def interact(
             return
         try:
             if line.startswith(":"):
-                wanted = _set(model, wanted, line)
+                request = _set(model, request, line)
             elif line:
-                _answer(model, dataclasses.replace(wanted, prompts=(line,)), output, trajectory)
+                _answer(model, dataclasses.replace(request, prompts=(line,)), output, trajectory)
         except UserError as error:
             say(f"error: {error}")
         except KeyboardInterrupt:
             say("interrupted")
 
 
-def _set(model: SampleModel, wanted: Wanted, line: str) -> Wanted:
+def _set(model: SampleModel, request: SampleRequest, line: str) -> SampleRequest:
     """The settings after a line such as `:steps 2`. Raises UsageError where it cannot be understood or done."""
     name, _, text = line[1:].partition(" ")
     if name == "help":
         say(HELP)
-        return wanted
+        return request
     if name not in _READ:
         raise UsageError(f"there is no setting :{name}; :help tells those there are")
     try:
-        changed = dataclasses.replace(wanted, **_READ[name](text.strip()))  # type: ignore[arg-type]
+        changed = dataclasses.replace(request, **_READ[name](text.strip()))  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(f":{name} {text}: cannot be read; :help shows an example") from error
     changed.check()
@@ -78,10 +82,10 @@ def _set(model: SampleModel, wanted: Wanted, line: str) -> Wanted:
     return changed
 
 
-def _answer(model: SampleModel, wanted: Wanted, output: Output, trajectory: bool) -> None:
-    wanted.check()
-    model.check(wanted)
-    for note in model.notes(wanted):
+def _answer(model: SampleModel, request: SampleRequest, output: Output, trajectory: bool) -> None:
+    request.check()
+    model.check(request)
+    for note in model.notes(request):
         say(note)
-    for path in paint(model, wanted, output, trajectory):
+    for path in sample_to_files(model, request, output, trajectory):
         say(str(path))

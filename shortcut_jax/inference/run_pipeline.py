@@ -18,7 +18,7 @@ from shortcut_jax.data.datasets import EMBEDDED, captions
 from shortcut_jax.data.records import stride_of
 from shortcut_jax.data.words import count_words
 from shortcut_jax.errors import CheckpointError, ConfigError
-from shortcut_jax.inference.codec import sampling_ends
+from shortcut_jax.inference.codec import sampling_codec
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.start_from import freeze, load_base, open_initial
@@ -38,7 +38,7 @@ class Pipeline:
       settings: of the run.
       params: the weights of the view.
       generate: captions to images, for any tree of weights.
-      ends: what it encodes captions and decodes latents with.
+      codec: what it encodes captions and decodes latents with.
       assembly: the network on the devices.
       step: the training step whose weights were read.
     """
@@ -92,8 +92,8 @@ class Pipeline:
         self._base_path = str(base or (meta["base"] or {}).get("path"))
         trained, self.step = self._trained(view)
         self.params = self._whole(trained)
-        self.ends = sampling_ends(assembly, encoders)
-        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, self.ends)
+        self.codec = sampling_codec(assembly, encoders)
+        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, self.codec)
 
     def weights(self, view: str) -> Any:
         """The weights of a view at the step of `params`, for `generate`; a base is on devices once.
@@ -201,7 +201,7 @@ class Pipeline:
 
     def edit(
         self,
-        pictures_BhwC: np.ndarray,
+        images_BhwC: np.ndarray,
         source_prompt: str,
         prompt: str,
         steps: int = 4,
@@ -211,7 +211,7 @@ class Pipeline:
         """Images of what `source_prompt` says, uint8 of `size`, changed to what `prompt` says; see `steps.editing`.
 
         Args:
-          pictures_BhwC: uint8, of `size`.
+          images_BhwC: uint8, of `size`.
           source_prompt: of all of them.
           prompt: of all of them.
           steps: of the grid, 1 to `max_steps`.
@@ -224,8 +224,8 @@ class Pipeline:
         """
         plan = make_plan(steps, skip, options.pop("plain", 0), options.pop("average", 1))
         self._tell([source_prompt, prompt], options.pop("quiet", False))
-        texts = [source_prompt] * len(pictures_BhwC), [prompt] * len(pictures_BhwC)
-        return self.generate.edit(self.params, pictures_BhwC, *texts, plan, **options)
+        texts = [source_prompt] * len(images_BhwC), [prompt] * len(images_BhwC)
+        return self.generate.edit(self.params, images_BhwC, *texts, plan, **options)
 
     def _captions(self, prompts: str | Sequence[str], num: int) -> list[str]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

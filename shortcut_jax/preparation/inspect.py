@@ -50,11 +50,11 @@ def inspect(folder: Path, out: Path | None) -> list[str]:
         raise UsageError(f"--out={png}: name a .png in a folder that is there")
     check_place(png, "--out", folder=False)
     prepared = PreparedSet(folder)
-    pictures = prepared.info.store != "captions"
-    if out and not pictures:
+    images = prepared.info.store != "captions"
+    if out and not images:
         raise UsageError(f"--out={out}: {folder} is a set of captions alone, which has no images to show")
     lines = statistics(prepared.info, draw_sample(prepared), num_bytes(prepared.folder))
-    if not pictures:
+    if not images:
         return lines
     sheet(prepared).save(png)
     return [*lines, f"images: {png}"]
@@ -141,10 +141,10 @@ def sheet(prepared: PreparedSet) -> Image.Image:
 
                 decode = load_decoder(prepared.folder / VAE)
             mean_BhwC = np.stack([r["mean"] for r in held]).astype(np.float32)
-            pictures = list(decode((mean_BhwC - info.latents.shift) * info.latents.scale))
+            images = list(decode((mean_BhwC - info.latents.shift) * info.latents.scale))
         else:
-            pictures = [r["image"] for r in held]
-        rows.append([(np.asarray(p), _text(r["caption"])) for p, r in zip(pictures, held, strict=True)])
+            images = [r["image"] for r in held]
+        rows.append([(np.asarray(p), _text(r["caption"])) for p, r in zip(images, held, strict=True)])
     return _laid_out(rows, [f"{h}x{w}" for h, w in (info.buckets[b] for b in fullest)])
 
 

@@ -17,9 +17,9 @@ from shortcut_jax.cluster.claim import Claim, Member, Times
 from shortcut_jax.data.buckets import parse_buckets
 from shortcut_jax.data.format import Size
 from shortcut_jax.errors import UsageError
+from shortcut_jax.preparation.images import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.preparation.inputs import Source, SourceOptions, open_source
 from shortcut_jax.preparation.job import Job, Produce
-from shortcut_jax.preparation.pictures import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.preparation.progress import summary
 from shortcut_jax.preparation.writing import already_written, captions_hash, units_done, write_units
 from shortcut_jax.sources.models import with_strengths
@@ -91,7 +91,7 @@ def prepare_from_teacher(options: types.SimpleNamespace, processes: Processes) -
     named = {n: getattr(options, n) for n in ("per_bucket", "steps", "guidance", "seed", "text_tokens", "text_dtype")}
     settings = TeacherSettings(prompts, buckets, per_device=options.batch or 1, unit=options.unit or 512, **named)
     teacher = TeacherData(options.from_teacher, settings, loras)
-    tell_cuts(teacher, prompts)
+    report_cuts(teacher, prompts)
     distributed.say(f"{teacher.pipeline.guidance(options.guidance)}; {options.steps} steps")
     job = Job(
         out=Path(options.out),
@@ -119,7 +119,7 @@ def prepare_captions(options: types.SimpleNamespace, processes: Processes) -> in
     text = options.text_states, options.text_tokens, options.text_dtype
     unit = options.unit or DEFAULT_UNIT
     encoder = CaptionEncoder(options.checkpoint, captions, *text, options.batch or 8, unit)
-    tell_cuts(encoder, captions)
+    report_cuts(encoder, captions)
     asked = {"prompts": captions_hash(captions), "store": "captions", "unit": unit}
     job = Job(
         out=Path(options.out),
@@ -136,7 +136,7 @@ def prepare_captions(options: types.SimpleNamespace, processes: Processes) -> in
     return write(job, encoder, processes)
 
 
-def tell_cuts(maker: Any, captions: Sequence[str]) -> None:
+def report_cuts(maker: Any, captions: Sequence[str]) -> None:
     """Says which captions are too long for the text encoders."""
     cuts = maker.text.cuts(captions, maker.text_info.tokens)
     for line in (*cuts[:3], *([f"{len(cuts):,} captions are cut in all"] if len(cuts) > 3 else ())):

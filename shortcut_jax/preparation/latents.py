@@ -16,8 +16,8 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.data.format import TEXT_DTYPES, VAE, LatentInfo, Size, TextInfo, pack_text
 from shortcut_jax.errors import DataError
 from shortcut_jax.formats.export import write_component
-from shortcut_jax.inference.encoders import Halves, TextEncoders, local_mesh, on_mesh
-from shortcut_jax.preparation.pictures import Picture
+from shortcut_jax.inference.encoders import TextEncoders, VaeCodec, local_mesh, on_mesh
+from shortcut_jax.preparation.images import Cropped
 from shortcut_jax.preparation.units import Record, Unit
 from shortcut_jax.sources.pipeline import open_pipeline
 
@@ -28,28 +28,28 @@ class SetMaker:
     Attributes:
       batch_size: rows at once; batches are padded to it.
       text: the text encoders.
-      halves: of the autoencoder.
+      vae_codec: of the autoencoder.
       text_info: how text states are stored.
       latents: the scale of the latents.
     """
 
-    def __init__(self, text: TextEncoders, halves: Halves, text_tokens: int, text_dtype: str, batch_size: int):
+    def __init__(self, text: TextEncoders, vae_codec: VaeCodec, text_tokens: int, text_dtype: str, batch_size: int):
         """Takes models on devices, M, and a key of `TEXT_DTYPES`."""
-        self.text, self.halves, self.batch_size = text, halves, batch_size
+        self.text, self.vae_codec, self.batch_size = text, vae_codec, batch_size
         widths = text.models["t5"].config.width, text.models["clip"].config.width
         self.text_info = TextInfo(text.states, text_dtype, text_tokens, *widths)
-        c = halves.model.config
+        c = vae_codec.model.config
         self.latents = LatentInfo(c.latent_channels, c.factor, c.scale, c.shift)
 
     @cached_property
     def encoders(self) -> dict[str, dict[str, str]]:
         """Origin and content of each model; its weights are read."""
-        params = {**self.text.params, "vae": self.halves.params}
+        params = {**self.text.params, "vae": self.vae_codec.params}
         content = {kind: fingerprint(held) for kind, held in params.items()}
         return {kind: {"origin": self._origin(kind), "content": content[kind]} for kind in sorted(content)}
 
     def _origin(self, kind: str) -> str:
-        return (self.halves.model if kind == "vae" else self.text.models[kind]).origin
+        return (self.vae_codec.model if kind == "vae" else self.text.models[kind]).origin
 
     def job_fields(self, **request: Any) -> dict[str, Any]:
         """Fields of `writing.Job`, its `request` among them."""
@@ -84,8 +84,8 @@ class SetMaker:
 
     def copy_vae(self, folder: Path) -> None:
         """Writes the autoencoder as diffusers does: `open_models` reads it, and its bytes are always the same."""
-        params = {path: np.asarray(value) for path, value in flat_paths(self.halves.params).items()}
-        write_component(folder, "vae", self.halves.model.config, params, lambda size: None)
+        params = {path: np.asarray(value) for path, value in flat_paths(self.vae_codec.params).items()}
+        write_component(folder, "vae", self.vae_codec.model.config, params, lambda size: None)
 
     def text_fields(
         self, captions: Sequence[str], txt_BMT: Any, vec_BV: Any
@@ -105,7 +105,7 @@ class SetMaker:
             yield fields | {"vec": vec_BV[i]}, sums
 
 
-def _open_encoders(checkpoint: str | Path, states: str, why: str) -> tuple[TextEncoders, Halves, int]:
+def _open_encoders(checkpoint: str | Path, states: str, why: str) -> tuple[TextEncoders, VaeCodec, int]:
     """Text encoders and autoencoder of a converted pipeline on this process's devices, and how many those are.
 
     Raises:
@@ -114,7 +114,7 @@ def _open_encoders(checkpoint: str | Path, states: str, why: str) -> tuple[TextE
     mesh, dtype = local_mesh()
     parts = open_pipeline(Path(checkpoint).expanduser(), ("vae", "t5", "clip"), why)
     parts = parts._replace(models={kind: on_mesh(model, mesh, dtype) for kind, model in parts.models.items()})
-    return TextEncoders(parts, mesh, states), Halves(parts.models["vae"], mesh), mesh.devices.size
+    return TextEncoders(parts, mesh, states), VaeCodec(parts.models["vae"], mesh), mesh.devices.size
 
 
 class CaptionEncoder(SetMaker):
@@ -137,8 +137,8 @@ class CaptionEncoder(SetMaker):
         unit: int = 4096,
     ):
         """Opens a converted pipeline; the arguments are those of `LatentEncoder`, and captions a unit."""
-        text, halves, devices = _open_encoders(checkpoint, states, "captions need")
-        super().__init__(text, halves, text_tokens, text_dtype, per_device * devices)
+        text, vae_codec, devices = _open_encoders(checkpoint, states, "captions need")
+        super().__init__(text, vae_codec, text_tokens, text_dtype, per_device * devices)
         self._captions, self._unit = captions, unit
         starts = range(0, len(captions), unit)
         self.units = [
@@ -183,19 +183,19 @@ class LatentEncoder(SetMaker):
         Raises:
           ConvertedError: a model is missing, or cannot be read.
         """
-        text, halves, devices = _open_encoders(checkpoint, states, "latents need")
-        super().__init__(text, halves, text_tokens, text_dtype, per_device * devices)
+        text, vae_codec, devices = _open_encoders(checkpoint, states, "latents need")
+        super().__init__(text, vae_codec, text_tokens, text_dtype, per_device * devices)
 
-    def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    def __call__(self, images: Sequence[Cropped]) -> list[tuple[dict[str, Any], dict[str, float]]]:
         """See `Encode`. Raises DataError where latents or states are not finite as they are stored."""
-        rows = padded(pictures, self.batch_size)
-        moments = self.halves.encode(np.stack([p.pixels for p in rows]))
+        rows = padded(images, self.batch_size)
+        moments = self.vae_codec.encode(np.stack([p.pixels for p in rows]))
         encoded = self.text.encode([p.caption for p in rows], self.text_info.tokens)
         mean_BhwC, std_BhwC = np.asarray(moments.mean_BhwC), np.exp(0.5 * np.asarray(moments.logvar_BhwC))
-        texts = self.text_fields([p.caption for p in pictures], *(x[: len(pictures)] for x in encoded))
+        texts = self.text_fields([p.caption for p in images], *(x[: len(images)] for x in encoded))
         result = []
-        for picture, mean, std, (fields, sums) in zip(pictures, mean_BhwC, std_BhwC, texts, strict=False):
-            gaussian = {"mean": as_half(mean, picture.key), "std": as_half(std, picture.key)}
+        for image, mean, std, (fields, sums) in zip(images, mean_BhwC, std_BhwC, texts, strict=False):
+            gaussian = {"mean": as_half(mean, image.key), "std": as_half(std, image.key)}
             result.append((gaussian | fields, sums))
         return result
 

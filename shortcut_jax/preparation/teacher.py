@@ -73,7 +73,7 @@ class TeacherData(SetMaker):
                 self.pipeline.check(s.prompts, s.steps, s.guidance, height, width, text_tokens=s.text_tokens)
             except ValueError as error:
                 raise UsageError(str(error)) from error
-        shared = self.pipeline.text, self.pipeline.halves
+        shared = self.pipeline.text, self.pipeline.vae_codec
         super().__init__(*shared, s.text_tokens, s.text_dtype, s.per_device * len(devices))
         self._spans = [
             (bucket, first, min(first + s.unit, (bucket + 1) * s.per_bucket))

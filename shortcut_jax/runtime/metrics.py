@@ -98,9 +98,9 @@ class MetricLog:
         """Records what a run is made by, as text and as hyperparameters; their table shows the scalars `shown`."""
         self._tensorboard(lambda writer: add_config(writer, "config", values, shown, step))
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
+    def image(self, step: int, name: str, image: Image.Image) -> None:
         """Records an image."""
-        pixels = np.asarray(picture.convert("RGB"))
+        pixels = np.asarray(image.convert("RGB"))
         self._tensorboard(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
         self._tensorboard(lambda writer: writer.flush())
 
@@ -182,8 +182,8 @@ def contact_sheet(
         y = top + i * (h + gap)
         pen.text((6, y + h // 2 - 6), label, fill="black", font=font)
         for j, pixels in enumerate(row):
-            picture = Image.fromarray(np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels)
-            sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (left + j * step_x, y))
+            image = Image.fromarray(np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels)
+            sheet.paste(image.resize((w, h), Image.Resampling.NEAREST), (left + j * step_x, y))
     return sheet
 
 

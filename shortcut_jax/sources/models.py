@@ -85,11 +85,11 @@ def abstract_params(kind: str, config: Any) -> dict[str, Any]:
         example: Any = np.zeros((1, side, side, config.channels), np.float32)
         return jax.eval_shape(Autoencoder(config).init, key, example)["params"]
     if kind == "inception":
-        picture = np.zeros((1, SIDE, SIDE, 3), np.float32)
-        return jax.eval_shape(lambda k: InceptionV3(config).init(k, picture, classify=True), key)["params"]
+        image = np.zeros((1, SIDE, SIDE, 3), np.float32)
+        return jax.eval_shape(lambda k: InceptionV3(config).init(k, image, classify=True), key)["params"]
     if kind == "clip_score":
-        picture = np.zeros((1, config.side, config.side, 3), np.float32)
-        return jax.eval_shape(ClipPair(config).init, key, picture, tokens)["params"]
+        image = np.zeros((1, config.side, config.side, 3), np.float32)
+        return jax.eval_shape(ClipPair(config).init, key, image, tokens)["params"]
     module: Any = T5Encoder(config) if kind == "t5" else ClipText(config)
     return jax.eval_shape(module.init, key, tokens)["params"]
 

@@ -17,7 +17,7 @@ from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.core.types import Array, Condition, StepVelocity
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.steps.networks import guided, make_velocity
-from shortcut_jax.steps.sampling import sample_key, told_sizes
+from shortcut_jax.steps.sampling import sample_key, step_size_inputs
 
 Noise = Callable[[Array, Array], Array]
 """(step, draw) -> noise_BNC."""
@@ -143,7 +143,7 @@ def make_editor(
             return jax.vmap(draw)(seed_B, index_B)
 
         times = sampling_grid(plan.steps, max_steps, shift, spacing)
-        sizes = told_sizes(cfg, times, jnp.asarray(plan.steps), finest)
+        sizes = step_size_inputs(cfg, times, jnp.asarray(plan.steps), finest)
         return unpatchify(flow_edit(before, after, x_BNC, noise, times, plan, sizes), height, width)
 
     return edit

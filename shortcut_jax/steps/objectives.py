@@ -62,10 +62,10 @@ class ObjectiveSettings:
     alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
 
     @property
-    def untaught(self) -> tuple[int, ...]:
+    def unsupervised_counts(self) -> tuple[int, ...]:
         """The student step counts whose targets are made of steps that no row trains."""
         taught = self.teacher_grid // self.student.jumps if self.teacher_share else 0
-        return tuple(m for m in self.student.untaught if m * self.student.jumps != taught)
+        return tuple(m for m in self.student.unsupervised_counts if m * self.student.jumps != taught)
 
 
 class Draws(NamedTuple):

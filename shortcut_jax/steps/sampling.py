@@ -59,7 +59,7 @@ def make_sampler(
         if unconditional is not None:
             velocity = guided(velocity, velocity_of(params, unconditional), scale)
         times = sampling_grid(num_steps, max_steps, shift, spacing)
-        sizes = told_sizes(cfg, times, num_steps, finest if method == "euler" else 0)
+        sizes = step_size_inputs(cfg, times, num_steps, finest if method == "euler" else 0)
         if not trajectory:
             return unpatchify(integrate(velocity, noise_BNC, times, num_steps, sizes, method), height, width)
         kept = predictions(velocity, noise_BNC, times, num_steps, sizes, method)
@@ -68,7 +68,7 @@ def make_sampler(
     return sample
 
 
-def told_sizes(cfg: FluxConfig, times: Array, num_steps: Array, finest: int) -> Array | None:
+def step_size_inputs(cfg: FluxConfig, times: Array, num_steps: Array, finest: int) -> Array | None:
     """The step-size input at each step of a grid, [S]: d up to `finest` steps, else 0; None without such an input."""
     return jnp.where(num_steps <= finest, times[:-1] - times[1:], 0.0) if cfg.step_size else None
 

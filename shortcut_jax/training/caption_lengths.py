@@ -13,7 +13,7 @@ _AT_ONCE = 32
 """Records that are held at once: they come with their images."""
 
 
-def tell_cuts(data: TrainingData) -> list[str]:
+def report_cuts(data: TrainingData) -> list[str]:
     """A line for each set some captions of which are cut, or were when it was prepared."""
     lines = [_stored(one) if data.settings.text_encoder == "stored" else _words(data, one) for one in data.sets]
     return [line for line in lines if line]

@@ -258,13 +258,13 @@ def validate(step: int, s: Settings, validation: Validation, log: MetricLog, sta
 
 def show(step: int, s: Settings, outputs: Outputs, state: TrainState) -> None:
     """Draws the sample grid into the log and the workdir."""
-    picture = outputs.draw_grid(choose_view(state, s.eval.view))
-    outputs.log.image(step, f"samples/{s.eval.view}", picture)
+    image = outputs.draw_grid(choose_view(state, s.eval.view))
+    outputs.log.image(step, f"samples/{s.eval.view}", image)
     if jax.process_index() == 0:
         path = outputs.workdir / grid_name(step)
         try:
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            image.save(path)
         except OSError as error:  # a full disk takes no image, but stops no run
             LOGGER.warning("the sample grid of step %d is not written: %s", step, error)
 

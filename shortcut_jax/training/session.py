@@ -29,7 +29,7 @@ from shortcut_jax.core.tree import count_parameters
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.evaluation.digits import Score, judge, measures, reference_of, table, write_report
 from shortcut_jax.evaluation.validation import Validation
-from shortcut_jax.inference.codec import training_ends
+from shortcut_jax.inference.codec import training_codec
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.inference.sheets import grid_captions, sample_grid
 from shortcut_jax.run.assembly import Assembly
@@ -82,8 +82,8 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
             log.config(start, record_of(assembly))
             announce(assembly, workdir, start)
             announce_data(assembly, data)
-            paint = grid_painter(assembly, data)
-            outputs = Outputs(workdir, checkpoints, log, paint, progress, watchdog, base, validation)
+            sample_to_files = grid_painter(assembly, data)
+            outputs = Outputs(workdir, checkpoints, log, sample_to_files, progress, watchdog, base, validation)
             stop = min(stop_at or settings.steps, settings.steps)
             _to_the_end(assembly, data, outputs, state, start, stop, interruptions)
             ending = "finished" if stop == settings.steps else "stopped"
@@ -219,7 +219,7 @@ def report(
 def grid_painter(assembly: Assembly, data: TrainingData) -> Callable[[Any], Image.Image]:
     """Weights -> the sample grid of `settings.eval`: a row a step count, a column a caption."""
     e = assembly.settings.eval
-    generator = Generator(assembly, e.columns, max(e.steps), e.shift, training_ends(assembly, data))
+    generator = Generator(assembly, e.columns, max(e.steps), e.shift, training_codec(assembly, data))
     captions = grid_captions(e.captions, data.captions(256), e.columns)
     return lambda params: sample_grid(generator, params, captions, e.steps, e.guidance)
 

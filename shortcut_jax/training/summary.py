@@ -14,7 +14,7 @@ from shortcut_jax.data.training import TrainingData
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.check_training import decay_notice
 from shortcut_jax.steps.objectives import OBJECTIVES, row_group
-from shortcut_jax.training.caption_lengths import tell_cuts
+from shortcut_jax.training.caption_lengths import report_cuts
 
 
 def announce(assembly: Assembly, workdir: Path, start: int) -> None:
@@ -53,8 +53,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     high = s.timestep_range[1]
     if high < 1 and not self_rows:
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")
-    if row.distils and not row.any_interval and asked.untaught and not start:
-        counts = ", ".join(map(str, asked.untaught))
+    if row.distils and not row.any_interval and asked.unsupervised_counts and not start:
+        counts = ", ".join(map(str, asked.unsupervised_counts))
         say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
 
 
@@ -62,7 +62,7 @@ def announce_data(assembly: Assembly, data: TrainingData) -> None:
     """Tells what an epoch is made of, where that is not plain: several sets or sizes, or less than a batch."""
     rows, records = assembly.batch_size, data.num_records
     if jax.process_index() == 0:  # which alone prints, and so alone reads the captions
-        tell(tell_cuts(data))
+        tell(report_cuts(data))
     if records < rows:
         say(f"{records} images for {rows} rows a step: each is repeated, with noise of its own")
     if len(data.sets) > 1:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shortcut_jax.data.images import BadImage, decode, fit
 from shortcut_jax.errors import RequestError
-from shortcut_jax.inference.image_files import IMAGE, Record, layout_of, save_picture, to_image
+from shortcut_jax.inference.image_files import IMAGE, Record, layout_of, save_image, to_image
 from shortcut_jax.webapp.guard import MAX_UPLOAD
 
 DISPLAYED = 256
@@ -34,14 +34,14 @@ def save(folder: Path, pixels_hwc: np.ndarray, record: Record) -> str:
     Raises:
       RequestError: the folder is gone.
     """
-    picture = to_image(pixels_hwc)
-    factor = max(DISPLAYED // max(picture.size), 1)
+    image = to_image(pixels_hwc)
+    factor = max(DISPLAYED // max(image.size), 1)
     if factor > 1:
-        size = picture.width * factor, picture.height * factor
-        picture, record = picture.resize(size, Image.Resampling.NEAREST), {**record, "enlarged": factor}
+        size = image.width * factor, image.height * factor
+        image, record = image.resize(size, Image.Resampling.NEAREST), {**record, "enlarged": factor}
     try:
         path = Path(tempfile.mkdtemp(prefix="made-", dir=folder)) / file_name(record)
-        save_picture(path, picture, [record])
+        save_image(path, image, [record])
     except FileNotFoundError as error:
         raise RequestError(
             "the folder of the server's images is gone: it is about to end, or to be restarted"

@@ -25,7 +25,7 @@ from shortcut_jax.runtime.sharding import tree_shardings
 from shortcut_jax.sources.models import open_loras, param_shapes
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.networks import Adapted
-from shortcut_jax.webapp.request import MAX_STEPS, SIZE_UNIT, Offer, Request
+from shortcut_jax.webapp.request import MAX_STEPS, SIZE_UNIT, ModelLimits, Request
 from shortcut_jax.weights.lora import record_of, scales, stack
 from shortcut_jax.weights.rescale import rescaled
 from shortcut_jax.weights.rules import nest
@@ -50,7 +50,7 @@ class Model(Protocol):
       offer: what it can be asked for.
     """
 
-    offer: Offer
+    offer: ModelLimits
 
     def load(self, request: Request) -> bool:
         """Reads the weights of a request, unless they are at hand; tells whether it has."""
@@ -58,13 +58,13 @@ class Model(Protocol):
     def program(self, request: Request) -> Hashable:
         """Which compiled programs a request needs: two requests with equal answers share all of them."""
 
-    def pictures(self, request: Request, steps: int) -> np.ndarray:
+    def images(self, request: Request, steps: int) -> np.ndarray:
         """Images [num, h, w, c], uint8, of a request in a number of steps; image i has noise i of its seed."""
 
     def notes(self, request: Request) -> list[str]:
         """What a visitor should know of a request, such as a prompt that is cut."""
 
-    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int) -> tuple[int, int, int]:
         """Rows, columns and channels in which it edits an image of `height` x `width` pixels."""
 
     def facts(self, request: Request) -> Record:
@@ -100,17 +100,17 @@ class TrainedRun:
         self._name = Path(workdir).resolve().name
         self._pipeline = Pipeline(workdir, first, MAX_STEPS, FEW, base, encoders=encoders)
         few, settings = self._pipeline.generate, self._pipeline.settings
-        single = Generator(self._pipeline.assembly, 1, MAX_STEPS, settings.eval.shift, self._pipeline.ends)
+        single = Generator(self._pipeline.assembly, 1, MAX_STEPS, settings.eval.shift, self._pipeline.codec)
         self._generators = {1: single if single.batch_size < few.batch_size else few, FEW: few}
         self._weights = {first: self._pipeline.params}
         self.offer = self._describe(settings, tuple(views))
 
-    def _describe(self, settings: Settings, views: tuple[str, ...]) -> Offer:
+    def _describe(self, settings: Settings, views: tuple[str, ...]) -> ModelLimits:
         data, adapters = settings.data, settings.train == "lora"
         told = self._pipeline.distilled_guidance
         facts = [f"{data.width} x {data.height} pixels", f"training step {self._pipeline.step:,}"]
         facts += [f"adapters of rank {settings.lora.rank}"] if adapters else []
-        return Offer(
+        return ModelLimits(
             title=f"{settings.model.preset} · {settings.objective}",
             facts=tuple(facts),
             height=data.height,
@@ -135,7 +135,7 @@ class TrainedRun:
         guided = request.guidance != 1.0 and not self._pipeline.distilled_guidance
         return self._generator(request.num).batch_size, guided, "edit" if request.edit else request.method
 
-    def pictures(self, request: Request, steps: int) -> np.ndarray:
+    def images(self, request: Request, steps: int) -> np.ndarray:
         """See `Model`."""
         prompts, guidance = [request.prompt] * request.num, request.guidance
         weights, generate = self._weights[request.view], self._generator(request.num)
@@ -152,7 +152,7 @@ class TrainedRun:
         """See `Model`."""
         return self._pipeline.notes(prompts_of(request))
 
-    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int) -> tuple[int, int, int]:
         """See `Model`: all of its images have one size."""
         return *self._pipeline.size, self._pipeline.channels
 
@@ -241,7 +241,7 @@ class ConvertedPipeline:
         told = guidance.embedded is not None
         names = [Path(path).name for path, _ in loras]
         self._loras = list(zip(names, (strength for _, strength in loras), strict=True))
-        self.offer = Offer(
+        self.offer = ModelLimits(
             title=Path(folder).resolve().name,
             facts=(f"computed in {self._pipeline.compute_dtype}", *(f"LoRA {name}" for name in names)),
             height=max_size,
@@ -269,7 +269,7 @@ class ConvertedPipeline:
         guided, how = self._pipeline.guidance(request.guidance).scale != 1.0, "edit" if request.edit else request.method
         return request.height, request.width, guided, how
 
-    def pictures(self, request: Request, steps: int) -> np.ndarray:
+    def images(self, request: Request, steps: int) -> np.ndarray:
         """See `Model`."""
         self._pipeline.strength = request.lora_scale
         how: dict[str, Any] = dict(guidance=request.guidance, shift=request.shift, quiet=True)  # see `notes`
@@ -284,7 +284,7 @@ class ConvertedPipeline:
         """See `Model`."""
         return self._pipeline.cuts(prompts_of(request))
 
-    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int) -> tuple[int, int, int]:
         """See `Model`: the size of the image, up to the bound."""
         scale = min(1.0, self.offer.max_size / max(height, width))
         rows, columns = (max(round(side * scale / SIZE_UNIT), 1) * SIZE_UNIT for side in (height, width))

@@ -18,14 +18,14 @@ from shortcut_jax.webapp.request import (
     EDIT_FIELDS,
     FIELDS,
     MAX_GUIDANCE,
+    MAX_IMAGES,
     MAX_LORA_SCALE,
-    MAX_PICTURES,
     MAX_PROMPT,
     MAX_SEED,
     MAX_SHIFT,
     MAX_STEPS,
     SIZE_UNIT,
-    Offer,
+    ModelLimits,
     Request,
     make_edit,
     make_request,
@@ -74,7 +74,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 
-def _prompt_box(offer: Offer) -> gr.Textbox:
+def _prompt_box(offer: ModelLimits) -> gr.Textbox:
     return gr.Textbox(
         value=offer.examples[0] if offer.examples else "",
         label="Prompt",
@@ -86,7 +86,7 @@ def _prompt_box(offer: Offer) -> gr.Textbox:
     )
 
 
-def _settings(offer: Offer) -> Controls:
+def _settings(offer: ModelLimits) -> Controls:
     """What all tabs share, each field that the model leaves open."""
     controls: Controls = {}
     most = min(MAX_GUIDANCE, max(10.0, offer.guidance))
@@ -123,7 +123,7 @@ def _settings(offer: Offer) -> Controls:
 def _sample_tab(studio: Studio, folder: Path, controls: Controls) -> None:
     with gr.Row(elem_classes="pair"):
         steps = gr.Slider(1, MAX_STEPS, value=4, step=1, label="Steps", min_width=140)
-        num = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Images", min_width=140)
+        num = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images", min_width=140)
     button = gr.Button("Sample", variant="primary", elem_id="sample")
     gallery = gr.Gallery(
         label="Images",
@@ -143,8 +143,8 @@ def _sample_tab(studio: Studio, folder: Path, controls: Controls) -> None:
         with told():
             request = make_request(studio.offer, values)
             answer = studio.sample(request)
-            captions = [duration(answer.seconds / len(answer.pictures))] * len(answer.pictures)
-            files = [save(folder, x, studio.record(request, answer.steps, i)) for i, x in enumerate(answer.pictures)]
+            captions = [duration(answer.seconds / len(answer.images))] * len(answer.images)
+            files = [save(folder, x, studio.record(request, answer.steps, i)) for i, x in enumerate(answer.images)]
             return list(zip(files, captions, strict=True)), "<br>".join([summary(answer), *_notes(studio, request)])
 
     _on_click(sample, button, controls["prompt"], inputs, [gallery, status], "Samples images of a prompt.")
@@ -154,11 +154,11 @@ def _compare_tab(studio: Studio, folder: Path, controls: Controls) -> None:
     steps = ", ".join(map(str, COMPARED[:-1])) + f" and {COMPARED[-1]}"
     gr.Markdown(f"One image in {steps} steps, from the same noise.")
     button = gr.Button("Compare", variant="primary", elem_id="compare")
-    pictures, times = [], []
+    images, times = [], []
     with gr.Row(elem_id="compared-row"):
         for n in COMPARED:
             with gr.Column(min_width=120):
-                pictures.append(_made_image(count_label(n), height=220, elem_classes=["compared", "made"]))
+                images.append(_made_image(count_label(n), height=220, elem_classes=["compared", "made"]))
                 times.append(_text(f"Time of {count_label(n)}", elem_id=f"time-{n}", elem_classes="time"))
     status = _status("compare-status")
     timing = f"From prompt to pixels; where that is less than {duration(SHORT)}, the best of {REPEATS} times."
@@ -169,12 +169,12 @@ def _compare_tab(studio: Studio, folder: Path, controls: Controls) -> None:
             answers, files = list[Answer](), list[str | None]()
             for answer in studio.compare(request):
                 answers.append(answer)
-                files.append(save(folder, answer.pictures[0], studio.record(request, answer.steps, 0)))
+                files.append(save(folder, answer.images[0], studio.record(request, answer.steps, 0)))
                 missing = len(COMPARED) - len(answers)
                 lines = [timing, *costs(answers), *_notes(studio, request)]
                 yield [*files, *[None] * missing, *bars(answers), *[""] * missing, "<br>".join(lines)]
 
-    outputs = [*pictures, *times, status]
+    outputs = [*images, *times, status]
     about = f"Samples one image in {steps} steps each, from the same noise; answers after each of them."
     _on_click(compare, button, None, _in_order(studio.offer, controls), outputs, about)
 
@@ -208,13 +208,13 @@ def _edit_tab(studio: Studio, folder: Path, controls: Controls) -> None:
     def edit(**values: Any) -> tuple[Any, str]:
         with told():
             upload = read_upload(folder, values.pop("image"))
-            size = studio.picture_size(upload.height, upload.width)
+            size = studio.image_size(upload.height, upload.width)
             request = make_edit(studio.offer, values, fitted(upload, size))
             answer = studio.sample(request)
             lines = [summary(answer), *_notes(studio, request)]
             if (upload.height, upload.width) != size[:2]:
                 lines.append(f"Resized from {upload.width} x {upload.height} and cut to {size[1]} x {size[0]} pixels.")
-            return save(folder, answer.pictures[0], studio.record(request, answer.steps, 0)), "<br>".join(lines)
+            return save(folder, answer.images[0], studio.record(request, answer.steps, 0)), "<br>".join(lines)
 
     about = "Edits an image from what source_prompt says to what prompt says."
     _on_click(edit, button, None, inputs, [result, status], about, EDIT_FIELDS)
@@ -239,7 +239,7 @@ def _notes(studio: Studio, request: Request) -> list[str]:
     return [f'<span class="note">{html.escape(line)}</span>' for line in studio.notes(request)]
 
 
-def _in_order(offer: Offer, controls: Controls) -> Controls:
+def _in_order(offer: ModelLimits, controls: Controls) -> Controls:
     """The controls of the fields that the model leaves open, in the order of `FIELDS`."""
     return {name: controls[name] for name in offer.fields if name in controls}
 
@@ -303,7 +303,7 @@ def duration(seconds: float) -> str:
 
 def summary(answer: Answer) -> str:
     """What an answer is and what it cost."""
-    num = len(answer.pictures)
+    num = len(answer.images)
     each = f", {duration(answer.seconds / num)} each" if num > 1 else ""
     line = f"<b>{count_label(num, 'image')} in {count_label(answer.steps)}: {duration(answer.seconds)}</b>{each}"
     return "<br>".join([line, *costs([answer])])

@@ -12,7 +12,7 @@ from shortcut_jax.core.flow import METHODS
 from shortcut_jax.errors import RequestError
 
 MAX_STEPS = 64
-MAX_PICTURES = 16
+MAX_IMAGES = 16
 MAX_PROMPT = 1000
 MAX_SEED = 2**31 - 1
 MAX_GUIDANCE = 30.0
@@ -24,7 +24,7 @@ SIZE_UNIT = 16
 FIELDS = {
     "prompt": f"what the images show, at most {MAX_PROMPT:,} characters",
     "steps": f"sampling steps, 1 to {MAX_STEPS}",
-    "num": f"how many images, 1 to {MAX_PICTURES}",
+    "num": f"how many images, 1 to {MAX_IMAGES}",
     "seed": "of the noise: the same seed gives the same images",
     "guidance": "guidance scale",
     "view": "weights: online, or their fast or slow EMA",
@@ -46,7 +46,7 @@ EDIT_FIELDS = {
 """The fields that an edit adds, or that mean something else in it."""
 
 
-class Offer(NamedTuple):
+class ModelLimits(NamedTuple):
     """What a model can be asked for.
 
     Attributes:
@@ -131,7 +131,7 @@ class Request:
     edit: Edit | None = None
 
 
-def make_request(offer: Offer, values: Mapping[str, Any]) -> Request:
+def make_request(offer: ModelLimits, values: Mapping[str, Any]) -> Request:
     """Checks what came from outside, of whatever type it is.
 
     Args:
@@ -149,7 +149,7 @@ def make_request(offer: Offer, values: Mapping[str, Any]) -> Request:
     return Request(
         _prompt(get("prompt")),
         _whole("steps", get("steps", 4), 1, MAX_STEPS),
-        _whole("num", get("num", 4), 1, MAX_PICTURES),
+        _whole("num", get("num", 4), 1, MAX_IMAGES),
         _whole("seed", get("seed", 0), 0, MAX_SEED),
         _guidance(get("guidance", offer.guidance), offer.min_guidance),
         view,
@@ -161,7 +161,7 @@ def make_request(offer: Offer, values: Mapping[str, Any]) -> Request:
     )
 
 
-def make_edit(offer: Offer, values: Mapping[str, Any], pixels_hwc: np.ndarray) -> Request:
+def make_edit(offer: ModelLimits, values: Mapping[str, Any], pixels_hwc: np.ndarray) -> Request:
     """The request for an edit of one image.
 
     Args:

@@ -13,7 +13,7 @@ from shortcut_jax.core.version import __version__
 from shortcut_jax.errors import RequestError
 from shortcut_jax.inference.image_files import Record
 from shortcut_jax.webapp.models import Model
-from shortcut_jax.webapp.request import Offer, Request
+from shortcut_jax.webapp.request import ModelLimits, Request
 
 COMPARED = (1, 2, 4, 32)
 """Step counts that are shown side by side."""
@@ -29,14 +29,14 @@ class Answer(NamedTuple):
     """Images and what they cost.
 
     Attributes:
-      pictures: [num, h, w, c], uint8.
+      images: [num, h, w, c], uint8.
       steps: sampling steps.
       seconds: from prompt to pixels, all images together, without the next two.
       compiling: seconds that compiling took, 0 where the programs were there.
       loading: seconds that reading weights took, 0 where they were there.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     steps: int
     seconds: float
     compiling: float
@@ -51,7 +51,7 @@ class Studio:
     """
 
     def __init__(self, model: Model):
-        self.offer: Offer = model.offer
+        self.offer: ModelLimits = model.offer
         self._model, self._lock = model, threading.Lock()
         self._compiled: set[Hashable] = set()
         self._closed = False
@@ -71,9 +71,9 @@ class Studio:
         with self._lock:
             return self._model.notes(request)
 
-    def picture_size(self, height: int, width: int) -> tuple[int, int, int]:
+    def image_size(self, height: int, width: int) -> tuple[int, int, int]:
         """Rows, columns and channels in which an image of `height` x `width` pixels is edited."""
-        return self._model.picture_size(height, width)
+        return self._model.image_size(height, width)
 
     def record(self, request: Request, steps: int, index: int) -> Record:
         """What one image of a request is made by, as `sample` records it in its PNGs."""
@@ -101,15 +101,15 @@ class Studio:
             loaded = time.perf_counter()
             fresh = self._compile(request)
             compiled = time.perf_counter()
-            pictures, seconds = self._timed(request, steps)
+            images, seconds = self._timed(request, steps)
             for _ in range(repeats - 1 if seconds < SHORT else 0):
                 seconds = min(seconds, self._timed(request, steps)[1])
         compiling, loading = fresh * (compiled - loaded), read * (loaded - start)
-        return Answer(pictures, steps, seconds, compiling, loading)
+        return Answer(images, steps, seconds, compiling, loading)
 
     def _timed(self, request: Request, steps: int) -> tuple[np.ndarray, float]:
         start = time.perf_counter()
-        return self._model.pictures(request, steps), time.perf_counter() - start
+        return self._model.images(request, steps), time.perf_counter() - start
 
     def _compile(self, request: Request) -> bool:
         """Compiles what a request needs, by one step of it; tells whether that was needed."""
@@ -119,6 +119,6 @@ class Studio:
         if len(self._compiled) >= MAX_PROGRAMS:
             jax.clear_caches()
             self._compiled.clear()
-        self._model.pictures(request, 1)
+        self._model.images(request, 1)
         self._compiled.add(program)
         return True

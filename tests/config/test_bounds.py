@@ -5,7 +5,7 @@ import pytest
 
 from shortcut_jax.config.bounds import check_prompts, check_seed, check_whole, is_unguided
 from shortcut_jax.errors import BoundsError, UserError
-from shortcut_jax.inference.backends import Wanted
+from shortcut_jax.inference.backends import SampleRequest
 from shortcut_jax.inference.generator import numbered
 
 HUGE = 10**5000  # longer than what Python prints
@@ -17,8 +17,8 @@ def test_a_seed_that_would_wrap_is_refused_everywhere(seed):
         lambda: check_seed(seed),
         lambda: numbered(None, seed, 2),
         lambda: numbered([(seed, 0)], 0, 1),
-        lambda: Wanted(("x",), 1, 1, seed=seed).check(),
-        lambda: Wanted(("x",), 1, 1, seeds=(0, seed)).check(),
+        lambda: SampleRequest(("x",), 1, 1, seed=seed).check(),
+        lambda: SampleRequest(("x",), 1, 1, seeds=(0, seed)).check(),
     ):
         with pytest.raises(BoundsError, match="is out of range: seeds have 32 bits, so 0 to 4294967295") as error:
             ask()
@@ -47,7 +47,7 @@ def test_every_seed_of_32_bits_is_its_own():
 )
 def test_numbers_and_prompts_out_of_bounds_are_one_short_line(changes, reason):
     with pytest.raises(BoundsError, match=reason):
-        Wanted(**{"prompts": ("x",), "num": 1, "steps": 1, **changes}).check()
+        SampleRequest(**{"prompts": ("x",), "num": 1, "steps": 1, **changes}).check()
 
 
 def test_what_is_no_number_or_text_is_named():

@@ -14,7 +14,7 @@ from shortcut_jax.config.unused import WHY_UNUSED, unused
 from shortcut_jax.data.format import TextInfo
 from shortcut_jax.data.training import OpenSet, TrainingData
 from shortcut_jax.steps.objectives import OBJECTIVES, Rows, draw
-from shortcut_jax.training.caption_lengths import MOST_READ, tell_cuts
+from shortcut_jax.training.caption_lengths import MOST_READ, report_cuts
 from shortcut_jax.training.summary import announce, announce_data
 from tests.helpers import POST_TRAINING, tiny_assembly, tiny_config
 
@@ -157,12 +157,12 @@ def test_captions_that_are_cut_are_counted_in_every_set_of_a_mix():
     settings = from_config(tiny_config(data__text_tokens=3))
     records = lambda captions: [{"caption": c.encode()} for c in captions]
     short, long = records(["one two three"] * 5), records(["one"] * 6 + ["a b c d", "a b c d e"])
-    assert tell_cuts(_data(settings, short=short)) == []
-    assert tell_cuts(_data(settings, short=short, long=long)) == [
+    assert report_cuts(_data(settings, short=short)) == []
+    assert report_cuts(_data(settings, short=short, long=long)) == [
         "25.0% of the 8 captions of long have more than data.text_tokens=3 words and are cut; the longest has 5"
     ]
     large = _Set(["one"] * 5000 + ["a b c d"] * 5000)
-    (line,) = tell_cuts(_data(settings, large=large))
+    (line,) = report_cuts(_data(settings, large=large))
     assert line.startswith("50.0% of the 1,000 captions sampled of the 10,000 of large have more than")
     assert line.endswith("the longest of them has 4") and len(large.read) == MOST_READ
     assert (min(large.read), max(large.read)) == (0, 9999)
@@ -180,7 +180,7 @@ def test_a_set_of_stored_states_says_what_was_cut_when_it_was_prepared(cut, line
     info = SimpleNamespace(text=TextInfo("full", "bfloat16", 6, 16, 12, cut=cut), total=10)
     one = OpenSet("set", [], ((8, 8),), np.zeros(0, int), SimpleNamespace(info=info))
     data = SimpleNamespace(settings=SimpleNamespace(text_encoder="stored"), sets=[one])
-    assert tell_cuts(data) == ([line] if line else [])
+    assert report_cuts(data) == ([line] if line else [])
 
 
 def test_the_captions_of_a_run_are_counted_before_its_first_step(data_dir, capsys):

@@ -174,8 +174,8 @@ def test_a_pipeline_goes_to_every_format_and_back(pipeline_folder, converted_fol
     options = dict(height=16, width=24, num_inference_steps=2, output_type="latent", max_sequence_length=16)
     for p in (old, new):
         p.set_progress_bar_config(disable=True)
-    pictures = [p("a red cat", generator=torch.manual_seed(0), **options).images for p in (old, new)]
-    assert torch.equal(*pictures)
+    images = [p("a red cat", generator=torch.manual_seed(0), **options).images for p in (old, new)]
+    assert torch.equal(*images)
 
     (tmp_path / "comfy").mkdir()
     comfy = tmp_path / "comfy" / "all.safetensors"

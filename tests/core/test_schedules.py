@@ -98,7 +98,7 @@ def test_a_range_cuts_the_distribution_of_timesteps(kind):
 
 def test_the_whole_range_draws_what_no_range_does():
     for kind in ("uniform", "logit_normal"):
-        whole, none = (draw_timesteps(jax.random.key(4), 8, kind, *ends) for ends in ((0.0, 1.0), ()))
+        whole, none = (draw_timesteps(jax.random.key(4), 8, kind, *codec) for codec in ((0.0, 1.0), ()))
         np.testing.assert_array_equal(whole, none)
 
 
@@ -216,6 +216,6 @@ def test_shifts_differ_between_rows():
 
 
 def test_untaught_counts_are_those_whose_double_is_absent():
-    assert StudentSteps((1, 2, 3, 4, 6)).untaught == (4, 6)
-    assert StudentSteps((1, 2, 4), jumps=2).untaught == (4,)
-    assert StudentSteps((1, 3)).untaught == (1, 3)
+    assert StudentSteps((1, 2, 3, 4, 6)).unsupervised_counts == (4, 6)
+    assert StudentSteps((1, 2, 4), jumps=2).unsupervised_counts == (4,)
+    assert StudentSteps((1, 3)).unsupervised_counts == (1, 3)

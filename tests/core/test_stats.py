@@ -120,12 +120,12 @@ def test_moments_in_a_stream_are_those_of_all_samples_however_they_are_split():
     x = _features(2)
     whole = fit_gaussian(x)
     one = add_moments(no_moments(48), x)
-    halves = [add_moments(no_moments(48), part) for part in (x[:7], x[7:])]
+    vae_codec = [add_moments(no_moments(48), part) for part in (x[:7], x[7:])]
     stream = no_moments(48)
     for part in np.array_split(x, 23):
         stream = add_moments(stream, part)
     stream = merge_moments(no_moments(48), add_moments(stream, x[:0]))
-    for moments in (one, merge_moments(*halves), merge_moments(*halves[::-1]), stream):
+    for moments in (one, merge_moments(*vae_codec), merge_moments(*vae_codec[::-1]), stream):
         assert moments.count == 400 and moments.outer.dtype == np.float64
         assert moments.outer.nbytes + moments.sum.nbytes == 8 * 48 * 49  # whatever the number of samples
         np.testing.assert_allclose(gaussian_of(moments).mean, whole.mean, rtol=1e-12)

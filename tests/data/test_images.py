@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, features
 
 from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, encode_png, fit, read_image
-from tests.data.pictures import encoded, picture
+from tests.data.images import encoded, noise_image
 
 
 def _reason(data):
@@ -14,8 +14,8 @@ def _reason(data):
     return error.value.reason
 
 
-def test_lossless_pictures_come_back_exactly():
-    pixels = picture(1, 20, 30)
+def test_lossless_images_come_back_exactly():
+    pixels = noise_image(1, 20, 30)
     for form, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {})):
         np.testing.assert_array_equal(np.asarray(decode(encoded(pixels, form, **options))), pixels)
     np.testing.assert_array_equal(np.asarray(decode(encode_png(pixels))), pixels)
@@ -70,8 +70,8 @@ def test_transparent_is_on_white():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation):
-    pixels, exif = picture(2, 6, 10), Image.Exif()
+def test_images_are_turned_upright(orientation):
+    pixels, exif = noise_image(2, 6, 10), Image.Exif()
     exif[0x0112] = orientation
     turns = {
         1: lambda p: p,
@@ -88,26 +88,26 @@ def test_pictures_are_turned_upright(orientation):
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_cut_off_files_are_truncated(form):
-    data = encoded(picture(3, 60, 80), form)
+    data = encoded(noise_image(3, 60, 80), form)
     assert _reason(data[: len(data) // 2]) == "truncated"
 
 
-def test_other_bad_pictures_have_their_reason():
-    whole = encoded(picture(4, 60, 80))
+def test_other_bad_images_have_their_reason():
+    whole = encoded(noise_image(4, 60, 80))
     middle = len(whole) // 2
     assert _reason(whole[:middle] + bytes(200) + whole[middle + 200 :]) == "corrupt"
     assert _reason(b"") == "empty"
     assert _reason(b"<html>not found</html>") == "unsupported format"
     assert _reason(encoded(Image.new("F", (4, 4)), "TIFF")) == "unsupported format"
     for form in ("GIF", "WEBP", "PNG"):
-        frames = [Image.fromarray(picture(i)) for i in range(2)]
+        frames = [Image.fromarray(noise_image(i)) for i in range(2)]
         assert _reason(encoded(frames[0], form, save_all=True, append_images=frames[1:])) == "animated"
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_by_their_header(monkeypatch):
     for size in ((20_000, 5_000), (60_000, 60_000)):
-        data = bytearray(encoded(picture()))
+        data = bytearray(encoded(noise_image()))
         data[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
         import zlib
 
@@ -117,7 +117,7 @@ def test_bombs_are_refused_by_their_header(monkeypatch):
 
 
 def test_fitting_covers_the_bucket_and_keeps_the_middle():
-    pixels = picture(5, 20, 30)
+    pixels = noise_image(5, 20, 30)
     image = Image.fromarray(pixels)
     same, enlarged = fit(image, (20, 30))
     np.testing.assert_array_equal(same, pixels)

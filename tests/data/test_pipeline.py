@@ -191,7 +191,7 @@ def test_latents_have_the_gaussian_of_the_autoencoder_scaled_as_flux_does():
     np.testing.assert_allclose(z.std(), 0.5 * LATENTS.scale, rtol=0.02)
 
 
-def test_pictures_are_mirrored_at_the_asked_rate(folder):
+def test_images_are_mirrored_at_the_asked_rate(folder):
     data = TrainingData(_settings(folder, "pixels", flip=0.5))
     reader, records = _reader(data), data.sets[0].records
     flips = []
@@ -204,7 +204,7 @@ def test_pictures_are_mirrored_at_the_asked_rate(folder):
     assert not any(d.flip for d in _reader(_with(data, flip=0.0)).draws(0))
 
 
-def test_a_batch_is_of_one_bucket_and_every_picture_comes_equally_often(folder):
+def test_a_batch_is_of_one_bucket_and_every_image_comes_equally_often(folder):
     data = TrainingData(_settings(folder, "pixels"))
     reader, shapes, taken = _reader(data, global_batch=8), Counter(), Counter()
     for step in range(2 * sum(COUNTS)):

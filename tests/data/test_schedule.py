@@ -34,7 +34,7 @@ def test_an_epoch_has_the_full_batches_of_each_bucket_and_its_remainder_carries_
     assert [e.epoch for e in entries] == sorted(e.epoch for e in entries)
 
 
-def test_no_picture_is_lost_over_epochs():
+def test_no_image_is_lost_over_epochs():
     sizes = (5, 11)  # the first never fills a batch in one epoch
     entries = _entries(2 * 16, sizes)
     taken = Counter()

@@ -36,7 +36,7 @@ def test_the_data_judged_as_samples_have_no_distance_and_their_own_captions(sour
     assert min(judged.accuracies) > 0.99
 
 
-def test_pictures_of_the_wrong_digits_keep_their_distance_but_lose_the_captions(source, reference):
+def test_images_of_the_wrong_digits_keep_their_distance_but_lose_the_captions(source, reference):
     real = np.stack([record["image"] for record in source])
     shuffled = np.random.default_rng(0).permutation(real)
     judged = score(lambda *args, **kwargs: shuffled, None, "slow", 4, reference, 0, (0,))

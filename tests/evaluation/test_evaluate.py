@@ -140,13 +140,13 @@ def test_what_was_killed_goes_on_where_it_was(
     assert ended.returncode == -signal.SIGKILL and not (tmp_path / "evaluation.json").exists()
     # Of 40 images in batches of 16, the first 16 are on the disk.
     made = []
-    pictures = RunSubject.pictures
+    images = RunSubject.images
 
     def counted(self, weights, asked, steps, seed, first):
         made.append((steps, first))
-        return pictures(self, weights, asked, steps, seed, first)
+        return images(self, weights, asked, steps, seed, first)
 
-    monkeypatch.setattr(RunSubject, "pictures", counted)
+    monkeypatch.setattr(RunSubject, "images", counted)
     got = _evaluate(trained, tmp_path, data_dir, *SAMPLES_ONLY)
     assert [m for m in made if m[0] == 2] == [(2, 16), (2, 32)]
     want = json.loads((evaluated / "evaluation.json").read_text())

@@ -22,7 +22,7 @@ from tests.weights.inception_cases import SMALL, random_release, shapes
 PROMPTS = ["a red cat", "two green dog", "the seven on a blue photo of a large digit and a small handwritten digit"]
 
 
-def _pictures(count, height=20, width=24, channels=3, seed=0):
+def _images(count, height=20, width=24, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, channels), np.uint8)
 
 
@@ -45,13 +45,13 @@ def test_inception_is_split_over_devices_and_does_not_depend_on_the_batch(incept
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 1)  # eight at once
     inception = features.inception(inception_folder)
     assert (inception.name, inception.size) == ("Frechet distance (InceptionV3 of 1/16 width)", 128)
-    pictures = _pictures(11)
-    actual = inception(pictures)
+    given = _images(11)
+    actual = inception(given)
     assert actual.shape == (11, 128) and actual.dtype == np.float32
-    expected = direct(for_inception(pictures[8:10], 299, "clean"))
+    expected = direct(for_inception(given[8:10], 299, "clean"))
     assert relative(actual[8:10], expected) <= 1e-5 and relative(actual[:2], expected) > 1e-3
-    np.testing.assert_array_equal(inception(pictures[9:10]), actual[9:10])
-    grey = _pictures(2, channels=1)
+    np.testing.assert_array_equal(inception(given[9:10]), actual[9:10])
+    grey = _images(2, channels=1)
     np.testing.assert_array_equal(inception(grey), inception(np.repeat(grey, 3, axis=-1)))
 
 
@@ -61,8 +61,8 @@ def test_legacy_resizing_gives_other_features_under_another_name_also_from_an_un
     file = inception_folder.parent / "inception.safetensors"
     legacy = features.inception(file, "legacy")
     assert legacy.name.endswith("(legacy resizing)")
-    pictures = _pictures(2)
-    assert relative(legacy(pictures), direct(for_inception(pictures, 299, "legacy"))) <= 1e-5
+    given = _images(2)
+    assert relative(legacy(given), direct(for_inception(given, 299, "legacy"))) <= 1e-5
     with pytest.raises(UsageError, match="resize is 'nearest', but must be one of clean, legacy"):
         features.inception(file, "nearest")
 
@@ -83,30 +83,30 @@ def test_what_is_absent_is_told_with_the_command_that_makes_it(inception_folder,
     ):
         features.load_clip(inception_folder)
     with pytest.raises(ValueError, match="no rows"):
-        features.random_network()(_pictures(0))
+        features.random_network()(_images(0))
 
 
 def test_pixels_are_flat_in_minus_one_to_one_and_few():
     pixels = features.pixels((8, 8, 1))
-    pictures = _pictures(3, 8, 8, 1)
-    assert pixels.size == 64 and pixels(pictures).dtype == np.float32
-    np.testing.assert_allclose(pixels(pictures), pictures.reshape(3, 64) / 127.5 - 1, rtol=1e-5, atol=1e-6)
+    given = _images(3, 8, 8, 1)
+    assert pixels.size == 64 and pixels(given).dtype == np.float32
+    np.testing.assert_allclose(pixels(given), given.reshape(3, 64) / 127.5 - 1, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"images are \[8, 9, 1\], not \[8, 8, 1\]"):
-        pixels(_pictures(3, 8, 9, 1))
+        pixels(_images(3, 8, 9, 1))
     assert features.pixels((64, 64, 1)).size == 4096
     with pytest.raises(UsageError, match=r"images of 64 x 64 x 3 have 12288 values, but pixels serve .* up to 4096"):
         features.pixels((64, 64, 3))
 
 
 def test_a_random_network_is_its_seed_on_any_devices(monkeypatch):
-    network, pictures = features.random_network(0, 32), _pictures(13, 8, 8, 1)
-    eight = network(pictures)
+    network, given = features.random_network(0, 32), _images(13, 8, 8, 1)
+    eight = network(given)
     assert eight.shape == (13, 32) and network.size == 32 and eight.std(axis=0).min() > 1e-4
-    assert relative(network(pictures[5:6]), eight[5:6]) <= 1e-6  # of another batch, so perhaps summed in another order
-    assert relative(features.random_network(1, 32)(pictures), eight) > 0.1
+    assert relative(network(given[5:6]), eight[5:6]) <= 1e-6  # of another batch, so perhaps summed in another order
+    assert relative(features.random_network(1, 32)(given), eight) > 0.1
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)
-    assert relative(features.random_network(0, 32)(pictures), eight) <= 1e-6
+    assert relative(features.random_network(0, 32)(given), eight) <= 1e-6
     with pytest.raises(ValueError, match="a multiple of 4 features, not 30"):
         features.random_network(0, 30)
 
@@ -135,17 +135,17 @@ def test_clip_embeddings_equal_those_of_transformers(clip_release):
 
     folder, model, tokenizer = clip_release
     clip = features.load_clip(folder.parent / "converted")
-    pictures = [*_pictures(2, 40, 30), *_pictures(1, 28, 50, seed=1)]
+    given = [*_images(2, 40, 30), *_images(1, 28, 50, seed=1)]
     words = tokenizer(PROMPTS, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        pixels = torch.from_numpy(for_clip(pictures, 28).transpose(0, 3, 1, 2))
+        pixels = torch.from_numpy(for_clip(given, 28).transpose(0, 3, 1, 2))
         images = model.get_image_features(pixels).pooler_output.numpy()
         texts = model.get_text_features(**words).pooler_output.numpy()
-    assert clip.size == 24 and clip.images(pictures).dtype == clip.texts(PROMPTS).dtype == np.float32
-    assert relative(clip.images(pictures), images) <= 1e-5
+    assert clip.size == 24 and clip.images(given).dtype == clip.texts(PROMPTS).dtype == np.float32
+    assert relative(clip.images(given), images) <= 1e-5
     assert relative(clip.texts(PROMPTS), texts) <= 1e-5
     cosines = (images * texts).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(texts, axis=1)
-    score = clip_score(clip.images(pictures), clip.texts(PROMPTS))
+    score = clip_score(clip.images(given), clip.texts(PROMPTS))
     np.testing.assert_allclose(score, 100 * np.maximum(cosines, 0), rtol=1e-4, atol=1e-3)
     assert clip.cuts(PROMPTS)[:2] == ["", ""] and "digit" in clip.cuts(PROMPTS)[2]
 

@@ -69,7 +69,7 @@ def test_a_reference_without_features_has_no_kid():
     assert row["kid"] is row["kid_error"] is row["precision"] is row["recall"] is None and row["distance"] < 1e-8
 
 
-def test_the_gap_is_of_distances_and_the_distance_to_the_teacher_is_of_pictures():
+def test_the_gap_is_of_distances_and_the_distance_to_the_teacher_is_of_images():
     shifted = lambda by: _normal(500, 0.0) + np.float32(by)
     (cell, student), (_, teacher) = _cell("slow", 1, shifted(2.0)), _cell("teacher", 32, shifted(-1.0))
     rows = [figures(cell, t, REFERENCE, FEATURES) for t in (student, teacher)]

@@ -26,25 +26,25 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_a_folder_gives_the_statistics_of_its_pictures_and_they_are_kept(folder, tmp_path):
+def test_a_folder_gives_the_statistics_of_its_images_and_they_are_kept(folder, tmp_path):
     made = open_reference(str(folder), None, FEATURES, tmp_path / "cache")
     all_pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(folder.rglob("*.png"))])
     expected = fit_gaussian(FEATURES(all_pixels))
     np.testing.assert_allclose(made.gaussian.mean, expected.mean, atol=1e-12)
     np.testing.assert_allclose(made.gaussian.covariance, expected.covariance, atol=1e-12)
-    assert made.num_pictures == 9 and made.features.shape == (9, 18)
+    assert made.num_images == 9 and made.features.shape == (9, 18)
     (kept,) = (tmp_path / "cache").iterdir()
     before = kept.stat().st_mtime_ns
     again = open_reference(str(folder), None, FEATURES, tmp_path / "cache")
     np.testing.assert_array_equal(again.gaussian.covariance, made.gaussian.covariance)
-    assert kept.stat().st_mtime_ns == before and again.num_pictures == 9
+    assert kept.stat().st_mtime_ns == before and again.num_images == 9
 
 
 def test_statistics_of_other_tools_are_read_and_ours_have_their_names(tmp_path):
     mean, covariance = np.arange(18.0), np.eye(18)
     np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance)
     theirs = load_reference(tmp_path / "theirs.npz", FEATURES)
-    assert theirs.features is None and theirs.num_pictures == 0
+    assert theirs.features is None and theirs.num_images == 0
     np.testing.assert_array_equal(theirs.gaussian.mean, mean)
     save_reference(tmp_path / "ours.npz", theirs, FEATURES)
     with np.load(tmp_path / "ours.npz") as arrays:
@@ -124,7 +124,7 @@ def test_covariances_in_float32_are_read(tmp_path):
     assert load_reference(tmp_path / "x.npz", FEATURES).gaussian.covariance.dtype == np.float64
 
 
-def test_no_reference_at_all_and_too_few_pictures(folder, tmp_path):
+def test_no_reference_at_all_and_too_few_images(folder, tmp_path):
     with pytest.raises(ConfigError, match="reference statistics are missing"):
         open_reference(None, None, FEATURES, tmp_path)
     empty = tmp_path / "empty"
@@ -141,7 +141,7 @@ def test_the_images_of_a_reference_are_those_of_every_source(folder, tmp_path):
     for name in ("._x.png", "__MACOSX/x.png", "notes.txt", "folder.png/1.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
-    assert open_reference(str(folder), None, FEATURES, tmp_path).num_pictures == 9 + len(ENDINGS) + 1
+    assert open_reference(str(folder), None, FEATURES, tmp_path).num_images == 9 + len(ENDINGS) + 1
 
 
 def test_bad_images_are_left_out_and_told_up_to_a_share(folder, tmp_path):
@@ -149,7 +149,7 @@ def test_bad_images_are_left_out_and_told_up_to_a_share(folder, tmp_path):
     (folder / "bad.jpg").write_bytes(b"\x89PNG\r\n\x1a\n bad")
     for cache in ("a", "a"):  # the second time from what was kept
         found = open_reference(str(folder), None, FEATURES, tmp_path / cache)
-        assert found.num_pictures == 9 and found.source == f"images of {folder} (1 truncated left out)"
+        assert found.num_images == 9 and found.source == f"images of {folder} (1 truncated left out)"
         np.testing.assert_array_equal(found.gaussian.mean, expected.gaussian.mean)
     os.mkfifo(folder / "pipe.png")
     with pytest.raises(ConfigError, match=r"of 11 images more than 5% .*1 not a file, 1 truncated so far.*pipe\.png"):
@@ -162,7 +162,7 @@ def test_bad_images_are_left_out_and_told_up_to_a_share(folder, tmp_path):
         open_reference(str(few), None, FEATURES, tmp_path / "a")
 
 
-def test_pictures_of_several_sizes_have_features_each(folder, tmp_path):
+def test_images_of_several_sizes_have_features_each(folder, tmp_path):
     Image.new("RGB", (40, 30), "red").save(folder / "large.png")
     Image.new("L", (8, 8)).save(folder / "grey.png")
-    assert open_reference(str(folder), None, random_network(0, 8), tmp_path).num_pictures == 11
+    assert open_reference(str(folder), None, random_network(0, 8), tmp_path).num_images == 11

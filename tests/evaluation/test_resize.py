@@ -7,16 +7,16 @@ from tests.references import published
 SIZES = [(8, 8), (64, 48), (299, 299), (700, 333)]
 
 
-def _pictures(height, width, channels=3, count=2):
+def _images(height, width, channels=3, count=2):
     return np.random.default_rng(height).integers(0, 256, (count, height, width, channels), np.uint8)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_clean_resizing_equals_clean_fid(size):
     resize = published("cleanfid.resize").build_resizer("clean")
-    pictures = _pictures(*size)
-    expected = np.stack([resize(picture) for picture in pictures])
-    actual = resize_clean(pictures, 299)
+    images = _images(*size)
+    expected = np.stack([resize(image) for image in images])
+    actual = resize_clean(images, 299)
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(actual, expected)
     assert not np.array_equal(actual, np.round(actual)) or size == (299, 299)  # no rounding to 8 bits
@@ -26,10 +26,10 @@ def test_clean_resizing_equals_clean_fid(size):
 def test_legacy_resizing_equals_the_interpolation_of_pytorch_fid(size):
     import torch
 
-    pictures = _pictures(*size)
-    x = torch.from_numpy(pictures.transpose(0, 3, 1, 2)).float()
+    images = _images(*size)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2)).float()
     expected = torch.nn.functional.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
-    np.testing.assert_allclose(resize_legacy(pictures, 299), expected.numpy().transpose(0, 2, 3, 1), atol=2e-3)
+    np.testing.assert_allclose(resize_legacy(images, 299), expected.numpy().transpose(0, 2, 3, 1), atol=2e-3)
 
 
 def test_each_convention_has_its_own_scale_and_grey_is_repeated():
@@ -38,13 +38,13 @@ def test_each_convention_has_its_own_scale_and_grey_is_repeated():
         x_BhwC = for_inception(flat, 12, resize)
         assert x_BhwC.shape == (1, 12, 12, 3) and x_BhwC.dtype == np.float32
         np.testing.assert_allclose(x_BhwC, white, rtol=1e-6)
-        grey = _pictures(20, 30, channels=1)
+        grey = _images(20, 30, channels=1)
         colour = for_inception(np.repeat(grey, 3, axis=-1), 12, resize)
         np.testing.assert_array_equal(for_inception(grey, 12, resize), colour)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "resize", "message"),
+    ("images", "resize", "message"),
     [
         (np.zeros((1, 4, 4, 3), np.uint8), "lanczos", "resize is 'lanczos', but must be one of clean, legacy"),
         (np.zeros((1, 4, 4, 3), np.float32), "clean", r"these are float32 of shape \[1, 4, 4, 3\]"),
@@ -52,18 +52,18 @@ def test_each_convention_has_its_own_scale_and_grey_is_repeated():
         (np.zeros((1, 4, 4, 4), np.uint8), "legacy", r"uint8 of shape \[1, 4, 4, 4\]"),
     ],
 )
-def test_what_is_no_picture_is_refused(pictures, resize, message):
+def test_what_is_no_image_is_refused(images, resize, message):
     with pytest.raises(ValueError, match=message):
-        for_inception(pictures, 12, resize)
+        for_inception(images, 12, resize)
 
 
-def test_pictures_for_clip_equal_those_of_transformers():
+def test_images_for_clip_equal_those_of_transformers():
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    pictures = [_pictures(*size, count=1)[0] for size in (*SIZES, (224, 500), (301, 225))]
-    expected = CLIPImageProcessorPil()(pictures, return_tensors="np").pixel_values.transpose(0, 2, 3, 1)
-    actual = for_clip(pictures)
+    images = [_images(*size, count=1)[0] for size in (*SIZES, (224, 500), (301, 225))]
+    expected = CLIPImageProcessorPil()(images, return_tensors="np").pixel_values.transpose(0, 2, 3, 1)
+    actual = for_clip(images)
     assert actual.shape == (6, 224, 224, 3) and actual.dtype == np.float32
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    grey = _pictures(30, 20, channels=1)
+    grey = _images(30, 20, channels=1)
     np.testing.assert_array_equal(for_clip(grey, 16), for_clip(np.repeat(grey, 3, axis=-1), 16))

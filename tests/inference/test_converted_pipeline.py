@@ -110,9 +110,9 @@ def test_decoded_images_equal_those_of_diffusers_before_rounding(dev, highest_pr
     images = dev.ours.decode(dev.ours.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS))
     assert images.shape == (2, HEIGHT, WIDTH, 3)
     assert np.abs(images - expected.transpose(0, 2, 3, 1)).max() <= 1e-3 * expected.std()
-    pictures = dev.expected(output_type="np")
+    images = dev.expected(output_type="np")
     called = dev.ours(PROMPTS, STEPS, 2.5, **SMALL)  # the noise of seed 0 is that of the fixture
-    assert np.abs(called - 255 * pictures).max() <= 0.5 + 1e-3 * 255
+    assert np.abs(called - 255 * images).max() <= 0.5 + 1e-3 * 255
 
 
 def test_guidance_is_3_5_by_default_and_the_shift_follows_the_size(dev):
@@ -138,11 +138,11 @@ def test_classifier_free_guidance_equals_that_of_diffusers(schnell):
     expected = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS))
     assert relative(schnell.actual(negative=negative, scale=2.5), expected) <= TOLERANCE
     assert relative(schnell.actual(negative=negative, scale=2.6), expected) >= 20 * TOLERANCE
-    pictures = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS), output_type="np")
-    assert np.abs(called - 255 * pictures).max() <= 0.5 + 1e-3 * 255
+    images = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS), output_type="np")
+    assert np.abs(called - 255 * images).max() <= 0.5 + 1e-3 * 255
 
 
-def test_a_picture_depends_on_seed_number_and_prompt_only(dev):
+def test_an_image_depends_on_seed_number_and_prompt_only(dev):
     first = dev.ours(["a cat", "a dog", "a cat"], STEPS, **SMALL)
     assert first.shape == (3, HEIGHT, WIDTH, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(dev.ours(["a cat", "seven"], STEPS, **SMALL)[0], first[0])
@@ -152,7 +152,7 @@ def test_a_picture_depends_on_seed_number_and_prompt_only(dev):
     assert not np.array_equal(dev.ours("a cat", STEPS, seed=1, **SMALL)[0], first[0])
 
 
-def test_one_program_serves_every_number_of_steps_and_pictures_and_every_shift(dev):
+def test_one_program_serves_every_number_of_steps_and_images_and_every_shift(dev):
     dev.ours("a cat", 1, **SMALL)
     before = dev.ours._sample._cache_size()
     for options in (dict(steps=2), dict(steps=7, num=3), dict(shift=2.0), dict(guidance=1.5), dict(seed=3)):
@@ -175,14 +175,14 @@ def test_draws_batches_methods_and_trajectories_of_a_pipeline(dev):
     assert np.abs(two - dev.ours("a cat", 2, **SMALL)).max() > 1
 
 
-def test_an_edit_between_equal_prompts_is_what_the_autoencoder_makes_of_the_picture(dev):
-    pictures = np.random.default_rng(0).integers(0, 256, (1, HEIGHT, WIDTH, 3), np.uint8)
-    through = dev.ours.halves.decode(dev.ours.halves.latents(pictures))
+def test_an_edit_between_equal_prompts_is_what_the_autoencoder_makes_of_the_image(dev):
+    images = np.random.default_rng(0).integers(0, 256, (1, HEIGHT, WIDTH, 3), np.uint8)
+    through = dev.ours.vae_codec.decode(dev.ours.vae_codec.latents(images))
     small = dict(steps=3, skip=1, text_tokens=TEXT_TOKENS)
-    edit = lambda target, **options: dev.ours.edit(pictures, "a cat", target, **small, **options)
+    edit = lambda target, **options: dev.ours.edit(images, "a cat", target, **small, **options)
     np.testing.assert_array_equal(edit("a cat"), through)
     dog = edit("a dog")
-    assert dog.shape == pictures.shape and not np.array_equal(dog, through)
+    assert dog.shape == images.shape and not np.array_equal(dog, through)
     np.testing.assert_array_equal(edit("a dog", draws=[(0, 0)]), dog)
     assert not np.array_equal(edit("a dog", draws=[(1, 0)]), dog)
     assert not np.array_equal(edit("a cat", source_guidance=1.0), through)
@@ -192,14 +192,14 @@ def test_an_edit_between_equal_prompts_is_what_the_autoencoder_makes_of_the_pict
 
 def test_an_edit_is_guided_where_either_side_asks_for_it(schnell, monkeypatch):
     """What the scales do is tested with the editor itself."""
-    pictures, asked = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), []
+    images, asked = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), []
 
     def edit(params, shift, latents, seed_B, index_B, source, target, plan, negative, *scales, **_):
         asked.append((shift, plan.skip, negative is not None, *scales))
         return latents
 
     monkeypatch.setitem(vars(schnell.ours.edit), "_edit", edit)
-    call = lambda **scales: schnell.ours.edit(pictures, "a cat", "a dog", 2, 1, text_tokens=TEXT_TOKENS, **scales)
+    call = lambda **scales: schnell.ours.edit(images, "a cat", "a dog", 2, 1, text_tokens=TEXT_TOKENS, **scales)
     call(), call(guidance=3.0), call(guidance=3.0, source_guidance=1.0), call(source_guidance=2.0, shift=4.0)
     assert asked == [(1.0, 1, False, 1, 1), (1.0, 1, True, 3, 3), (1.0, 1, True, 1, 3), (4.0, 1, True, 2, 1)]
 
@@ -216,8 +216,8 @@ def test_eight_devices_with_padded_rows_equal_one(dev, converted_folder, highest
     assert actual.shape == expected.shape == (3, HEIGHT // 2, WIDTH // 2, 16)
     assert relative(actual, expected) <= 1e-5
     assert relative(eight.decode(actual), dev.ours.decode(expected)) <= 1e-5
-    pictures = [p(prompts, STEPS, 2.5, num=3, **SMALL).astype(int) for p in (eight, dev.ours)]
-    assert pictures[0].shape == (9, HEIGHT, WIDTH, 3) and np.abs(pictures[0] - pictures[1]).max() <= 1
+    images = [p(prompts, STEPS, 2.5, num=3, **SMALL).astype(int) for p in (eight, dev.ours)]
+    assert images[0].shape == (9, HEIGHT, WIDTH, 3) and np.abs(images[0] - images[1]).max() <= 1
     for kind, name in (("flux", "single_blocks/mlp_in/kernel"), ("t5", "encoder_blocks/mlp_gate/kernel")):
         kernel = flat_paths(eight.params[kind])[name]
         assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 8
@@ -295,9 +295,9 @@ def test_guidance_zero_without_embedding_means_none_as_in_diffusers(schnell):
 
 def test_weights_that_are_not_finite_are_told_instead_of_black_images(dev):
     latents = np.zeros((1, HEIGHT // 2, WIDTH // 2, 16), np.float32)
-    assert dev.ours.pictures(latents).shape == (1, HEIGHT, WIDTH, 3)
+    assert dev.ours.images(latents).shape == (1, HEIGHT, WIDTH, 3)
     with pytest.raises(ConvertedError, match="the images have values that are not finite"):
-        dev.ours.pictures(latents * np.nan)
+        dev.ours.images(latents * np.nan)
 
 
 @pytest.mark.parametrize("kind", PIPELINE_KINDS)
@@ -351,7 +351,7 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_clear_line(converted_folder, 
         TextToImage(deep)("a cat", **SMALL)
 
 
-def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(converted_folder, tmp_path, capfd):
+def test_the_command_writes_an_image_of_the_right_size_and_tells_what_it_does(converted_folder, tmp_path, capfd):
     out = tmp_path / "cat.png"
     size = [f"--height={HEIGHT}", f"--width={WIDTH}", "--text_tokens=12"]
     argv = ["sample", f"--checkpoint={converted_folder}", *size, "--guidance=2", "--steps=2", "--seed=3"]
@@ -366,9 +366,9 @@ def test_the_command_writes_a_picture_of_the_right_size_and_tells_what_it_does(c
     ):
         assert line in err
     assert err.count("T5 reads 12 tokens") == err.count("CLIP reads 16") + 1 == 1
-    with Image.open(out) as picture:
-        assert (picture.width, picture.height) == (WIDTH, HEIGHT)
-        pixels = np.asarray(picture)
+    with Image.open(out) as image:
+        assert (image.width, image.height) == (WIDTH, HEIGHT)
+        pixels = np.asarray(image)
     prompt = "a photo of the cat and the dog and the cat"
     called = TextToImage(converted_folder)(prompt, 2, 2.0, HEIGHT, WIDTH, seed=3, text_tokens=12)
     np.testing.assert_array_equal(pixels, called[0])
@@ -384,8 +384,8 @@ def test_the_command_edits_a_photo_at_a_size_that_the_pipeline_can_make(one_devi
     argv += ["--prompt=a dog", "--steps=2", "--skip=1", f"--text_tokens={TEXT_TOKENS}", f"--out={tmp_path}/out.png"]
     assert sample.main(argv) == 0
     assert "the image of 25 x 39 is resized and cut to 24 x 40" in capfd.readouterr().err
-    with Image.open(tmp_path / "out.png") as picture:
-        assert (picture.height, picture.width) == (24, 40)
+    with Image.open(tmp_path / "out.png") as image:
+        assert (image.height, image.width) == (24, 40)
     (made,) = read_records(tmp_path / "out.png")
     assert (made["source_prompt"], made["skip"], made["guidance"], made["lora"]) == ("a cat", 1, 3.5, [])
     assert (made["height"], made["width"]) == (24, 40)

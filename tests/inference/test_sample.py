@@ -28,11 +28,11 @@ def test_a_contact_sheet_has_a_row_a_prompt(trained, tmp_path, capfd):
     argv = ["sample", f"--workdir={trained}", "--prompt=a handwritten digit seven", "--prompt=two", f"--out={out}"]
     assert sample.main([*argv, "--num=3", "--steps=2"]) == 0
     assert "6 images of scfm (slow, step 4) in 2 steps" in capfd.readouterr().err
-    with Image.open(out) as picture:
-        assert picture.width > 3 * 48 and picture.height > 2 * 48
+    with Image.open(out) as image:
+        assert image.width > 3 * 48 and image.height > 2 * 48
 
 
-def test_pictures_follow_seed_view_steps_and_guidance_and_repeat(trained):
+def test_images_follow_seed_view_steps_and_guidance_and_repeat(trained):
     slow, online = Pipeline(trained), Pipeline(trained, view="online")
     first = slow("a handwritten digit two", steps=2, num=2)
     assert first.shape == (2, 8, 8, 1) and first.dtype == np.uint8

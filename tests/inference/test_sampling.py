@@ -14,7 +14,7 @@ from shortcut_jax import Pipeline, cli, sample
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.errors import CheckpointError, ConversionError, UsageError
 from shortcut_jax.formats.inference_checkpoint import OrbaxParams
-from shortcut_jax.inference.backends import RunModel, Wanted, grid_times
+from shortcut_jax.inference.backends import RunModel, SampleRequest, grid_times
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.inference.image_files import Output, layout_of, parameters, read_records
 from shortcut_jax.inference.repl import interact
@@ -42,8 +42,8 @@ def _fails(capfd, *argv):
 
 
 def _pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def test_a_view_that_is_not_finite_is_refused_by_name_before_sampling(trained, tmp_path, capfd):
@@ -78,7 +78,7 @@ def folder(trained, tmp_path_factory):
     return folder / "out"
 
 
-def test_a_folder_gets_a_picture_a_file_and_a_sheet_with_what_they_were_made_by(folder):
+def test_a_folder_gets_an_image_a_file_and_a_sheet_with_what_they_were_made_by(folder):
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [f"0000{i}{kind}.png" for i in range(4) for kind in ("", "_trajectory")] + ["sheet.png"]
     )
@@ -89,8 +89,8 @@ def test_a_folder_gets_a_picture_a_file_and_a_sheet_with_what_they_were_made_by(
     told = dict(steps=2, method="euler", guidance=2.0, shift=1.5, height=8, width=8, view="fast", checkpoint_step=4)
     assert {k: made[0][0][k] for k in told} == told and made[0][0]["objective"] == "scfm"
     assert read_records(folder / "sheet.png") == [m for (m,) in made]
-    with Image.open(folder / "00002.png") as picture:
-        lines = picture.text["parameters"].splitlines()
+    with Image.open(folder / "00002.png") as image:
+        lines = image.text["parameters"].splitlines()
     assert lines[0] == "ein Bär"
     assert lines[1].startswith("Steps: 2, Sampler: Euler, CFG scale: 2.0, Seed: 5, Size: 8x8, Model: run, Shift: 1.5, ")
 
@@ -110,32 +110,32 @@ def test_values_with_commas_are_quoted_as_readers_of_parameters_expect():
     assert 'Model: "a, b", ' in parameters([{**made, "model": "a, b"}])
 
 
-def test_a_trajectory_ends_in_the_picture_and_names_its_times(folder, trained):
+def test_a_trajectory_ends_in_the_image_and_names_its_times(folder, trained):
     pipeline = Pipeline(trained, view="fast", batch_size=4)
     options = dict(steps=2, num=2, seed=5, guidance=2.0, shift=1.5)
-    along, pictures = pipeline.trajectory(SEVEN, **options), pipeline(SEVEN, **options)
+    along, images = pipeline.trajectory(SEVEN, **options), pipeline(SEVEN, **options)
     assert along.shape == (2, 3, 8, 8, 1)
-    np.testing.assert_array_equal(along[:, -1], pictures)
+    np.testing.assert_array_equal(along[:, -1], images)
     assert not np.array_equal(along[:, 0], along[:, 1])
-    np.testing.assert_array_equal(pictures[0, ..., 0], _pixels(folder / "00000.png"))
+    np.testing.assert_array_equal(images[0, ..., 0], _pixels(folder / "00000.png"))
     with Image.open(folder / "00000_trajectory.png") as strip:
         assert strip.width > 3 * 48 and json.loads(strip.text["shortcut_jax"])["pictures"]
 
 
-def test_every_seed_of_a_list_gives_the_picture_it_gives_alone(trained, tmp_path):
+def test_every_seed_of_a_list_gives_the_image_it_gives_alone(trained, tmp_path):
     argv = [f"--workdir={trained}", f"--prompt={TWO}", "--steps=2", f"--out={tmp_path}/"]
     _run(*argv, "--seeds=7,3,7,4294967295")
     together = [_pixels(tmp_path / f"0000{i}.png") for i in range(4)]
     np.testing.assert_array_equal(together[0], together[2])
     pipeline = Pipeline(trained, batch_size=4)
-    for seed, picture in zip((7, 3, 7, 4294967295), together, strict=True):
-        np.testing.assert_array_equal(pipeline(TWO, steps=2, seed=seed)[0, ..., 0], picture)
+    for seed, image in zip((7, 3, 7, 4294967295), together, strict=True):
+        np.testing.assert_array_equal(pipeline(TWO, steps=2, seed=seed)[0, ..., 0], image)
     assert [read_records(tmp_path / f"0000{i}.png")[0]["seed"] for i in range(4)] == [7, 3, 7, 4294967295]
     with pytest.raises(ValueError, match="there are 1 draws for 2 images"):
         pipeline([TWO, SEVEN], draws=[(0, 0)])
 
 
-def test_heun_is_another_way_to_the_picture_and_says_so(trained, tmp_path, capfd):
+def test_heun_is_another_way_to_the_image_and_says_so(trained, tmp_path, capfd):
     out = tmp_path / "x.png"
     argv = [f"--workdir={trained}", f"--prompt={TWO}", "--num=2", "--batch=4", "--steps=3", f"--out={out}"]
     _run(*argv, "--method=heun")
@@ -176,10 +176,10 @@ LINES = [
 
 @pytest.mark.usefixtures("own_programs")
 def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings(trained, tmp_path, capfd):
-    model = RunModel(_options(trained), pictures=2)
+    model = RunModel(_options(trained), images=2)
     (tmp_path / "00006.png").write_bytes(b"")
     lines = iter(LINES)
-    interact(model, Wanted((), num=1, steps=1), Output(f"{tmp_path}/", count_on=True), ask=lambda _: next(lines))
+    interact(model, SampleRequest((), num=1, steps=1), Output(f"{tmp_path}/", count_on=True), ask=lambda _: next(lines))
     assert list(lines) == ["never read"]
     err = capfd.readouterr().err
     for text in (
@@ -219,8 +219,8 @@ def test_interactive_ends_at_the_end_of_input(trained, tmp_path, monkeypatch):
 
 
 def test_times_of_a_trajectory_are_those_of_the_shifted_grid(trained):
-    model = RunModel(_options(trained), pictures=1)
-    np.testing.assert_allclose(grid_times(model, Wanted((TWO,), 1, 2, shift=3.0)), [1.0, 0.75])
+    model = RunModel(_options(trained), images=1)
+    np.testing.assert_allclose(grid_times(model, SampleRequest((TWO,), 1, 2, shift=3.0)), [1.0, 0.75])
 
 
 def test_more_than_one_step_begins_where_the_run_was_trained_from():
@@ -240,7 +240,7 @@ def grey(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("own_programs")
-def test_an_edit_between_equal_prompts_is_the_picture_and_otherwise_changes_it(trained, grey, tmp_path):
+def test_an_edit_between_equal_prompts_is_the_image_and_otherwise_changes_it(trained, grey, tmp_path):
     path, pixels = grey
     out = tmp_path / "edited.png"
     argv = [
@@ -266,7 +266,7 @@ def test_an_edit_between_equal_prompts_is_the_picture_and_otherwise_changes_it(t
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["00000.png", "00001.png", "sheet.png"]
 
 
-def test_a_picture_of_another_size_is_fitted_and_it_is_told(trained, tmp_path, capfd):
+def test_an_image_of_another_size_is_fitted_and_it_is_told(trained, tmp_path, capfd):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "big.jpg")
     out = tmp_path / "x.png"
     argv = [f"--workdir={trained}", f"--edit={tmp_path}/big.jpg", f"--source_prompt={SEVEN}", "--steps=1"]
@@ -317,8 +317,8 @@ def test_words_that_the_model_never_saw_are_told_with_those_it_knows(trained, ca
         pipeline("a cat", steps=1)
     err = capfd.readouterr().err
     assert err.count("never seen in training, so of no meaning: 'cat'; the words it knows are a, handwritten") == 1
-    model = RunModel(_options(trained), pictures=1)
-    assert model.notes(Wanted(("a cat",), 1, 1)) == pipeline.notes(["a cat"])
+    model = RunModel(_options(trained), images=1)
+    assert model.notes(SampleRequest(("a cat",), 1, 1)) == pipeline.notes(["a cat"])
     for prompt in (None, "\udce9"):
         with pytest.raises(ValueError, match=r"a prompt is None|is not UTF-8"):
             pipeline([prompt], steps=1)
@@ -329,8 +329,8 @@ def test_guidance_zero_is_none_for_a_model_without_embedding(trained, grey):
     np.testing.assert_array_equal(pipeline(TWO, 2, guidance=0.0), pipeline(TWO, 2))
     edited = pipeline.edit(pixels, SEVEN, TWO, 2, guidance=0.0, source_guidance=0.0)
     np.testing.assert_array_equal(edited, pipeline.edit(pixels, SEVEN, TWO, 2))
-    model = RunModel(_options(trained), pictures=1)
-    assert model.notes(Wanted((TWO,), 1, 1, guidance=0.0)) == ["guidance 0: none, as 1 is"]
+    model = RunModel(_options(trained), images=1)
+    assert model.notes(SampleRequest((TWO,), 1, 1, guidance=0.0)) == ["guidance 0: none, as 1 is"]
 
 
 def test_one_prompt_into_a_file_is_one_image_that_can_be_edited(trained, folder, tmp_path, capfd):
@@ -347,7 +347,7 @@ def test_one_prompt_into_a_file_is_one_image_that_can_be_edited(trained, folder,
 
 
 def test_sixteen_images_remain_the_default_where_several_fit(tmp_path):
-    num = lambda *argv: sample._wanted(sample._parse(["sample", *argv])).num
+    num = lambda *argv: sample._request(sample._parse(["sample", *argv])).num
     run, out = ("--workdir=w", "--prompt=x"), f"--out={tmp_path}/x.png"
     assert num(*run) == num(*run, out) == 1
     assert num(*run, f"--out={tmp_path}/") == num(*run, "--prompt=y", out) == sample.SEVERAL

@@ -13,7 +13,7 @@ from shortcut_jax.data.records import open_source as open_records
 from shortcut_jax.errors import DataError
 from shortcut_jax.preparation.inputs import Item, SourceOptions, open_source
 from shortcut_jax.preparation.units import Unused
-from tests.data.pictures import encoded, picture, simple_folder, write_folder
+from tests.data.images import encoded, noise_image, simple_folder, write_folder
 
 
 def _all(source):
@@ -43,7 +43,7 @@ def _write_tar(path, members, keep=None):
     return path
 
 
-PNG = encoded(picture())
+PNG = encoded(noise_image())
 
 
 def test_a_folder_is_rows_in_units(tmp_path):
@@ -113,7 +113,7 @@ def test_tars_are_units_of_neighbouring_members(tmp_path):
     members = [
         ("./001.txt", b" one "),
         ("./001.png", PNG),
-        ("002.jpg", encoded(picture(), "JPEG")),
+        ("002.jpg", encoded(noise_image(), "JPEG")),
         ("002.json", b'{"caption": "two"}'),
         ("002.cls", b"7"),
         ("003.png", PNG),
@@ -157,13 +157,13 @@ def test_what_precedes_a_cut_in_a_tar_is_kept(tmp_path):
     pairs = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", PNG), ("txt", b"a caption"))]
     whole = _write_tar(tmp_path / "w.tar", pairs).read_bytes()
     with tarfile.open(tmp_path / "w.tar") as tar:
-        ends = [member.offset_data for member in tar.getmembers()]
-    last = ends[-1] + 512
-    for keep, kept in ((ends[4] + 10, 2), (ends[4] - 100, 2), (ends[5] - 512, 2), (ends[2] + 5, 1), (last, 3)):
+        codec = [member.offset_data for member in tar.getmembers()]
+    last = codec[-1] + 512
+    for keep, kept in ((codec[4] + 10, 2), (codec[4] - 100, 2), (codec[5] - 512, 2), (codec[2] + 5, 1), (last, 3)):
         (tmp_path / "w.tar").write_bytes(whole[:keep])
         source = open_source(str(tmp_path / "w.tar"), SourceOptions())
         assert _reasons(source.items(source.units[0])) == {"kept": kept, "truncated tar": 1}, keep
-    garbage = whole[: ends[3] + 512] + b"x" * 5000
+    garbage = whole[: codec[3] + 512] + b"x" * 5000
     (tmp_path / "w.tar").write_bytes(garbage)
     assert _reasons(source.items(source.units[0])) == {"kept": 2, "truncated tar": 1}
     (tmp_path / "w.tar").write_bytes(b"")
@@ -186,7 +186,7 @@ def test_members_that_lead_outside_are_refused(tmp_path, member):
         _all(open_source(str(path), SourceOptions()))
 
 
-def test_a_tfds_set_gives_its_pictures_and_captions(data_dir, tmp_path):
+def test_a_tfds_set_gives_its_images_and_captions(data_dir, tmp_path):
     source = open_source("tfds:digits", SourceOptions(unit=1000, tfds_dir=data_dir))
     records = open_records(DataSettings(dir=data_dir))
     items = _all(source)

@@ -24,13 +24,13 @@ from shortcut_jax.formats.to_devices import place
 from shortcut_jax.inference.encoders import load_decoder, load_text_encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.preparation import inspect
+from shortcut_jax.preparation.images import Cropped
 from shortcut_jax.preparation.latents import LatentEncoder, as_half
-from shortcut_jax.preparation.pictures import Picture
 from shortcut_jax.preparation.progress import summary
 from shortcut_jax.sources import models
 from shortcut_jax.sources.models import open_models
 from shortcut_jax.weights.rules import nest
-from tests.data.pictures import encoded, picture, write_folder
+from tests.data.images import encoded, noise_image, write_folder
 from tests.helpers import relative
 
 CAPTIONS = ["a red cat", "a photo of the small dog and the cat", "seven"]
@@ -45,8 +45,8 @@ def few_devices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    pictures = {f"{i:02d}.png": (encoded(picture(i, *SIZES[i % 2])), CAPTIONS[i % 3]) for i in range(12)}
-    return write_folder(tmp_path_factory.mktemp("latents") / "source", pictures)
+    images = {f"{i:02d}.png": (encoded(noise_image(i, *SIZES[i % 2])), CAPTIONS[i % 3]) for i in range(12)}
+    return write_folder(tmp_path_factory.mktemp("latents") / "source", images)
 
 
 SIZES = ((32, 32), (16, 32))
@@ -98,7 +98,7 @@ def test_records_hold_the_moments_and_states_of_the_models(prepared, pipeline, a
     )
     for key, record in records.items():
         i = int(key[:2])
-        x = jnp.asarray(picture(i, *SIZES[i % 2]), jnp.float32)[None] / 127.5 - 1
+        x = jnp.asarray(noise_image(i, *SIZES[i % 2]), jnp.float32)[None] / 127.5 - 1
         moments = vae.apply({"params": params}, x, method="encode")
         assert relative(record["mean"].astype(np.float32), moments.mean_BhwC[0]) < 1e-3
         assert relative(record["std"].astype(np.float32), np.exp(moments.logvar_BhwC[0] / 2)) < 1e-3
@@ -109,12 +109,12 @@ def test_records_hold_the_moments_and_states_of_the_models(prepared, pipeline, a
     assert 0 < info.text.error < 4e-3  # of bfloat16
 
 
-def test_the_set_decodes_its_own_pictures(prepared, autoencoder):
+def test_the_set_decodes_its_own_images(prepared, autoencoder):
     record = next(r for r in _records(prepared).values() if r["mean"].shape == (16, 16, 16))
     latents = (record["mean"].astype(np.float32)[None] - 0.1159) * 0.3611
     i = int(record["key"][:2])
     vae, params = autoencoder
-    x = jnp.asarray(picture(i), jnp.float32)[None] / 127.5 - 1
+    x = jnp.asarray(noise_image(i), jnp.float32)[None] / 127.5 - 1
     whole = np.asarray(vae.apply({"params": params}, x))
     expected = np.clip((whole + 1) * 127.5, 0, 255)
     decode = load_decoder(prepared / VAE)
@@ -169,11 +169,11 @@ def test_prepared_twice_or_killed_in_the_middle_is_the_same(source, prepared, co
 def test_float8_states_are_near_and_trimmed_ones_are_zero_behind_the_caption(states, converted_folder, pipeline):
     exact = LatentEncoder(converted_folder, states, TOKENS, "bfloat16", 1)
     small = LatentEncoder(converted_folder, states, TOKENS, "float8", 1)
-    pictures = [Picture(c, c, 16, 16, picture(i, 16, 16)) for i, c in enumerate(CAPTIONS[:2])]
+    images = [Cropped(c, c, 16, 16, noise_image(i, 16, 16)) for i, c in enumerate(CAPTIONS[:2])]
     lengths = exact.text.t5_tokens(CAPTIONS[:2], TOKENS).length_B
     assert 4 <= lengths[0] < lengths[1] <= TOKENS
     wanted = np.array(pipeline.encode(CAPTIONS[:2], text_tokens=TOKENS).txt_BMT)
-    for i, ((fields, _), (few, sums)) in enumerate(zip(exact(pictures), small(pictures), strict=True)):
+    for i, ((fields, _), (few, sums)) in enumerate(zip(exact(images), small(images), strict=True)):
         if states == "trimmed":
             wanted[i, lengths[i] :] = 0
             assert fields["txt"].shape == few["txt"].shape == (lengths[i], 32)
@@ -307,7 +307,7 @@ def test_captions_alone_are_stored_with_the_states_that_sampling_gives_them(conv
         assert relative(records[key]["vec"], vec_BV[i]) < 1e-5
     lines = inspect.inspect(tmp_path / "set", None)
     assert "store: captions" in lines and f"train: {len(captions)} records" in lines
-    assert not any("originals" in line or "pictures:" in line for line in lines)
+    assert not any("originals" in line or "images:" in line for line in lines)
     with pytest.raises(UsageError, match="captions alone, which has no images to show"):
         inspect.inspect(tmp_path / "set", tmp_path / "x.png")
     with pytest.raises(DataError, match=r"holds captions, but data\.store is 'latents': set it to 'captions'"):

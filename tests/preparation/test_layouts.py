@@ -12,10 +12,10 @@ from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.errors import DataError
 from shortcut_jax.preparation.inputs import NAMES, Item, SourceOptions, open_source
 from shortcut_jax.preparation.inputs.layouts import LAYOUTS
-from tests.data.pictures import encoded, picture
+from tests.data.images import encoded, noise_image
 
-PNG = encoded(picture())
-IMAGES = [encoded(picture(i)) for i in range(4)]
+PNG = encoded(noise_image())
+IMAGES = [encoded(noise_image(i)) for i in range(4)]
 
 
 def _write(folder, files):

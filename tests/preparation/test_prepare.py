@@ -16,7 +16,7 @@ from shortcut_jax.data.format import PreparedSet
 from shortcut_jax.errors import DataError, UsageError
 from shortcut_jax.preparation import jobs
 from shortcut_jax.preparation.inputs.folder import FolderSource
-from tests.data.pictures import encoded, picture, simple_folder, write_folder
+from tests.data.images import encoded, noise_image, simple_folder, write_folder
 
 
 def _arguments(source, out, **changes):
@@ -45,7 +45,7 @@ def test_tfds_opens_the_pixels_of_the_source(prepared):
     for split in ("train", "validation"):
         for record in tfds.builder_from_directory(prepared).as_data_source(split):
             i = int(record["key"].decode()[2:5])
-            np.testing.assert_array_equal(record["image"], picture(i))
+            np.testing.assert_array_equal(record["image"], noise_image(i))
             assert record["caption"].decode() == f"image {i}" and (record["height"], record["width"]) == (32, 32)
             numbers.append(i)
     assert sorted(numbers) == list(range(200))
@@ -88,21 +88,21 @@ def test_stopped_in_the_middle_and_run_again_is_the_same(source, prepared, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_bad_pictures_are_counted_listed_and_bounded(tmp_path, capsys):
-    pictures = {f"{i:03d}.png": (encoded(picture(i)), f"image {i}") for i in range(60)}
-    whole = encoded(picture(1, 64, 64))
-    frames = dict(save_all=True, append_images=[__import__("PIL.Image").Image.fromarray(picture(2))])
+def test_bad_images_are_counted_listed_and_bounded(tmp_path, capsys):
+    images = {f"{i:03d}.png": (encoded(noise_image(i)), f"image {i}") for i in range(60)}
+    whole = encoded(noise_image(1, 64, 64))
+    frames = dict(save_all=True, append_images=[__import__("PIL.Image").Image.fromarray(noise_image(2))])
     bad = {
         "missing.png": (None, "x"),
         "truncated.png": (whole[:3000], "x"),
         "corrupt.png": (whole[:3000] + bytes(300) + whole[3300:], "x"),
         "empty.png": (b"", "x"),
         "page.png": (b"<html>", "x"),
-        "moves.gif": (encoded(picture(), "GIF", **frames), "x"),
+        "moves.gif": (encoded(noise_image(), "GIF", **frames), "x"),
         "blank.png": (whole, ""),
-        "small.png": (encoded(picture(3, 20, 20)), "x"),
+        "small.png": (encoded(noise_image(3, 20, 20)), "x"),
     }
-    folder = write_folder(tmp_path / "a", pictures | bad, ['{"file_name": "000.png", "prompt": "twice"}', "{"])
+    folder = write_folder(tmp_path / "a", images | bad, ['{"file_name": "000.png", "prompt": "twice"}', "{"])
     with pytest.raises(DataError, match=r"more than --max_skipped=0\.1: 1 animated, 1 bad JSON, 1 corrupt, 1 dupl"):
         prepare.main(_arguments(folder, tmp_path / "set", max_skipped=0.1, enlarge="false"))
     assert not (tmp_path / "set").exists()
@@ -133,7 +133,7 @@ def test_a_corrected_source_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, 
         prepare.main(_arguments(folder, tmp_path / "set", unit=10))
     for i in (20, 21, 22):
         (folder / f"p/{i:03d}.png").unlink(missing_ok=True)
-        (folder / f"p/{i:03d}.png").write_bytes(encoded(picture(i)))
+        (folder / f"p/{i:03d}.png").write_bytes(encoded(noise_image(i)))
     capsys.readouterr()
     assert prepare.main(_arguments(folder, tmp_path / "set", unit=10)) == 0
     told = capsys.readouterr().err
@@ -148,8 +148,8 @@ def test_an_image_that_was_read_and_is_replaced_is_read_again(tmp_path, monkeypa
     (folder / "p/025.png").unlink()  # refused when three of four units are done
     with pytest.raises(DataError, match="1 of 30"):
         prepare.main(_arguments(folder, tmp_path / "set", unit=10))
-    (folder / "p/025.png").write_bytes(encoded(picture(25)))
-    (folder / "p/003.png").write_bytes(encoded(picture(103)))
+    (folder / "p/025.png").write_bytes(encoded(noise_image(25)))
+    (folder / "p/003.png").write_bytes(encoded(noise_image(103)))
     asked = []
     items = FolderSource.items
     monkeypatch.setattr(FolderSource, "items", lambda self, unit: asked.append(unit.index) or items(self, unit))
@@ -163,7 +163,7 @@ def test_an_image_that_was_read_and_is_replaced_is_read_again(tmp_path, monkeypa
 def test_what_a_complete_set_left_out_and_was_corrected_is_told(tmp_path, capsys):
     folder = simple_folder(tmp_path / "a", 20)
     good = (folder / "p/003.png").read_bytes()
-    for name, damaged in (("003", good[:100]), ("004", None), ("005", encoded(picture(5, 16, 16)))):
+    for name, damaged in (("003", good[:100]), ("004", None), ("005", encoded(noise_image(5, 16, 16)))):
         (folder / f"p/{name}.png").unlink()
         if damaged:
             (folder / f"p/{name}.png").write_bytes(damaged)
@@ -195,7 +195,7 @@ def test_a_replaced_tar_is_read_again_to_the_bytes_of_a_clean_run(tmp_path, caps
     def write(number, damaged=False):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
             for i in range(5):
-                data = encoded(picture(10 * number + i))
+                data = encoded(noise_image(10 * number + i))
                 further = json.dumps({"text": ["a caption", "another"]}).encode()
                 for name, content in ((f"{i}.v1.png", data[:99] if damaged else data), (f"{i}.v1.json", further)):
                     info = tarfile.TarInfo(name)
@@ -255,8 +255,8 @@ def test_a_source_that_leads_outside_writes_nothing(tmp_path):
 
 def test_buckets_by_aspect_and_prompts_of_a_file(tmp_path):
     sizes = [(64, 64), (48, 80), (80, 48), (96, 160)]
-    pictures = {f"{i}.png": (encoded(picture(i, *size)), f"{i}") for i, size in enumerate(sizes)}
-    folder = write_folder(tmp_path / "a", pictures)
+    images = {f"{i}.png": (encoded(noise_image(i, *size)), f"{i}") for i, size in enumerate(sizes)}
+    folder = write_folder(tmp_path / "a", images)
     (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
     options = dict(buckets="aspect", resolution=64, validation=0, eval_prompts=tmp_path / "prompts.txt")
     assert prepare.main(_arguments(folder, tmp_path / "set", **options)) == 0

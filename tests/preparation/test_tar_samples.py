@@ -14,9 +14,9 @@ from shortcut_jax.data.images import ENDINGS
 from shortcut_jax.errors import DataError
 from shortcut_jax.preparation.inputs import Item, SourceOptions, open_source
 from shortcut_jax.preparation.units import Skip, Unused
-from tests.data.pictures import encoded, picture
+from tests.data.images import encoded, noise_image
 
-PNG = encoded(picture())
+PNG = encoded(noise_image())
 
 
 def _tar(path, members, pax=None):
@@ -88,7 +88,7 @@ def test_every_member_is_counted(tmp_path):
 @pytest.mark.parametrize("ending", [*ENDINGS, "JPG"])
 def test_a_tar_takes_the_images_that_a_folder_takes(tmp_path, ending):
     form = {"bmp": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "webp": "WEBP", "png": "PNG"}
-    data = encoded(picture(), form.get(ending, "JPEG"))
+    data = encoded(noise_image(), form.get(ending, "JPEG"))
     assert _read(_tar(tmp_path / "a.tar", [(f"1.{ending}", data), ("1.txt", b"x")])) == ({"1": "x"}, [], {})
 
 

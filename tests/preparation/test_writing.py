@@ -14,7 +14,7 @@ from shortcut_jax.preparation import units, writing
 from shortcut_jax.preparation.job import Job
 from shortcut_jax.preparation.units import Record, Skip, Unit, Unused, split_of
 from shortcut_jax.preparation.writing import write_units
-from tests.data.pictures import picture
+from tests.data.images import noise_image
 
 BUCKETS = ((8, 8), (4, 16))
 
@@ -35,7 +35,7 @@ def _job(out, num=6, **changes):
 def _produce(unit, skips=0):
     for i in range(5):
         key, bucket = f"{unit.index}/{i}", (unit.index + i) % 2
-        image = encode_png(picture(10 * unit.index + i, *BUCKETS[bucket]))
+        image = encode_png(noise_image(10 * unit.index + i, *BUCKETS[bucket]))
         told = {"key": key, "caption": f"caption {key}", "height": 9, "width": 9}
         yield Record(bucket, told | {"image": image}, {"enlarged": i % 2})
     for i in range(skips):
@@ -61,7 +61,7 @@ def test_a_set_is_opened_by_tfds_with_every_record_once(whole):
         for record, bucket in zip(source, opened.buckets(split), strict=True):
             key = record["key"].decode()
             unit, i = map(int, key.split("/"))
-            np.testing.assert_array_equal(record["image"], picture(10 * unit + i, *BUCKETS[bucket]))
+            np.testing.assert_array_equal(record["image"], noise_image(10 * unit + i, *BUCKETS[bucket]))
             assert split_of(key, 0.3) == split and record["caption"].decode() == f"caption {key}"
             keys.add(key)
     assert len(keys) == 30 == sum(map(opened.info.num_records, ("train", "validation")))

@@ -22,7 +22,7 @@ def _constant(value):
     return lambda x, t, d: jnp.full_like(x, value)
 
 
-def test_equal_velocities_give_the_picture_back_bit_for_bit():
+def test_equal_velocities_give_the_image_back_bit_for_bit():
     curved = lambda x, t, d: jnp.sin(7.0 * x) * t[:, None, None]
     for plan in (EditPlan(4), EditPlan(4, skip=1), EditPlan(4, average=3)):
         edited = jax.jit(lambda plan: flow_edit(curved, curved, X, _noise, TIMES, plan))(plan)
@@ -35,14 +35,14 @@ def test_constant_velocities_move_it_by_their_difference_over_the_time_that_is_l
     np.testing.assert_allclose(edited, X - TIMES[plan.skip] * 1.5, atol=1e-5)
 
 
-def test_plain_steps_start_from_the_noisy_picture_and_follow_the_target_only():
+def test_plain_steps_start_from_the_noisy_image_and_follow_the_target_only():
     edited = flow_edit(_constant(0.5), _constant(2.0), X, _noise, TIMES, EditPlan(4, skip=1, plain=2))
     t = TIMES[2]
     noisy = (1 - t) * X + t * _noise(2, 0) - (TIMES[1] - t) * 1.5
     np.testing.assert_allclose(edited, noisy - t * 2.0, atol=1e-5)
 
 
-def test_velocities_are_taken_at_the_noisy_picture_and_at_it_moved_as_far_as_the_edit_has_come():
+def test_velocities_are_taken_at_the_noisy_image_and_at_it_moved_as_far_as_the_edit_has_come():
     """Against the paper's algorithm 1, written with the edited image itself."""
     source, target = lambda x, t, d: jnp.cos(x) * t[:, None, None], lambda x, t, d: jnp.sin(2.0 * x) + d[:, None, None]
     sizes = jnp.arange(1.0, 7.0)

@@ -193,9 +193,9 @@ def test_flow_rows_are_not_guided():
 
 def test_a_step_that_the_teacher_teaches_is_not_untaught():
     settings = _settings("scfm", TAUGHT)
-    assert settings.untaught == (4,)
-    assert dataclasses.replace(settings, teacher_share=0.4, teacher_grid=16).untaught == ()
-    assert dataclasses.replace(settings, teacher_share=0.4, teacher_grid=32).untaught == (4,)
+    assert settings.unsupervised_counts == (4,)
+    assert dataclasses.replace(settings, teacher_share=0.4, teacher_grid=16).unsupervised_counts == ()
+    assert dataclasses.replace(settings, teacher_share=0.4, teacher_grid=32).unsupervised_counts == (4,)
 
 
 def test_shortcut_rows_ask_the_slow_average_alone_and_tell_their_step_size():

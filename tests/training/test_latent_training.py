@@ -11,7 +11,7 @@ from shortcut_jax.config.checks import from_config
 from shortcut_jax.data.format import VAE, PreparedSet
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import ConfigError, UserError
-from shortcut_jax.inference.codec import sampling_ends, training_ends
+from shortcut_jax.inference.codec import sampling_codec, training_codec
 from shortcut_jax.inference.encoders import load_decoder
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.presets import PRESETS
@@ -19,7 +19,7 @@ from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.checkpoint import stored_config
 from shortcut_jax.runtime.metrics import read_metrics
 from shortcut_jax.training import session
-from tests.data.pictures import encoded, picture, write_folder
+from tests.data.images import encoded, noise_image, write_folder
 from tests.helpers import tiny_config
 
 CAPTIONS = ("a red cat", "a photo of the small dog", "seven", "green")
@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(folder, converted_folder):
     sizes = ((32, 32), (16, 32))
-    pictures = {f"{i:02d}.png": (encoded(picture(i, *sizes[i % 2])), CAPTIONS[i % 4]) for i in range(24)}
-    source = write_folder(folder / "source", pictures)
+    images = {f"{i:02d}.png": (encoded(noise_image(i, *sizes[i % 2])), CAPTIONS[i % 4]) for i in range(24)}
+    source = write_folder(folder / "source", images)
     options = dict(source=source, out=folder / "set", store="latents", checkpoint=converted_folder, validation=0.3)
     options |= dict(buckets="32x32,16x32", text_tokens=TOKENS)
     assert prepare.main(["prepare", *(f"--{name}={value}" for name, value in options.items())]) == 0
@@ -73,11 +73,11 @@ def test_the_run_learns_validates_and_draws_its_grid_with_the_sets_own_decoder(t
 
 def test_training_decodes_latents_with_the_autoencoder_of_the_set(prepared):
     settings = _settings(prepared)
-    ends = training_ends(Assembly(settings), TrainingData(settings.data))
+    codec = training_codec(Assembly(settings), TrainingData(settings.data))
     latents = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
-    np.testing.assert_array_equal(ends.decode(latents), load_decoder(prepared / VAE)(latents))
+    np.testing.assert_array_equal(codec.decode(latents), load_decoder(prepared / VAE)(latents))
     with pytest.raises(ConfigError, match="no text states of 'a whale': choose among its"):
-        ends.encode("a whale")
+        codec.encode("a whale")
 
 
 def test_a_run_is_sampled_with_its_sets_prompts_or_with_a_pipelines_encoders(trained_on_latents, converted_folder):
@@ -125,7 +125,7 @@ def test_a_run_goes_on_from_stored_captions_alone(trained_on_latents, converted_
 def test_encoders_give_the_states_that_the_set_has_stored(prepared, converted_folder):
     settings = _settings(prepared)
     assembly, data = Assembly(settings), TrainingData(settings.data)
-    stored, now = training_ends(assembly, data), sampling_ends(assembly, converted_folder)
+    stored, now = training_codec(assembly, data), sampling_codec(assembly, converted_folder)
     prompt, other = data.info.eval_prompts[0], "a whale with green"
     for a, b, c in zip(stored.encode(prompt), now.encode(prompt), now.encode(other), strict=True):
         a, b, c = (np.asarray(x, np.float32) for x in (a, b, c))

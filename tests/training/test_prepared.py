@@ -137,7 +137,7 @@ def _direct_loss(assembly, params, rule):
 @pytest.mark.parametrize(
     ("rule", "time"), [("mlperf", lambda i: (i % 8) / 8), ("midpoints", lambda i: (2 * (i % 8) + 1) / 16)]
 )
-def test_validation_asks_each_picture_at_its_own_fixed_time(folder, rule, time):
+def test_validation_asks_each_image_at_its_own_fixed_time(folder, rule, time):
     settings = _settings(folder, validation__rule=rule, validation__every=1, validation__images=10)
     one = Assembly(settings, jax.devices()[:1])
     params = jax.device_get(noisy_state(one).params)

@@ -48,7 +48,7 @@ def _fails(capfd, argv):
     return errors[0]
 
 
-def test_a_run_leaves_a_report_pictures_metrics_and_a_record(trained):
+def test_a_run_leaves_a_report_images_metrics_and_a_record(trained):
     report = (trained / "report.md").read_text()
     for view in ("online", "fast", "slow"):
         assert f"| {view} (20)" in report

@@ -17,7 +17,7 @@ from shortcut_jax.runtime.checkpoint import Checkpoints
 from shortcut_jax.sources.models import param_shapes
 from shortcut_jax.webapp import studio as studios
 from shortcut_jax.webapp.models import FEW, ConvertedPipeline, TrainedRun, captions_of
-from shortcut_jax.webapp.request import MAX_STEPS, Offer, Request, make_edit, make_request
+from shortcut_jax.webapp.request import MAX_STEPS, ModelLimits, Request, make_edit, make_request
 from shortcut_jax.webapp.studio import COMPARED, Studio
 from shortcut_jax.weights.lora_files import to_peft
 from tests.weights.lora_cases import random_modules
@@ -58,21 +58,21 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
     run = TrainedRun(trained)
     assert reads == ["slow"] and run.offer.views == ("slow", "online", "fast") and run.offer.height == 8
     asked = lambda **values: make_request(run.offer, {"prompt": SEVEN, "steps": 2, "num": 3, "seed": 5, **values})
-    pictures = {}
+    images = {}
     for view in ("slow", "online", "fast", "online", "slow"):
         for num in (3, 1):
             request = asked(view=view, num=num)
-            assert run.load(request) == (view != "slow" and view not in pictures)
-            drawn = run.pictures(request, 2)
-            assert len(drawn) == num and _close(drawn, pictures.setdefault(view, drawn)[:num])
+            assert run.load(request) == (view != "slow" and view not in images)
+            drawn = run.images(request, 2)
+            assert len(drawn) == num and _close(drawn, images.setdefault(view, drawn)[:num])
     assert reads == ["slow", "params", "fast"] and _programs(run) == 2  # for one image and for a few
     expected = _reference(trained)
-    for view, drawn in pictures.items():
+    for view, drawn in images.items():
         weights = Pipeline(trained, view=view).params
         assert _close(drawn, expected.generate(weights, [SEVEN] * 3, 2, 5)), view
-    guided = run.pictures(asked(guidance=4.0), 2)
+    guided = run.images(asked(guidance=4.0), 2)
     assert _close(guided, expected(SEVEN, steps=2, num=3, seed=5, guidance=4.0))
-    assert not _close(guided, pictures["slow"])
+    assert not _close(guided, images["slow"])
     assert run.program(asked()) != run.program(asked(guidance=4.0)) != run.program(asked(num=1))
 
 
@@ -85,7 +85,7 @@ def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, 
         request = make_request(run.offer, {"prompt": SEVEN, "num": 2, "lora_scale": scale})
         assert not run.load(request)
         expected = references[1.0].generate(reference.params, [SEVEN] * 2, 2)
-        assert _close(run.pictures(request, 2), expected), scale
+        assert _close(run.images(request, 2), expected), scale
     assert len(reads) == before and _programs(run) == 1
     assert run.offer.adapters and run.offer.views == ("slow",)
 
@@ -105,7 +105,7 @@ def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted
     for scale in (1.0, 0.0, -2.0):
         request = make_request(model.offer, {"prompt": "a red cat", "num": 1, "lora_scale": scale, "height": 16})
         assert model.load(request) == (scale == 1.0)
-        drawn[scale] = model.pictures(request, 2)
+        drawn[scale] = model.images(request, 2)
         assert drawn[scale].shape == (1, 16, 32, 3)
     assert model._pipeline._sample._cache_size() == 1
     for scale, reference in ((1.0, loras), (0.0, ())):
@@ -116,7 +116,7 @@ def test_a_converted_pipeline_adds_its_adapters_as_if_they_were_merged(converted
 
 def _edit(model, rows, columns, **values):
     """The request for an edit of a fixed image, and its pixels."""
-    size = model.picture_size(rows, columns)
+    size = model.image_size(rows, columns)
     pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     chosen = {"prompt": SEVEN, "source_prompt": "a handwritten digit one", "steps": 4, "skip": 1, "seed": 3}
     return make_edit(model.offer, {**chosen, **values}, pixels), pixels[None]
@@ -125,7 +125,7 @@ def _edit(model, rows, columns, **values):
 def test_method_shift_and_edits_are_those_of_the_command_line(trained):
     run, reference = TrainedRun(trained), _reference(trained)
     request = make_request(run.offer, {"prompt": SEVEN, "steps": 3, "num": 2, "seed": 5, "method": "heun", "shift": 3})
-    drawn = run.pictures(request, 3)
+    drawn = run.images(request, 3)
     assert _close(drawn, reference(SEVEN, steps=3, num=2, seed=5, method="heun", shift=3.0))
     assert not _close(drawn, reference(SEVEN, steps=3, num=2, seed=5))
     studio = Studio(run)
@@ -136,10 +136,10 @@ def test_method_shift_and_edits_are_those_of_the_command_line(trained):
     wanted = lambda **more: alone.edit(
         pixels, "a handwritten digit one", SEVEN, 4, 1, guidance=30.0, source_guidance=30.0, **draws, **more
     )
-    edited = studio.sample(edit).pictures
+    edited = studio.sample(edit).images
     assert _close(edited, wanted()) and not _close(edited, pixels)
     shifted, _ = _edit(run, 30, 20, guidance=30.0, shift=3.0)
-    assert _close(run.pictures(shifted, 4), wanted(shift=3.0)) and not _close(wanted(shift=3.0), edited)
+    assert _close(run.images(shifted, 4), wanted(shift=3.0)) and not _close(wanted(shift=3.0), edited)
 
 
 def test_records_are_those_of_the_command_line(trained, converted_folder, tmp_path):
@@ -160,7 +160,7 @@ def test_records_are_those_of_the_command_line(trained, converted_folder, tmp_pa
     told = {"source_prompt": "a handwritten digit one", "skip": 1, "plain": 0, "average": 1}
     assert told.items() <= Studio(model).record(edit, 4, 0).items()
     model.load(edit)
-    assert model.pictures(edit, 4).shape == (1, 32, 16, 3)
+    assert model.images(edit, 4).shape == (1, 32, 16, 3)
 
 
 def test_examples_are_captions_that_the_run_knows(trained):
@@ -189,18 +189,18 @@ def test_words_that_the_run_never_saw_are_told_of_both_prompts_of_an_edit(traine
 
 
 @pytest.mark.usefixtures("own_programs")
-def test_pictures_side_by_side_start_from_the_same_noise(trained):
+def test_images_side_by_side_start_from_the_same_noise(trained):
     studio = Studio(TrainedRun(trained))
     request = make_request(studio.offer, {"prompt": SEVEN, "seed": 3, "steps": 4})
     answers = list(studio.compare(request))
-    assert [a.steps for a in answers] == list(COMPARED) and all(len(a.pictures) == 1 for a in answers)
+    assert [a.steps for a in answers] == list(COMPARED) and all(len(a.images) == 1 for a in answers)
     assert answers[0].compiling > 0 and not any(a.compiling for a in answers[1:])
     assert all(0 < a.seconds < answers[0].compiling for a in answers)
     pipeline = _reference(trained, batch_size=1)
     for answer in answers:
-        assert _close(answer.pictures, pipeline(SEVEN, steps=answer.steps, seed=3)), answer.steps
+        assert _close(answer.images, pipeline(SEVEN, steps=answer.steps, seed=3)), answer.steps
     first, second = studio.sample(request), studio.sample(request)
-    assert first.compiling > 0 and second.compiling == 0 and _close(first.pictures[:1], answers[2].pictures)
+    assert first.compiling > 0 and second.compiling == 0 and _close(first.images[:1], answers[2].images)
     online = studio.sample(dataclasses.replace(request, view="online"))
     assert online.loading > 0 and online.compiling == 0 == first.loading
 
@@ -208,7 +208,7 @@ def test_pictures_side_by_side_start_from_the_same_noise(trained):
 class _Slow:
     """A model that notices when two requests reach it at once."""
 
-    offer = Offer("slow", (), 8, 8)
+    offer = ModelLimits("slow", (), 8, 8)
 
     def __init__(self):
         self.inside, self.drawn = 0, []
@@ -219,7 +219,7 @@ class _Slow:
     def program(self, request):
         return request.seed
 
-    def pictures(self, request, steps):
+    def images(self, request, steps):
         self.inside += 1
         time.sleep(0.002)
         assert self.inside == 1
@@ -235,7 +235,7 @@ def test_one_request_at_a_time_reaches_the_device():
     studio, results = Studio(_Slow()), {}
 
     def ask(seed):
-        results[seed] = studio.sample(make_request(studio.offer, {"prompt": "x", "seed": seed})).pictures
+        results[seed] = studio.sample(make_request(studio.offer, {"prompt": "x", "seed": seed})).images
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
     for thread in threads:

@@ -20,7 +20,7 @@ import gradio_client
 import pytest
 from PIL import Image
 
-from shortcut_jax.inference.image_files import SHEET, read_records, save_picture
+from shortcut_jax.inference.image_files import SHEET, read_records, save_image
 from tests.helpers import CHROMIUM
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -108,7 +108,7 @@ def _shown(page, selector, num):
 
 
 @needs_chromium
-def test_a_prompt_becomes_pictures_and_a_comparison(served, page):
+def test_a_prompt_becomes_images_and_a_comparison(served, page):
     page.fill("#prompt textarea", SEVEN)
     page.click("button#sample")
     _shown(page, "#gallery img", 4)
@@ -121,11 +121,9 @@ def test_a_prompt_becomes_pictures_and_a_comparison(served, page):
         page.locator("#gallery").get_by_label("Download").click()
     download = downloading.value
     assert download.suggested_filename == "a-handwritten-digit-seven-seed0-2-steps4.png"
-    picture, (made_by,) = Image.open(download.path()), read_records(download.path())
-    assert picture.size == (256, 256) and made_by["enlarged"] == 32
-    assert picture.text["parameters"].startswith(
-        f"{SEVEN}\nSteps: 4, Sampler: Euler, CFG scale: 1.0, Seed: 0, Size: 8x8"
-    )
+    image, (made_by,) = Image.open(download.path()), read_records(download.path())
+    assert image.size == (256, 256) and made_by["enlarged"] == 32
+    assert image.text["parameters"].startswith(f"{SEVEN}\nSteps: 4, Sampler: Euler, CFG scale: 1.0, Seed: 0, Size: 8x8")
     assert [made_by[k] for k in ("prompt", "steps", "seed", "index", "view")] == [SEVEN, 4, 0, 2, "slow"]
     page.keyboard.press("Escape")
     page.click("#random")
@@ -236,7 +234,7 @@ def test_endpoints_have_names_and_so_have_their_parameters(served, tmp_path):
     edited, status = client.predict(image=upload, steps=4, skip=1, **values)
     assert read_records(edited)[0]["source_prompt"] == SEVEN and "1 image in 4 steps" in status
     sheet = tmp_path / "sheet.png"
-    save_picture(sheet, Image.open(edited), [made_by], SHEET)
+    save_image(sheet, Image.open(edited), [made_by], SHEET)
     for changes, message in (
         (dict(image=upload, steps=4, skip=4), "skip is 4, but must be less than the 4 steps"),
         (dict(image=upload, method="heun"), "an edit goes with euler only"),

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import RequestError
-from shortcut_jax.webapp.request import FIELDS, MAX_SEED, Offer, Request, make_edit, make_request
+from shortcut_jax.webapp.request import FIELDS, MAX_SEED, ModelLimits, Request, make_edit, make_request
 
-RUN = Offer("digits", (), 8, 8, views=("slow", "online", "fast"), min_guidance=1.0)
-PIPELINE = Offer("flux", (), 1024, 1024, max_size=1024, guidance=3.5, adapters=True)
+RUN = ModelLimits("digits", (), 8, 8, views=("slow", "online", "fast"), min_guidance=1.0)
+PIPELINE = ModelLimits("flux", (), 1024, 1024, max_size=1024, guidance=3.5, adapters=True)
 
 
 def _asked(offer=RUN, **values):

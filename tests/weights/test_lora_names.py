@@ -102,9 +102,9 @@ def _xlabs(shapes, prefix=""):
     rng = np.random.default_rng(5)
     sizes = {f"{s}_blocks.{i}.processor.{n}": width for s, names in XLABS.items() for n, width in names for i in (0, 1)}
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    halves = {n: (draw(4, inputs), draw(outputs, 4)) for n, (inputs, outputs) in sizes.items()}
+    vae_codec = {n: (draw(4, inputs), draw(outputs, 4)) for n, (inputs, outputs) in sizes.items()}
     return {
-        f"{prefix}{n}.{h}.weight": x for n, both in halves.items() for h, x in zip(("down", "up"), both, strict=True)
+        f"{prefix}{n}.{h}.weight": x for n, both in vae_codec.items() for h, x in zip(("down", "up"), both, strict=True)
     }
 
 

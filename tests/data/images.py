@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed=0, height=32, width=32):
+def noise_image(seed=0, height=32, width=32):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -18,11 +18,11 @@ def encoded(image, form="PNG", **options):
     return out.getvalue()
 
 
-def write_folder(folder, pictures, extra=()):
-    """`pictures`: name -> (bytes, caption); `extra`: further lines."""
+def write_folder(folder, images, extra=()):
+    """`images`: name -> (bytes, caption); `extra`: further lines."""
     folder.mkdir(parents=True)
     rows = []
-    for name, (data, caption) in pictures.items():
+    for name, (data, caption) in images.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if data is not None:
             (folder / name).write_bytes(data)
@@ -34,5 +34,5 @@ def write_folder(folder, pictures, extra=()):
 
 def simple_folder(folder, num=40, height=32, width=32):
     return write_folder(
-        folder, {f"p/{i:03d}.png": (encoded(picture(i, height, width)), f"image {i}") for i in range(num)}
+        folder, {f"p/{i:03d}.png": (encoded(noise_image(i, height, width)), f"image {i}") for i in range(num)}
     )

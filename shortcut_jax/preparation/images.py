@@ -20,7 +20,7 @@ from shortcut_jax.preparation.units import UNUSED, Record, Skip, Unit, Unused, s
 FURTHER = f"{UNUSED}further captions of an image: the first one of a list is used"
 
 
-class Picture(NamedTuple):
+class Cropped(NamedTuple):
     """A captioned image in its bucket.
 
     Attributes:
@@ -51,7 +51,7 @@ class Encode(Protocol):
 
     batch_size: int
 
-    def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    def __call__(self, images: Sequence[Cropped]) -> list[tuple[dict[str, Any], dict[str, float]]]:
         """For each of the images, all of one bucket: the further fields of its record, and its `Record.sums`."""
         ...
 
@@ -72,9 +72,9 @@ class PixelEncoder:
         self._pool = pool
         self.batch_size = max(1, min(64, 2**24 // max(3 * h * w for h, w in buckets)))
 
-    def __call__(self, pictures: Sequence[Picture]) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    def __call__(self, images: Sequence[Cropped]) -> list[tuple[dict[str, Any], dict[str, float]]]:
         """See `Encode`."""
-        return [({"image": data}, {}) for data in self._pool.map(encode_png, [p.pixels for p in pictures])]
+        return [({"image": data}, {}) for data in self._pool.map(encode_png, [p.pixels for p in images])]
 
     def bytes_per_record(self, size: Size) -> int:
         """A quarter of a byte a pixel: flat drawings take that little, photographs six times as much."""
@@ -83,7 +83,7 @@ class PixelEncoder:
 
 def make_pool() -> ThreadPoolExecutor:
     """Threads for decoding, one a core."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="pictures")
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="images")
 
 
 def producer(
@@ -100,15 +100,15 @@ def producer(
     """
 
     def produce(unit: Unit) -> Iterator[Record | Skip | Unused]:
-        waiting: dict[int, list[tuple[Picture, bool]]] = {}
+        waiting: dict[int, list[tuple[Cropped, bool]]] = {}
         read = lambda item: _read(item, buckets, enlarge) if isinstance(item, Item) else item
         for result in _in_order(pool, read, _items(source, unit)):
             if isinstance(result, Skip | Unused):
                 yield result
                 continue
-            bucket, picture, enlarged = result
+            bucket, image, enlarged = result
             batch = waiting.setdefault(bucket, [])
-            batch.append((picture, enlarged))
+            batch.append((image, enlarged))
             if len(batch) == encode.batch_size:
                 yield from _encoded(bucket, waiting.pop(bucket), encode)
         for bucket in sorted(waiting):
@@ -126,7 +126,7 @@ def _items(source: Source, unit: Unit) -> Iterator[Item | Skip | Unused]:
         raise DataError(f"{error.filename or unit.name} cannot be read: {what}; what is done is kept") from error
 
 
-def _read(item: Item, buckets: Sequence[Size], enlarge: bool) -> tuple[int, Picture, bool] | Skip:
+def _read(item: Item, buckets: Sequence[Size], enlarge: bool) -> tuple[int, Cropped, bool] | Skip:
     path = item.image if isinstance(item.image, Path) else None
     before = stamp(path) if path else ""
     watched = (str(path), before) if path else None
@@ -141,15 +141,15 @@ def _read(item: Item, buckets: Sequence[Size], enlarge: bool) -> tuple[int, Pict
     if not enlarge and (image.height < height or image.width < width):
         return Skip(item.key, "too small", f"{image.height} x {image.width} for {height} x {width}", watched)
     pixels, enlarged = fit(image, buckets[bucket])
-    return bucket, Picture(item.key, item.caption, image.height, image.width, pixels, item.further, watched), enlarged
+    return bucket, Cropped(item.key, item.caption, image.height, image.width, pixels, item.further, watched), enlarged
 
 
-def _encoded(bucket: int, batch: Sequence[tuple[Picture, bool]], encode: Encode) -> Iterator[Record]:
-    encoded = encode([picture for picture, _ in batch])
-    for (picture, enlarged), (fields, sums) in zip(batch, encoded, strict=True):
-        told = {"key": picture.key, "caption": picture.caption, "height": picture.height, "width": picture.width}
-        further = {FURTHER: picture.further} if picture.further else {}
-        yield Record(bucket, told | fields, {**sums, **further, "enlarged": int(enlarged)}, picture.watched)
+def _encoded(bucket: int, batch: Sequence[tuple[Cropped, bool]], encode: Encode) -> Iterator[Record]:
+    encoded = encode([image for image, _ in batch])
+    for (image, enlarged), (fields, sums) in zip(batch, encoded, strict=True):
+        told = {"key": image.key, "caption": image.caption, "height": image.height, "width": image.width}
+        further = {FURTHER: image.further} if image.further else {}
+        yield Record(bucket, told | fields, {**sums, **further, "enlarged": int(enlarged)}, image.watched)
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
