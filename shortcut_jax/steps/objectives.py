@@ -170,7 +170,7 @@ def flow_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -
     return Examples(x_BNC, t_B, jnp.zeros_like(t_B), velocity_target(rows.x0_BNC, noise_BNC))
 
 
-def _interval_start(rows: Rows) -> tuple[Array, Array, Array]:
+def interval_start(rows: Rows) -> tuple[Array, Array, Array]:
     """State and time at each row's interval start, and the interval's length."""
     times_BJ = rows.draws.intervals.times_BJ
     t_B = times_BJ[:, 0]
@@ -184,7 +184,7 @@ def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -
     average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). A jump
     is a step of the sampler with as many steps more, and begins where that does (`schedules.start_of`).
     """
-    return _scfm_from(_interval_start(rows)[0], rows, networks, settings)
+    return _scfm_from(interval_start(rows)[0], rows, networks, settings)
 
 
 def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
@@ -216,7 +216,7 @@ def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, settings: Objective
 def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """Shortcut models (arXiv 2410.12557): the slow EMA, with the size of each jump as its input, makes all of them."""
     times_BJ, count_B = rows.draws.intervals
-    x_BNC, t_B, length_B = _interval_start(rows)
+    x_BNC, t_B, length_B = interval_start(rows)
     slow = networks.slow(rows.condition)
     return Examples(x_BNC, t_B, length_B, shortcut_target(x_BNC, times_BJ, count_B, slow, settings.student))
 
@@ -227,7 +227,7 @@ def alpha_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) 
     A row weighs 1 / alpha, which undoes that its error is alpha times as large.
     """
     del settings
-    x_BNC, t_B, length_B = _interval_start(rows)
+    x_BNC, t_B, length_B = interval_start(rows)
     v_BNC = velocity_target(rows.x0_BNC, rows.draws.noise_BNC)
     alpha_B = cast(Array, rows.draws.alpha_B)
     target_BNC = alpha_target(x_BNC, t_B, length_B, v_BNC, networks.slow(rows.condition), alpha_B)
@@ -237,7 +237,7 @@ def alpha_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) 
 def meanflow_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """MeanFlow (arXiv 2505.13447): see `core.shortcut.meanflow_target`; the network that learns is its own EMA."""
     del settings
-    x_BNC, t_B, length_B = _interval_start(rows)
+    x_BNC, t_B, length_B = interval_start(rows)
     v_BNC = velocity_target(rows.x0_BNC, rows.draws.noise_BNC)
     target_BNC = meanflow_target(x_BNC, t_B, length_B, v_BNC, networks.forward(rows.condition))
     return Examples(x_BNC, t_B, length_B, target_BNC)
