@@ -178,6 +178,7 @@ def _start(num, code, timeout=60, **more):
     return start(num, ["-c", PROGRAM, str(timeout), code], **more)
 
 
+@pytest.mark.slow
 def test_who_is_missing_is_said_by_all_who_came():
     codes, errors = wait(_start(4, "pass", timeout=10, only=(0, 2)))
     assert codes == [75, 75]
@@ -185,12 +186,14 @@ def test_who_is_missing_is_said_by_all_who_came():
         assert "after 10 s processes 1, 3 of 4 had not called at 127.0.0.1:" in line
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_id_are_told():
     codes, errors = wait(_start(3, "pass", JAX_PROCESS_ID=["0", "1", "1"]))
     assert codes == [75, 75, 75]
     assert all("two processes have the id 1" in line for line in error_lines(errors))
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_told_where():
     code = "consistency.check_same({'steps': 4 + key_value.process_id() // 2, 'seed': 0})"
     codes, errors = wait(_start(3, code))
@@ -213,6 +216,7 @@ def test_devices_that_do_not_come_up_are_told():
     assert all("after 3 s the devices of process" in line for line in error_lines(errors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_process_ends_all_with_a_line_that_says_which(failing):
     """Also where another is stuck in something that never ends."""
@@ -238,6 +242,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_others_may_try_again():
     assert error_lines(errors)[1] == "error: process 0 failed: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.slow
 def test_processes_that_agree_end_well(tmp_path):
     folder = f"__import__('pathlib').Path({str(tmp_path)!r})"
     code = f"consistency.check_same({{'a': 1}}); shared_folder.check_folder({folder})"
@@ -280,6 +285,7 @@ def _train(num, arguments, workdir, *extra, **changes):
     return wait(start(num, argv, extra=extra))
 
 
+@pytest.mark.slow
 def test_training_with_two_configs_is_told_in_both_before_anything_is_written(arguments, tmp_path):
     extra = ["--config.seed=1", "--config.data.threads=1"], ["--config.seed=2", "--config.ema.slow=0.5"]
     codes, errors = _train(2, arguments, tmp_path / "run", *extra)
@@ -290,6 +296,7 @@ def test_training_with_two_configs_is_told_in_both_before_anything_is_written(ar
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_is_told_in_every_process(arguments, tmp_path):
     codes, errors = _train(2, arguments, tmp_path / "run", mesh__data=3, mesh__fsdp=1)
     assert codes == [1, 1]

@@ -132,6 +132,7 @@ BACKGROUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKGROUND)
 def test_what_threads_of_libraries_report_goes_into_the_log_alone(name, tmp_path, capfd):
     act, text = BACKGROUND[name]

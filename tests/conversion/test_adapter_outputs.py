@@ -139,6 +139,7 @@ def reference(distilled, trained, tmp_path):
     return model.eval()
 
 
+@pytest.mark.slow
 def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffusers(
     distilled, reference, one_device, highest_precision
 ):

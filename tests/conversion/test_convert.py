@@ -195,6 +195,7 @@ def test_a_pipeline_goes_to_every_format_and_back(pipeline_folder, converted_fol
     assert sorted(p.name for p in (tmp_path / "bfl").iterdir()) == ["ae.safetensors", "flux1.safetensors"]
 
 
+@pytest.mark.slow
 def test_single_files_make_a_pipeline(pipeline_folder, converted_folder, tmp_path, capfd):
     sources = [f"--from={pipeline_folder}/{n}" for n in ("vae", "text_encoder", "transformer", "text_encoder_2")]
     tokenizers = [f"--{n}={pipeline_folder}/{n}" for n in ("tokenizer", "tokenizer_2")]
@@ -348,6 +349,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(bfl, shapes, tmp_path, ca
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, monkeypatch):
     from shortcut_jax import train
 

@@ -28,6 +28,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_bench_times_two_values_in_turn_and_prints_their_ratio(one_device, capsys):
     assert bench.main(["bench", *TINY, "--vary=objective=flow,scfm", "--steps=4", "--stretch=2"]) == 0
     _, flow, scfm = capsys.readouterr().out.strip().splitlines()
@@ -112,6 +113,7 @@ def test_bench_refuses_in_one_line(extra, pattern, one_device, capfd):
     assert pattern in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys):
     settings = from_config(tiny_config(**BOTH_BLOCKS, mesh__fsdp=8, batch_size=64))
     assert dry_run.run(settings, None, 1.0) == 0

@@ -55,6 +55,7 @@ def test_what_a_collective_moves(transfer, what):
     assert describe(transfer, SHAPES, MESH) == what
 
 
+@pytest.mark.slow
 def test_every_collective_of_a_small_step_is_explained():
     assembly = tiny_assembly(8, mesh__data=2, mesh__fsdp=4, batch_size=64)
     text = assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes).compile().as_text()

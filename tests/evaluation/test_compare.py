@@ -10,6 +10,7 @@ from shortcut_jax.evaluation.digits import Score
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+@pytest.mark.slow
 def test_runs_are_judged_alike_and_the_first_is_the_baseline(trained, tmp_path, data_dir, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)

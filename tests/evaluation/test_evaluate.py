@@ -45,6 +45,7 @@ def evaluated(trained, data_dir, made_once, one_device_of_module):
     return made_once("evaluated", lambda folder: _evaluate(trained, folder, data_dir))
 
 
+@pytest.mark.slow
 def test_views_steps_and_what_is_asked_besides(evaluated):
     record = json.loads((evaluated / "evaluation.json").read_text())
     images = {(c["label"], c["steps"]): c["images"] for c in record["cells"]}
@@ -63,6 +64,7 @@ def test_views_steps_and_what_is_asked_besides(evaluated):
     assert {p.name for p in evaluated.iterdir()} >= {"evaluation.html", "evaluation.json", "tensorboard", "cells"}
 
 
+@pytest.mark.slow
 def test_the_network_of_the_set_gives_features_and_classes(
     evaluated, trained, data_dir, tmp_path, monkeypatch, capfd, one_device
 ):
@@ -156,6 +158,7 @@ def test_what_was_killed_goes_on_where_it_was(
     assert {n for n, _ in made} == {1}  # to compile; nothing was sampled anew
 
 
+@pytest.mark.slow
 def test_adapters_are_judged_against_their_teacher(distilled, data_dir, tmp_path, one_device_of_module):
     extra = ("--views=slow", "--teacher_steps=2", "--images=16", "--extras=")
     record = _evaluate(distilled, tmp_path, data_dir, *extra)

@@ -40,6 +40,7 @@ def direct():
     return jax.jit(lambda x: InceptionV3(SMALL).apply({"params": params}, x))
 
 
+@pytest.mark.slow
 def test_inception_is_split_over_devices_and_does_not_depend_on_the_batch(inception_folder, direct, monkeypatch):
     assert len(jax.local_devices()) == 8
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 1)  # eight at once

@@ -30,6 +30,7 @@ def weights(digits):
         return train_network(images[:1500], labels[:1500], 10)
 
 
+@pytest.mark.slow
 def test_it_tells_digits_apart_that_it_has_not_seen(digits, weights):
     images, labels = digits
     found = network_classes(weights)(images[1500:])

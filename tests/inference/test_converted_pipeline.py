@@ -67,6 +67,7 @@ def schnell(tmp_path_factory):
     return _pair(source, convert_pipeline(source, source.with_name("converted")))
 
 
+@pytest.mark.slow
 def test_latents_equal_those_of_diffusers(dev):
     assert relative(dev.actual(), dev.expected()) <= TOLERANCE
 
@@ -99,6 +100,7 @@ def test_latents_equal_those_of_diffusers_with_another_spacing_of_times(dev, mon
     assert relative(uniform, dev.expected()) >= 20 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_decoded_images_equal_those_of_diffusers_before_rounding(dev, highest_precision):
     import torch
 
@@ -122,6 +124,7 @@ def test_guidance_is_3_5_by_default_and_the_shift_follows_the_size(dev):
     assert relative(dev.actual(shift=float(np.exp(mu))), dev.actual()) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_model_without_guidance_embedding_has_none_by_default_and_a_fixed_shift(schnell):
     assert str(schnell.ours.guidance()) == "guidance: none"
     assert schnell.ours.sampling.text_tokens == 256
@@ -351,6 +354,7 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_clear_line(converted_folder, 
         TextToImage(deep)("a cat", **SMALL)
 
 
+@pytest.mark.slow
 def test_the_command_writes_an_image_of_the_right_size_and_tells_what_it_does(converted_folder, tmp_path, capfd):
     out = tmp_path / "cat.png"
     size = [f"--height={HEIGHT}", f"--width={WIDTH}", "--text_tokens=12"]

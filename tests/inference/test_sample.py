@@ -46,6 +46,7 @@ def test_images_follow_seed_view_steps_and_guidance_and_repeat(trained):
         assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_only_one_view_is_read_from_disk(tmp_path, one_device):
     """A model large enough that modules and JSON files are small beside a view; the other items may even be gone."""
     assembly = tiny_assembly(**BOTH_BLOCKS, model__preset="digits", model__width=256, model__heads=8)

@@ -79,6 +79,7 @@ def forward(run):
     return lambda params, inputs: run(params, inputs)[0]
 
 
+@pytest.mark.slow
 def test_the_output_is_zero_at_first_and_not_once_every_weight_is_set(initial, forward):
     out = forward(initial, _inputs(FULL))
     assert out.shape == (2, IMG, TINY.channels) and out.dtype == jnp.float32
@@ -200,6 +201,7 @@ def test_every_weight_starts_from_its_own_distribution(initial):
     assert ones and all((np.asarray(params[path]) == 1.0).all() for path in ones)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "first"),
     [

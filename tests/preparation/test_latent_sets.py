@@ -89,6 +89,7 @@ def _bytes(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_records_hold_the_moments_and_states_of_the_models(prepared, pipeline, autoencoder):
     info, records = PreparedSet(prepared).info, _records(prepared)
     vae, params = autoencoder

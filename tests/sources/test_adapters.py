@@ -71,6 +71,7 @@ def test_adapters_of_text_encoders_alone_are_refused(tmp_path, capfd):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_sampling_tells_what_is_left_out_of_an_adapter(converted_folder, tmp_path, capfd, monkeypatch):
     (flux,) = [m for m in open_models(converted_folder) if m.kind == "flux"]
     tensors, _ = to_peft(random_modules({k: s.shape for k, s in flux.specs.items()}))

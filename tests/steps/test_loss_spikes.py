@@ -43,6 +43,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_no_spike(careful):
     assert np.isfinite(state.spikes.mean)
 
 
+@pytest.mark.slow
 def test_steps_below_the_limit_are_those_of_a_run_without_the_rule(careful):
     plain = tiny_assembly()
     (_, with_rule, metrics), (_, without, plain_metrics) = _run(careful, [1.0] * 4), _run(plain, [1.0] * 4)

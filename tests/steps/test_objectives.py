@@ -178,6 +178,7 @@ def test_a_teacher_changes_no_draw_but_the_intervals_of_its_rows():
         np.testing.assert_array_equal(getattr(with_teacher, name), getattr(without, name))
 
 
+@pytest.mark.slow
 def test_the_share_of_teacher_rows_is_drawn_anew_each_step():
     settings = _settings("scfm", RowGroup(1, 0), teacher_share=0.4)
     drawn = np.array([draw(jax.random.key(k), 8, SHAPE, settings).teacher_B for k in range(500)])

@@ -29,6 +29,7 @@ def lora():
     return tiny_assembly(**POST_TRAINING)
 
 
+@pytest.mark.slow
 def test_a_step_moves_what_is_trained_and_nothing_that_is_frozen(assembly):
     state = noisy_state(assembly)
     before = host_copy(state)
@@ -193,6 +194,7 @@ def test_a_restart_is_a_step_of_the_run_and_is_counted():
     assert restarts == [0, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_frozen_base_is_not_computed():
     def counted(**changes):
         # Unrolled, so that XLA counts each block.

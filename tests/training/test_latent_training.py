@@ -62,6 +62,7 @@ def trained_on_latents(folder, prepared):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_run_learns_validates_and_draws_its_grid_with_the_sets_own_decoder(trained_on_latents):
     metrics = read_metrics(trained_on_latents / "metrics.jsonl")
     assert all(np.isfinite(metrics[step]["loss"]) for step in range(1, 5))

@@ -127,6 +127,7 @@ def test_a_lora_is_where_training_goes_on_from(distilled, trained, tmp_path, pos
             np.testing.assert_allclose(actual, value, rtol=1e-6, atol=1e-9, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_lora_teacher_is_a_second_set_of_adapters(distilled, trained, tmp_path, post_arguments, one_device):
     assert train.main(post_arguments(tmp_path / "run", "--stop_at=1", teacher_lora=str(distilled), **STILL)) == 0
     params = _stored(tmp_path / "run", 1)
@@ -249,6 +250,7 @@ def test_the_teachers_adapters_may_move_but_not_change(distilled, tmp_path, post
     assert stored_meta(tmp_path / "run/checkpoints")["base"]["teacher"] == str(moved)
 
 
+@pytest.mark.slow
 def test_the_report_judges_the_teacher_beside_the_student(tmp_path, post_arguments, one_device):
     changes = {"eval__views": "('teacher','slow')", "eval__images": "(20,20)"}
     assert train.main(post_arguments(tmp_path / "run", **changes)) == 0

@@ -71,6 +71,7 @@ def run(folder, tmp_path_factory):
     return assembly, workdir
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_exactly_once_for_each_bucket(run, folder):
     assembly, _ = run
     data = TrainingData(assembly.settings.data)
@@ -159,6 +160,7 @@ def test_the_validation_loss_does_not_depend_on_batch_or_mesh(folder):
     )
 
 
+@pytest.mark.slow
 def test_stored_states_reach_the_step(folder):
     settings = _settings(folder, "latents")
     assembly = Assembly(settings, jax.devices()[:1])

@@ -65,6 +65,7 @@ def test_a_run_leaves_a_report_images_metrics_and_a_record(trained):
     assert all(np.isfinite(v).all() for v in items.values())
 
 
+@pytest.mark.slow
 def test_two_and_two_steps_equal_four_bit_for_bit(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     assert train.main(arguments(workdir, "--stop_at=2", **BOTH_BLOCKS)) == 0
@@ -267,6 +268,7 @@ def test_a_borne_non_finite_step_is_counted_and_leaves_finite_weights(tmp_path, 
     assert all(np.isfinite(v).all() for v in items.values())
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back(trained, tmp_path, arguments, capfd):
     workdir = tmp_path / "run"
     assert train.main(arguments(workdir, "--stop_at=3", **BOTH_BLOCKS, checkpoint_every=2)) == 0
@@ -405,6 +407,7 @@ def test_ctrl_c_in_one_process_takes_the_other_along(tmp_path, arguments):
     assert json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["step"] == step
 
 
+@pytest.mark.slow
 def test_a_run_on_captions_alone_trains_and_draws_them(trained, tmp_path, arguments):
     (tmp_path / "prompts.txt").write_text("the digit one\nthe digit two\n")
     rows = {"rows__self_rows": 0, "rows__flow_rows": 0, "rows__rolled_rows": 1, "init_from": str(trained)}

@@ -53,6 +53,7 @@ def _programs(run):
     return sum(sampler._cache_size() for sampler in {g._sample for g in run._generators.values()})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_programs")
 def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
     run = TrainedRun(trained)
@@ -76,6 +77,7 @@ def test_views_are_read_once_and_share_the_compiled_samplers(trained, reads):
     assert run.program(asked()) != run.program(asked(guidance=4.0)) != run.program(asked(num=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_programs")
 def test_the_strength_of_a_run_s_adapters_is_a_number_of_one_program(distilled, reads):
     references = {scale: _reference(distilled, lora_scale=scale) for scale in (1.0, 0.0, 1.5)}
@@ -122,6 +124,7 @@ def _edit(model, rows, columns, **values):
     return make_edit(model.offer, {**chosen, **values}, pixels), pixels[None]
 
 
+@pytest.mark.slow
 def test_method_shift_and_edits_are_those_of_the_command_line(trained):
     run, reference = TrainedRun(trained), _reference(trained)
     request = make_request(run.offer, {"prompt": SEVEN, "steps": 3, "num": 2, "seed": 5, "method": "heun", "shift": 3})
@@ -142,6 +145,7 @@ def test_method_shift_and_edits_are_those_of_the_command_line(trained):
     assert _close(run.images(shifted, 4), wanted(shift=3.0)) and not _close(wanted(shift=3.0), edited)
 
 
+@pytest.mark.slow
 def test_records_are_those_of_the_command_line(trained, converted_folder, tmp_path):
     for flag, model, own in (
         (f"--workdir={trained}", TrainedRun(trained), ["--num=4", "--batch=4"]),

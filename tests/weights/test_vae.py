@@ -47,6 +47,7 @@ def _shapes():
     return {k: v.shape for k, v in flat_paths(jax.eval_shape(init, jax.random.key(0))["params"]).items()}
 
 
+@pytest.mark.slow
 def test_moments_and_images_equal_diffusers(reference, highest_precision):
     import torch
 
