@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from shortcut_jax.cluster import failures
+from shortcut_jax.core.setting import NOT_NEGATIVE, setting
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class WatchdogSettings:
       grace_seconds: from the dump to the exit: the other processes, which hang on the same, dump theirs as well.
     """
 
-    seconds: float = 1800.0
-    slow_seconds: float = 7200.0
-    grace_seconds: float = 15.0
+    seconds: float = setting(1800.0, NOT_NEGATIVE)
+    slow_seconds: float = setting(7200.0, NOT_NEGATIVE)
+    grace_seconds: float = setting(15.0, NOT_NEGATIVE)
 
 
 class Watchdog:

@@ -5,6 +5,7 @@ import typing
 
 from shortcut_jax.config.check_values import check_values
 from shortcut_jax.config.derive import model_config
+from shortcut_jax.config.fields import fields_of
 from shortcut_jax.config.resume import flatten
 from shortcut_jax.config.schema import Settings, build, check_paths, to_dict
 from shortcut_jax.core.schedules import weights_for_share
@@ -20,25 +21,8 @@ from shortcut_jax.steps.validation_loss import RULES
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_AT_LEAST_ONE = (
-    *("steps", "accumulate", "log_every", "keep", "save_attempts", "data.text_tokens", "rolled_steps"),
-    *("eval.batch_size", "eval.columns", "model.scan_unroll", "lora.rank", "data.threads"),
-)
-_NOT_NEGATIVE = (
-    *("seed", "max_skipped", "sample_every", "checkpoint_every"),
-    *("rows.self_rows", "rows.flow_rows", "rows.rolled_rows", "data.limit", "data.workers"),
-    *("validation.every", "validation.every_samples", "validation.images", "validation.seed", "mesh.min_shard"),
-    *("ema.restart_every", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
-    *("spikes.factor", "spikes.after", "watchdog.seconds", "watchdog.slow_seconds", "watchdog.grace_seconds"),
-)
-_POSITIVE = (
-    *("optimizer.learning_rate", "optimizer.eps", "eval.shift", "lora.alpha"),
-    "heartbeat_every",
-)
 _TAKE_TEACHER = " or ".join(name for name, row in OBJECTIVES.items() if row.takes_teacher)
 _TAKE_ROLLED = " or ".join(name for name, row in OBJECTIVES.items() if row.of_rolled_rows)
-_DECAYS = ("ema.fast", "ema.slow", "spikes.decay", "optimizer.b1", "optimizer.b2")
-_PROBABILITIES = ("data.caption_dropout", "data.flip", "shift.dynamic", "teacher_share")
 _PATHS = ("optimizer.decay_paths", "lora.paths")
 
 
@@ -73,16 +57,11 @@ def _check(s: Settings) -> None:
     one_of("guide", s.guide, GUIDES)
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         one_of(name, values[name], DTYPES)
-    for name in _AT_LEAST_ONE:
-        require(values[name] >= 1, f"{name} is {values[name]}, but must be at least 1")
-    for name in _NOT_NEGATIVE:
-        require(values[name] >= 0, f"{name} is {values[name]}, but must not be negative")
-    for name in _POSITIVE:
-        require(values[name] > 0, f"{name} is {values[name]}, but must be positive")
-    for name in _DECAYS:
-        require(0.0 <= values[name] < 1.0, f"{name} is {values[name]}, but must be in [0, 1)")
-    for name in _PROBABILITIES:
-        require(0.0 <= values[name] <= 1.0, f"{name} is {values[name]}, but must be in [0, 1]")
+    for name, field in fields_of(s).items():
+        within = field.metadata.get("within")
+        require(
+            within is None or within.holds(values[name]), f"{name} is {values[name]}, but must {within and within.text}"
+        )
     _check_student(s)
     _check_faults(s)
     _check_evaluation(s)

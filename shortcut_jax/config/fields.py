@@ -134,6 +134,17 @@ def _shown(text: str) -> str:
     return repr(short if value is None else value)
 
 
+def fields_of(settings: Any, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """The fields of nested dataclasses by dotted name; those of a group have the group's mark, if it has one."""
+    found: dict[str, dataclasses.Field] = {}
+    for one in dataclasses.fields(settings):
+        value = getattr(settings, one.name)
+        found |= (
+            fields_of(value, f"{prefix}{one.name}.") if dataclasses.is_dataclass(value) else {prefix + one.name: one}
+        )
+    return found
+
+
 def field_help(settings: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Name, type and default, and help of each field of nested dataclasses, from their `Attributes:`."""
     docs = attribute_docs(type(settings))

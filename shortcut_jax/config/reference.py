@@ -3,10 +3,9 @@
 from collections import defaultdict
 
 from shortcut_jax.config.fields import field_help
-from shortcut_jax.config.resume import MARKS
+from shortcut_jax.config.resume import resume_marks
 from shortcut_jax.config.schema import Settings
 from shortcut_jax.core.text import markdown
-from shortcut_jax.core.tree import first_match
 
 ON_RESUME = {"identity": "no", "schedule": "yes, logged", "free": "yes"}
 
@@ -21,10 +20,11 @@ value. Written by `python -m shortcut_jax.config.reference > docs/configuration.
 
 def reference() -> str:
     """The page, as Markdown: a table for the run itself, and one for each group of fields."""
+    marks = resume_marks()
     groups: dict[str, list[list[str]]] = defaultdict(list)
     for name, default, text in field_help(Settings()):
         group = name.rpartition(".")[0]
-        row = [f"`{name}`", default.replace("|", "\\|"), text, ON_RESUME[first_match(MARKS, name)]]
+        row = [f"`{name}`", default.replace("|", "\\|"), text, ON_RESUME[marks[name]]]
         groups[group].append(row)
     head = ["field", "type, default", "meaning", "may change on resume"]
     tables = [

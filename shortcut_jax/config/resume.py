@@ -1,20 +1,22 @@
 """Two configs of one workdir: where they differ, and what may differ when a run is resumed."""
 
+import dataclasses
 from typing import Any
 
-from shortcut_jax.core.tree import first_match
+from shortcut_jax.config.schema import Settings
+from shortcut_jax.core.setting import FREE, IDENTITY, SCHEDULE
 
-MARKS = (
-    (r"steps|optimizer\.warmup_steps|max_skipped|spikes\..*", "schedule"),
-    (
-        r"mesh\..*|eval\..*|validation\..*|data\.(dir|threads|workers)|base|teacher_lora|(log|sample|checkpoint)_every|"
-        r"keep|save_attempts|peer_timeout|watchdog\..*|accumulate|batch_per_device|heartbeat_every|profile_steps",
-        "free",
-    ),
-    (r"model\.(remat|attention|scan_unroll)", "free"),
-    (r".*", "identity"),
-)
-"""What may change when a workdir is resumed: `identity` never, `schedule` with a log line, `free` silently."""
+
+def resume_marks(settings: Any = None, prefix: str = "", group: str = IDENTITY) -> dict[str, str]:
+    """Whether each field of a config, by dotted name, may change when a run is resumed; see `core.setting`."""
+    settings = Settings() if settings is None else settings
+    marks: dict[str, str] = {}
+    for one in dataclasses.fields(settings):
+        value, mark = getattr(settings, one.name), one.metadata.get("resume", IDENTITY)
+        mark = group if mark == IDENTITY else mark
+        nested = dataclasses.is_dataclass(value)
+        marks |= resume_marks(value, f"{prefix}{one.name}.", mark) if nested else {prefix + one.name: mark}
+    return marks
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -31,8 +33,9 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def compare(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, list[str]]:
     """Differences of two `to_dict` results by mark, each as `key: stored -> current`."""
     old, new = flatten(stored), flatten(current)
-    differences: dict[str, list[str]] = {"identity": [], "schedule": [], "free": []}
+    marks = resume_marks()
+    differences: dict[str, list[str]] = {IDENTITY: [], SCHEDULE: [], FREE: []}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            differences[first_match(MARKS, key)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+            differences[marks.get(key, IDENTITY)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return differences

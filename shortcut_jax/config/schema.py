@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -20,6 +20,7 @@ from shortcut_jax.core.ema import EmaSettings
 from shortcut_jax.core.local_path import local_path
 from shortcut_jax.core.loss_spikes import SpikeSettings
 from shortcut_jax.core.schedules import AlphaSchedule, ShiftRange, StudentSteps
+from shortcut_jax.core.setting import AT_LEAST_ONE, FREE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SCHEDULE, setting
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.models.presets import preset
@@ -54,9 +55,9 @@ class ModelSettings:
     guidance: bool | None = None
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "auto"
-    scan_unroll: int = 1
+    remat: str = setting("none", resume=FREE)
+    attention: str = setting("auto", resume=FREE)
+    scan_unroll: int = setting(1, AT_LEAST_ONE, resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class LoraSettings:
       paths: regular expression over the whole path of a layer; all linear layers by default.
     """
 
-    rank: int = 64
-    alpha: float = 64.0
+    rank: int = setting(64, AT_LEAST_ONE)
+    alpha: float = setting(64.0, POSITIVE)
     rslora: bool = False
     paths: str = ".*"
 
@@ -95,7 +96,7 @@ class MeshSettings:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
-    min_shard: int = 2**16
+    min_shard: int = setting(2**16, NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ class EvalSettings:
     images: tuple[int, ...] = (512, 512, 0)
     seeds: tuple[int, ...] = (0,)
     captions: tuple[str, ...] = ()
-    columns: int = 10
+    columns: int = setting(10, AT_LEAST_ONE)
     view: str = "slow"
-    shift: float = 1.0
+    shift: float = setting(1.0, POSITIVE)
     guidance: float = 1.0
-    batch_size: int = 256
+    batch_size: int = setting(256, AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,14 @@ class ValidationSettings:
       seed: of the noise.
     """
 
-    every: int = 0
-    every_samples: int = 0
+    every: int = setting(0, NOT_NEGATIVE)
+    every_samples: int = setting(0, NOT_NEGATIVE)
     name: str | None = None
     split: str = "validation"
     rule: str = "mlperf"
-    images: int = 0
+    images: int = setting(0, NOT_NEGATIVE)
     views: tuple[str, ...] = ("slow",)
-    seed: int = 0
+    seed: int = setting(0, NOT_NEGATIVE)
 
     def interval(self, batch_size: int) -> int:
         """Steps of `batch_size` samples between validations; 0 means never."""
@@ -205,51 +206,51 @@ class Settings:
     """
 
     objective: str = "scfm"
-    steps: int = 1000
-    seed: int = 0
+    steps: int = setting(1000, AT_LEAST_ONE, resume=SCHEDULE)
+    seed: int = setting(0, NOT_NEGATIVE)
     train: str = "all"
-    lora: LoraSettings = field(default_factory=LoraSettings)
+    lora: LoraSettings = setting(LoraSettings)
     init_from: str | None = None
     init_view: str = "slow"
-    base: str | None = None
-    teacher_lora: str | None = None
-    teacher_share: float = 0.0
+    base: str | None = setting(None, resume=FREE)
+    teacher_lora: str | None = setting(None, resume=FREE)
+    teacher_share: float = setting(0.0, PROBABILITY)
     teacher_grid: int = 32
     batch_size: int | None = None
-    batch_per_device: int | None = None
-    accumulate: int = 1
-    rows: RowGroup = field(default_factory=RowGroup)
-    rolled_steps: int = 4
+    batch_per_device: int | None = setting(None, resume=FREE)
+    accumulate: int = setting(1, AT_LEAST_ONE, resume=FREE)
+    rows: RowGroup = setting(RowGroup)
+    rolled_steps: int = setting(4, AT_LEAST_ONE)
     student_steps: tuple[int, ...] = StudentSteps.counts
     student_weights: tuple[float, ...] = ()
     one_step_share: float | None = None
     multistep_start: float = 1.0
     jumps: int = 2
-    alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
-    shift: ShiftRange = field(default_factory=ShiftRange)
+    alpha: AlphaSchedule = setting(AlphaSchedule)
+    shift: ShiftRange = setting(ShiftRange)
     timestep: str = "uniform"
     timestep_range: tuple[float, ...] = (0.0, 1.0)
     guidance: tuple[float, ...] = ()
     guide: str = "told"
-    max_skipped: int = 0
+    max_skipped: int = setting(0, NOT_NEGATIVE, resume=SCHEDULE)
     grad_reduce_dtype: str = "float32"
-    log_every: int = 10
-    sample_every: int = 0
-    checkpoint_every: int = 0
-    keep: int = 3
-    heartbeat_every: float = 5.0
-    profile_steps: str = ""
-    save_attempts: int = 3
-    peer_timeout: float = 60.0
-    model: ModelSettings = field(default_factory=ModelSettings)
-    mesh: MeshSettings = field(default_factory=MeshSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    ema: EmaSettings = field(default_factory=EmaSettings)
-    spikes: SpikeSettings = field(default_factory=SpikeSettings)
-    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
-    eval: EvalSettings = field(default_factory=EvalSettings)
-    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    log_every: int = setting(10, AT_LEAST_ONE, resume=FREE)
+    sample_every: int = setting(0, NOT_NEGATIVE, resume=FREE)
+    checkpoint_every: int = setting(0, NOT_NEGATIVE, resume=FREE)
+    keep: int = setting(3, AT_LEAST_ONE, resume=FREE)
+    heartbeat_every: float = setting(5.0, POSITIVE, resume=FREE)
+    profile_steps: str = setting("", resume=FREE)
+    save_attempts: int = setting(3, AT_LEAST_ONE, resume=FREE)
+    peer_timeout: float = setting(60.0, resume=FREE)
+    model: ModelSettings = setting(ModelSettings)
+    mesh: MeshSettings = setting(MeshSettings, resume=FREE)
+    data: DataSettings = setting(DataSettings)
+    optimizer: OptimizerSettings = setting(OptimizerSettings)
+    ema: EmaSettings = setting(EmaSettings)
+    spikes: SpikeSettings = setting(SpikeSettings, resume=SCHEDULE)
+    watchdog: WatchdogSettings = setting(WatchdogSettings, resume=FREE)
+    eval: EvalSettings = setting(EvalSettings, resume=FREE)
+    validation: ValidationSettings = setting(ValidationSettings, resume=FREE)
 
     @property
     def has_base(self) -> bool:

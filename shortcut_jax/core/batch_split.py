@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from shortcut_jax.core.setting import NOT_NEGATIVE, setting
 from shortcut_jax.core.types import Array
 
 KINDS = ("self", "rolled", "flow")
@@ -30,9 +31,9 @@ class RowGroup:
       rolled_rows: as self rows, from points that the slow EMA reaches from noise in place of noised images.
     """
 
-    self_rows: int = 1
-    flow_rows: int = 3
-    rolled_rows: int = 0
+    self_rows: int = setting(1, NOT_NEGATIVE)
+    flow_rows: int = setting(3, NOT_NEGATIVE)
+    rolled_rows: int = setting(0, NOT_NEGATIVE)
 
     @property
     def distilled(self) -> int:

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from shortcut_jax.core.setting import DECAY, NOT_NEGATIVE, setting
 from shortcut_jax.core.types import Array
 
 
@@ -28,12 +29,12 @@ class EmaSettings:
       restart_every: restart every that many optimizer steps; 0 means never.
     """
 
-    fast: float = 0.99
-    slow: float = 0.999
+    fast: float = setting(0.99, DECAY)
+    slow: float = setting(0.999, DECAY)
     warmup: bool = False
     warmup_ratio: float = 1.0
     dual: bool = True
-    restart_every: int = 0
+    restart_every: int = setting(0, NOT_NEGATIVE)
 
 
 class DualEma(NamedTuple):

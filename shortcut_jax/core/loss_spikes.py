@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from shortcut_jax.core.setting import DECAY, NOT_NEGATIVE, setting
 from shortcut_jax.core.types import Array
 
 
@@ -20,9 +21,9 @@ class SpikeSettings:
       decay: of the running mean; 0.99 looks back over about a hundred steps.
     """
 
-    factor: float = 0.0
-    after: int = 100
-    decay: float = 0.99
+    factor: float = setting(0.0, NOT_NEGATIVE)
+    after: int = setting(100, NOT_NEGATIVE)
+    decay: float = setting(0.99, DECAY)
 
 
 class SpikeMemory(NamedTuple):

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from shortcut_jax.core.setting import PROBABILITY, setting
 from shortcut_jax.core.types import Array
 
 FIRST_TIME = 1.0 - 1e-5
@@ -26,7 +27,7 @@ class ShiftRange:
 
     low: float = 1.0
     high: float = 1.0
-    dynamic: float = 0.0
+    dynamic: float = setting(0.0, PROBABILITY)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax.core.local_path import local_path
+from shortcut_jax.core.setting import AT_LEAST_ONE, FREE, NOT_NEGATIVE, PROBABILITY, setting
 from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.datasets import EMBEDDED, register
 from shortcut_jax.data.format import INFO, PreparedSet, Size
@@ -46,20 +47,20 @@ class DataSettings:
     name: str = "digits"
     mix: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
-    dir: str = "~/tensorflow_datasets"
+    dir: str = setting("~/tensorflow_datasets", resume=FREE)
     split: str = "train"
     store: str = "pixels"
     height: int = 8
     width: int = 8
     stride: int | None = None
     text_encoder: str = "words"
-    text_tokens: int = 8
+    text_tokens: int = setting(8, AT_LEAST_ONE)
     text_states: str = "full"
-    caption_dropout: float = 0.1
-    flip: float = 0.0
-    limit: int = 0
-    threads: int = 2
-    workers: int = 0
+    caption_dropout: float = setting(0.1, PROBABILITY)
+    flip: float = setting(0.0, PROBABILITY)
+    limit: int = setting(0, NOT_NEGATIVE)
+    threads: int = setting(2, AT_LEAST_ONE, resume=FREE)
+    workers: int = setting(0, NOT_NEGATIVE, resume=FREE)
 
 
 STORES = ("pixels", "latents", "captions")

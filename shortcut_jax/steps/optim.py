@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import optax
 
+from shortcut_jax.core.setting import DECAY, NOT_NEGATIVE, POSITIVE, SCHEDULE, setting
 from shortcut_jax.core.tree import match_tree
 
 SCHEDULES = ("constant", "cosine")
@@ -25,14 +26,14 @@ class OptimizerSettings:
       schedule: `constant`, or `cosine` down to 0 at the last step, after the warm-up.
     """
 
-    learning_rate: float = 2e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    learning_rate: float = setting(2e-4, POSITIVE)
+    b1: float = setting(0.9, DECAY)
+    b2: float = setting(0.95, DECAY)
+    eps: float = setting(1e-8, POSITIVE)
+    weight_decay: float = setting(0.1, NOT_NEGATIVE)
     decay_paths: str = ".*/kernel"
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
+    clip_norm: float = setting(1.0, NOT_NEGATIVE)
+    warmup_steps: int = setting(0, NOT_NEGATIVE, resume=SCHEDULE)
     schedule: str = "constant"
 
 
