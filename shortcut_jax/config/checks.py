@@ -58,10 +58,8 @@ def _check(s: Settings) -> None:
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         one_of(name, values[name], DTYPES)
     for name, field in fields_of(s).items():
-        within = field.metadata.get("within")
-        require(
-            within is None or within.holds(values[name]), f"{name} is {values[name]}, but must {within and within.text}"
-        )
+        if within := field.metadata.get("within"):
+            require(within.holds(values[name]), f"{name} is {values[name]}, but must {within.text}")
     _check_student(s)
     _check_faults(s)
     _check_evaluation(s)

@@ -135,13 +135,11 @@ def _shown(text: str) -> str:
 
 
 def fields_of(settings: Any, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """The fields of nested dataclasses by dotted name; those of a group have the group's mark, if it has one."""
+    """The fields of nested dataclasses, by dotted name."""
     found: dict[str, dataclasses.Field] = {}
     for one in dataclasses.fields(settings):
-        value = getattr(settings, one.name)
-        found |= (
-            fields_of(value, f"{prefix}{one.name}.") if dataclasses.is_dataclass(value) else {prefix + one.name: one}
-        )
+        value, name = getattr(settings, one.name), prefix + one.name
+        found |= fields_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: one}
     return found
 
 
