@@ -165,9 +165,10 @@ def _check_guidance(s: Settings, model: FluxConfig) -> None:
         OBJECTIVES[s.objective].takes_teacher,
         f"guide={s.guide} needs objective={_TAKE_TEACHER}, not {s.objective}",
     )
+    needs = GUIDES[s.guide].distils
     require(
-        model.guidance == (s.guide != "both"),
-        f"guide={s.guide} {'needs a' if s.guide != 'both' else 'goes with a model without'} guidance embedding: set "
+        model.guidance == needs,
+        f"guide={s.guide} {'needs a' if needs else 'goes with a model without'} guidance embedding: set "
         f"model.guidance={'false' if model.guidance else 'true'}",
     )
     require(

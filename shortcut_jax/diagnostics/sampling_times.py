@@ -18,7 +18,7 @@ from shortcut_jax.errors import ConfigError
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.compilation_cache import CompileClock
-from shortcut_jax.steps.networks import whole
+from shortcut_jax.steps.networks import bind_adapters
 
 _STRETCH = 0.2
 """Seconds that one turn of a step count lasts, at least."""
@@ -50,7 +50,7 @@ def bench_sampling(settings: Settings, batches: Sequence[int], counts: Sequence[
         raise ConfigError("--sample times runs that read words and make pixels; data.text_encoder or data.store differ")
     assembly = Assembly(settings, training=False)
     state = assembly.init_state()
-    params = whole(state.params, state.frozen)
+    params = bind_adapters(state.params, state.frozen)
     device = jax.devices()[0]
     head = f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
     timed = [_time(assembly, params, batch, counts, turns) for batch in batches]

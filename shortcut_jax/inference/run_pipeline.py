@@ -24,7 +24,7 @@ from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.start_from import freeze, load_base, open_initial
 from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
 from shortcut_jax.steps.editing import make_plan
-from shortcut_jax.steps.networks import TEACHER, VIEWS, Adapted, teacher_of
+from shortcut_jax.steps.networks import TEACHER, VIEWS, Adapted, teacher_weights
 from shortcut_jax.weights.finite import check_placed
 
 ITEM_OF = {"online": "params", "fast": "fast", "slow": "slow"}
@@ -139,7 +139,7 @@ class Pipeline:
             return self._base
         initial = open_initial(self.assembly, {**self._base_record, "path": self._base_path})
         frozen, _ = freeze(self.assembly, initial, self._base_record)
-        return teacher_of(frozen)
+        return teacher_weights(frozen)
 
     @property
     def distilled_guidance(self) -> bool:

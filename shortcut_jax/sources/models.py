@@ -27,6 +27,7 @@ from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.runtime.checkpoint import step_folders, stored_meta
 from shortcut_jax.sources.frozen_base import Completed
+from shortcut_jax.steps.networks import GUIDES
 from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import Merged, Modules, added, check_values, expand, unstack
@@ -211,7 +212,7 @@ def network_of(workdir: Path) -> FluxConfig:
 
 def needs_fresh_embedding(path: Path) -> bool:
     """Whether adapters are those of a run that gave its base a guidance embedding."""
-    return (path / "checkpoints").is_dir() and _read_workdir(path, "slow").settings.guide in ("teacher", "targets")
+    return (path / "checkpoints").is_dir() and GUIDES[_read_workdir(path, "slow").settings.guide].distils
 
 
 def bases_of(path: Path) -> list[Path]:

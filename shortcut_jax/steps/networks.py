@@ -20,15 +20,29 @@ from shortcut_jax.models.lora import concatenate, scales
 VIEWS = ("online", "fast", "slow")
 TEACHER = "teacher"
 
-GUIDES = ("told", "both", "teacher", "targets")
-"""Where the guidance scale of a row enters training.
 
-told: it is fed to the guidance embedding, if there is one, of all networks alike; nothing is computed with it.
-both: classifier-free guidance inside the student and its targets.
-teacher: classifier-free guidance in the teacher's jump only; the student's embedding conditions it on the scale.
-targets: classifier-free guidance in every jump while the student is conditioned on the scale. It compounds; kept
-  to show that.
-"""
+class Guide(NamedTuple):
+    """Where the guidance scale of a row enters training: a row of `GUIDES`.
+
+    Attributes:
+      student: whether the student is guided (classifier-free, two evaluations).
+      jumps: whether the jumps of the model's own EMAs are.
+      teacher: whether the teacher's jump is.
+      distils: whether guidance goes into a guidance embedding, which the student then needs.
+    """
+
+    student: bool = False
+    jumps: bool = False
+    teacher: bool = False
+    distils: bool = False
+
+
+GUIDES = {
+    "told": Guide(),  # fed to the guidance embedding of all networks alike, if there is one; nothing is computed with it
+    "both": Guide(student=True, jumps=True, teacher=True),
+    "teacher": Guide(teacher=True, distils=True),
+    "targets": Guide(jumps=True, teacher=True, distils=True),  # compounds; kept to show that
+}
 
 
 class Frozen(NamedTuple):
@@ -68,19 +82,19 @@ VelocityOf = Callable[..., StepVelocity]
 """(weights, condition) -> v(x, t, d); with `forward=True` one that `jax.jvp` differentiates, without gradients."""
 
 
-def whole(train: Any, frozen: Frozen) -> Weights:
+def bind_adapters(train: Any, frozen: Frozen) -> Weights:
     """A network from what is trained: an online, fast or slow tree."""
     return train if frozen.scale is None else Adapted(frozen.base, train, frozen.scale)
 
 
-def teacher_of(frozen: Frozen) -> Weights:
+def teacher_weights(frozen: Frozen) -> Weights:
     """The teacher: the base, with its own adapters if it has any."""
     if frozen.teacher is None or frozen.scale is None:
         return frozen.base
     return Adapted(frozen.base, frozen.teacher, frozen.scale)
 
 
-def mixed(train: Any, frozen: Frozen, teacher_B: Array) -> Adapted:
+def per_sample_mixture(train: Any, frozen: Frozen, teacher_B: Array) -> Adapted:
     """One network that is the teacher for the rows of `teacher_B` and `train` for the others, by gains of 0 and 1."""
     if frozen.scale is None:
         raise ValueError("only adapters can be switched by row")
@@ -181,43 +195,43 @@ class Networks:
         online: Any = None,
     ):
         """Takes both EMAs of what is trained, what is frozen, and for `forward` what is trained itself."""
-        self._velocity_of, self._frozen, self._guide = velocity_of, frozen, guide
+        self._velocity_of, self._frozen, self._guide = velocity_of, frozen, GUIDES[guide]
         self._fast, self._slow, self._online = fast, slow, online
 
     def student(self, train: Any, condition: Condition) -> StepVelocity:
         """The network that learns; gradients flow through both branches of its guidance."""
-        return self._guided(whole(train, self._frozen), condition, ("both",))
+        return self._guided(bind_adapters(train, self._frozen), condition, self._guide.student)
 
     def slow(self, condition: Condition) -> StepVelocity:
         """The slow EMA."""
-        return self._guided(whole(self._slow, self._frozen), condition, ("both", "targets"))
+        return self._guided(bind_adapters(self._slow, self._frozen), condition, self._guide.jumps)
 
     def forward(self, condition: Condition) -> StepVelocity:
         """The network that learns, for `jax.jvp`."""
-        return self._velocity_of(whole(self._online, self._frozen), condition, forward=True)
+        return self._velocity_of(bind_adapters(self._online, self._frozen), condition, forward=True)
 
     def first(self, condition: Condition, teacher_B: Array | None) -> StepVelocity:
         """The teacher for the rows of `teacher_B` and the fast EMA for the others; the latter for all if None."""
         if teacher_B is None:
-            return self._guided(whole(self._fast, self._frozen), condition, ("both", "targets"))
+            return self._guided(bind_adapters(self._fast, self._frozen), condition, self._guide.jumps)
         velocity = self._first(condition, teacher_B)
-        if self._guide == "told":
+        if not self._guide.teacher:
             return velocity
         empty = self._first(unconditional_rows(self._frozen, condition), teacher_B)
-        return guided(velocity, empty, _scale(condition), teacher_B if self._guide == "teacher" else None)
+        return guided(velocity, empty, _scale(condition), None if self._guide.jumps else teacher_B)
 
     def _first(self, condition: Condition, teacher_B: Array) -> StepVelocity:
         frozen = self._frozen
         if frozen.scale is not None:
-            return self._velocity_of(mixed(self._fast, frozen, teacher_B), condition)
-        teacher, fast = (self._velocity_of(w, condition) for w in (teacher_of(frozen), self._fast))
+            return self._velocity_of(per_sample_mixture(self._fast, frozen, teacher_B), condition)
+        teacher, fast = (self._velocity_of(w, condition) for w in (teacher_weights(frozen), self._fast))
         return lambda x_BNC, t_B, d_B: jnp.where(
             per_row(teacher_B, x_BNC), teacher(x_BNC, t_B, d_B), fast(x_BNC, t_B, d_B)
         )
 
-    def _guided(self, weights: Weights, condition: Condition, guides: tuple[str, ...]) -> StepVelocity:
+    def _guided(self, weights: Weights, condition: Condition, on: bool) -> StepVelocity:
         velocity = self._velocity_of(weights, condition)
-        if self._guide not in guides:
+        if not on:
             return velocity
         empty = self._velocity_of(weights, unconditional_rows(self._frozen, condition))
         return guided(velocity, empty, _scale(condition))
@@ -231,7 +245,5 @@ def _scale(condition: Condition) -> Array:
 
 def evaluations(guide: str, adapters: bool, teacher: bool) -> tuple[int, int, int]:
     """Forward passes of a row: in the student, in one of the first jumps, in one of the slow EMA's."""
-    double = lambda *guides: 2 if guide in guides else 1
-    networks = 2 if teacher and not adapters else 1
-    first = double("both", "targets", *(("teacher",) if teacher else ()))
-    return double("both"), networks * first, double("both", "targets")
+    row, networks = GUIDES[guide], 2 if teacher and not adapters else 1
+    return 1 + row.student, networks * (1 + (row.teacher if teacher else row.jumps)), 1 + row.jumps

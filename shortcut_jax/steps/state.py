@@ -11,7 +11,7 @@ import optax
 from shortcut_jax.core.ema import DualEma, init_ema
 from shortcut_jax.core.loss_spikes import SpikeMemory, init_spikes
 from shortcut_jax.core.types import Array
-from shortcut_jax.steps.networks import TEACHER, Frozen, Weights, teacher_of, whole
+from shortcut_jax.steps.networks import TEACHER, Frozen, Weights, bind_adapters, teacher_weights
 
 
 class TrainState(NamedTuple):
@@ -51,8 +51,8 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, frozen: Fro
 def choose_view(state: TrainState, view: str) -> Weights:
     """The network of a view: `online`, `fast`, `slow`, or `teacher` where there is one."""
     if view == TEACHER:
-        return teacher_of(state.frozen)
-    return whole(state.params if view == "online" else getattr(state.ema, view), state.frozen)
+        return teacher_weights(state.frozen)
+    return bind_adapters(state.params if view == "online" else getattr(state.ema, view), state.frozen)
 
 
 def num_updates(state: TrainState) -> Array:

@@ -7,12 +7,12 @@ from shortcut_jax.core.types import Condition
 from shortcut_jax.steps.networks import (
     Adapted,
     Networks,
+    bind_adapters,
     evaluations,
     make_velocity,
-    mixed,
-    teacher_of,
+    per_sample_mixture,
+    teacher_weights,
     unconditional_rows,
-    whole,
 )
 from tests.helpers import POST_TRAINING, noisy_state, relative, tiny_assembly
 
@@ -47,13 +47,13 @@ def test_the_first_jump_in_one_pass_equals_two_passes(kind, highest_precision):
     state, velocity_of, condition, inputs = _setting(**KINDS[kind])
     networks = Networks(velocity_of, state.frozen, state.ema.fast, state.ema.slow, "told")
     run = lambda weights: jax.jit(velocity_of(weights, condition))(*inputs)
-    teacher, fast = run(teacher_of(state.frozen)), run(whole(state.ema.fast, state.frozen))
+    teacher, fast = run(teacher_weights(state.frozen)), run(bind_adapters(state.ema.fast, state.frozen))
     both = jax.jit(networks.first(condition, TEACHER_B))(*inputs, None)
     assert relative(both, _rows(TEACHER_B, teacher, fast)) <= 1e-5
     assert relative(teacher, fast) > 1e-2
     np.testing.assert_array_equal(jax.jit(networks.first(condition, None))(*inputs, None), fast)
     slow = jax.jit(networks.slow(condition))(*inputs, None)
-    np.testing.assert_array_equal(slow, run(whole(state.ema.slow, state.frozen)))
+    np.testing.assert_array_equal(slow, run(bind_adapters(state.ema.slow, state.frozen)))
 
 
 def test_forward_mode_differentiates_the_network_that_learns(highest_precision):
@@ -72,9 +72,9 @@ def test_a_gain_of_zero_gives_exactly_the_base():
     state, velocity_of, condition, inputs = _setting(**POST_TRAINING)
     run = lambda weights: np.asarray(jax.jit(velocity_of(weights, condition))(*inputs))
     base = run(state.frozen.base)
-    np.testing.assert_array_equal(run(mixed(state.params, state.frozen, jnp.ones(ROWS, bool))), base)
+    np.testing.assert_array_equal(run(per_sample_mixture(state.params, state.frozen, jnp.ones(ROWS, bool))), base)
     mask = np.asarray(TEACHER_B)
-    some = run(mixed(state.params, state.frozen, TEACHER_B))
+    some = run(per_sample_mixture(state.params, state.frozen, TEACHER_B))
     np.testing.assert_array_equal(some[mask], base[mask])
     assert (np.abs(some - base)[~mask].max(axis=(1, 2)) > 1e-3).all()
 
@@ -85,7 +85,7 @@ def test_an_adapter_adds_scale_times_its_product():
     assert float(state.frozen.scale) == 2.0
     doubled = jax.tree_util.tree_map_with_path(lambda p, x: 2 * x if p[-1].key == "b" else x, state.params)
     strong = Adapted(state.frozen.base, state.params, jnp.float32(4.0))
-    assert relative(run(whole(doubled, state.frozen)), run(strong)) <= 1e-5
+    assert relative(run(bind_adapters(doubled, state.frozen)), run(strong)) <= 1e-5
 
 
 GUIDED = POST_TRAINING | {"guidance": (1.0, 5.0)}
@@ -105,7 +105,7 @@ def test_guidance_enters_where_it_is_said_to(guide, highest_precision):
     networks = Networks(velocity_of, frozen, ema.fast, ema.slow, guide)
     of = lambda weights: _guided(state, velocity_of, condition, inputs, weights)
     (teacher, _), fast, slow, online = (
-        of(w) for w in (teacher_of(frozen), *(whole(x, frozen) for x in (*ema, state.params)))
+        of(w) for w in (teacher_weights(frozen), *(bind_adapters(x, frozen) for x in (*ema, state.params)))
     )
     plain = lambda pair, guides: pair[0] if guide in guides else pair[1]
     run = lambda velocity: jax.jit(velocity)(*inputs, None)

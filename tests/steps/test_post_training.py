@@ -7,7 +7,7 @@ from shortcut_jax.config.derive import step_settings
 from shortcut_jax.core.loss_spikes import init_spikes
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.steps import networks
-from shortcut_jax.steps.networks import Networks, make_velocity, teacher_of, whole
+from shortcut_jax.steps.networks import Networks, bind_adapters, make_velocity, teacher_weights
 from shortcut_jax.steps.state import choose_view, from_items, to_counters, to_items
 from shortcut_jax.steps.train_step import loss_and_gradients, make_rows
 from tests.helpers import POST_TRAINING, host_copy, moved, noisy_state, random_batch, relative, tiny_assembly
@@ -83,7 +83,8 @@ def test_loss_and_gradients_equal_those_of_two_passes(assembly, highest_precisio
     class TwoPasses(Networks):
         def first(self, condition, teacher_B):
             teacher, fast = (
-                velocity_of(w, condition) for w in (teacher_of(self._frozen), whole(self._fast, self._frozen))
+                velocity_of(w, condition)
+                for w in (teacher_weights(self._frozen), bind_adapters(self._fast, self._frozen))
             )
             return lambda x, t, d: jnp.where(teacher_B[:, None, None], teacher(x, t, d), fast(x, t, d))
 
