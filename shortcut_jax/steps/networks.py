@@ -38,7 +38,7 @@ class Guide(NamedTuple):
 
 
 GUIDES = {
-    "told": Guide(),  # fed to the guidance embedding of all networks alike, if there is one; nothing is computed with it
+    "told": Guide(),  # fed to the guidance embedding of all networks, if there is one; nothing is computed with it
     "both": Guide(student=True, jumps=True, teacher=True),
     "teacher": Guide(teacher=True, distils=True),
     "targets": Guide(jumps=True, teacher=True, distils=True),  # compounds; kept to show that
