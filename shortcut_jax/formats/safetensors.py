@@ -178,7 +178,7 @@ def remove(path: Path) -> None:
 
 
 class Writer:
-    """One file, its tensors written in any order. A context manager: complete at its end, or not there at all."""
+    """One file, its tensors written in any order. A context manager: complete at its end, or absent."""
 
     def __init__(self, file: Path, specs: Mapping[str, Spec], metadata: dict[str, str]):
         """Lays out the file for tensors of the given dtypes and shapes; space is taken at once.

@@ -57,7 +57,7 @@ def find_tars(pattern: str) -> list[Path]:
             missing.append(name)
     if missing and several:
         more = f" and {number - len(missing):,} more" if number > len(missing) else ""
-        raise DataError(f"--source={pattern} names {', '.join(missing)}{more}, which {_is(number)} not there")
+        raise DataError(f"--source={pattern} names {', '.join(missing)}{more}, which {_is(number)} not found")
     if not found:
         raise DataError(f"--source={pattern}: there is no such tar file")
     paths = sorted(found)
