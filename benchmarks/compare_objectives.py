@@ -50,7 +50,7 @@ SETS = {
 }
 """Sets -> what `evaluate` is told; `configs/SET.py` is what every method starts from."""
 
-ALIKE = {"optimizer.learning_rate": 0.008, "multistep_start": 1.0}
+ALIKE = {"optimizer.learning_rate": 0.008, "multistep_start": 1.0, "multistep_times": "first"}
 TUNED = {"student_weights": "()", "one_step_share": 0.82, "jumps": 4, "timestep_range": "(0.0,0.9)", **ALIKE}
 WITHOUT_START = {"objective": "scfm", **TUNED, "ema.warmup_ratio": 4.0}
 SCFM = {
@@ -67,6 +67,7 @@ FORMER = {
     "timestep_range": "(0.0,1.0)",
     "optimizer.learning_rate": 0.002,
     "multistep_start": 1.0,
+    "multistep_times": "first",
     "ema.warmup_ratio": 1.0,
 }
 DISTILLED = {

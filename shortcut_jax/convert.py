@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from shortcut_jax import cli
@@ -17,7 +18,7 @@ from shortcut_jax.cluster.shared_folder import check_place
 from shortcut_jax.conversion.gather import DTYPES, check_format, gather
 from shortcut_jax.conversion.write import check_space, files_of, write
 from shortcut_jax.core.local_path import download_hint
-from shortcut_jax.core.schedules import start_of
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.errors import ConvertedError, UsageError
 from shortcut_jax.formats import export
 from shortcut_jax.sources.models import (
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             ["the model was trained on trimmed text states, but diffusers and ComfyUI feed it those of the padding too"]
         )
     if job.sampling.spacing.start < 1 and options.format != "orbax":
-        tell([start_note(job.sampling.spacing.start)])
+        tell([start_note(job.sampling.spacing)])
     if job.lora and options.format == "comfy":
         tell(kohya_notes(job.lora[0]))
     check_space(job, target)
@@ -91,11 +92,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def start_note(start: float) -> str:
+def start_note(spacing: Spacing) -> str:
     """What somebody who samples elsewhere has to know of a run whose samplers of more than one step begin earlier."""
+    times = ", ".join(f"{t:.6g}" for t in np.asarray(sampling_grid(4, 4, 1.0, spacing))[:4])
+    scaled = " and to scale all their times so" if spacing.scaled else ""
     return (
-        f"the run was trained to begin n steps at t = 1 - {1 - start:.3g} (1 - 1/n): for four steps give diffusers "
-        f"sigmas=[{start_of(4, start):.6g}, 0.75, 0.5, 0.25], and ComfyUI's SamplerCustomAdvanced the same and 0"
+        f"the run was trained to begin n steps at t = 1 - {1 - spacing.start:.3g} (1 - 1/n){scaled}: for four steps "
+        f"give diffusers sigmas=[{times}], and ComfyUI's SamplerCustomAdvanced the same and 0"
     )
 
 

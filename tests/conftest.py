@@ -84,6 +84,7 @@ SMALL_RUN = {
     "student_weights": "None",
     "one_step_share": "None",
     "multistep_start": 1.0,
+    "multistep_times": "first",
     "jumps": 2,
     "timestep_range": "(0.0,1.0)",
     "eval.steps": "(1,2)",

@@ -55,6 +55,7 @@ def _check(s: Settings) -> None:
     one_of("init_view", s.init_view, VIEWS)
     one_of("train", s.train, ("all", "lora"))
     one_of("guide", s.guide, GUIDES)
+    one_of("multistep_times", s.multistep_times, ("first", "all"))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         one_of(name, values[name], DTYPES)
     for name, field in fields_of(s).items():

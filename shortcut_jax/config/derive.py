@@ -5,7 +5,7 @@ import math
 import typing
 
 from shortcut_jax.config.schema import Settings
-from shortcut_jax.core.schedules import StudentSteps, weights_for_share
+from shortcut_jax.core.schedules import Spacing, StudentSteps, weights_for_share
 from shortcut_jax.data.records import latent_size
 from shortcut_jax.errors import ConfigError, require
 from shortcut_jax.models.attention import choose_backend
@@ -122,17 +122,20 @@ def global_batch(s: Settings, shape: MeshShape) -> int:
     return batch
 
 
-def sampling_start(s: Settings) -> float:
-    """The time at which many sampling steps begin; 1 without self rows, or where the network has a step-size input."""
+def sampling_spacing(s: Settings) -> Spacing:
+    """The times of a run's samplers: from 1 without self rows, or where the network has a step-size input."""
     row = OBJECTIVES[s.objective]
-    return s.multistep_start if row.distils and s.rows.distilled and not row.needs_step_size else 1.0
+    if not row.distils or not s.rows.distilled or row.needs_step_size or s.multistep_start == 1:
+        return Spacing()
+    return Spacing(start=s.multistep_start, scaled=s.multistep_times == "all")
 
 
 def objective_settings(s: Settings) -> ObjectiveSettings:
     """The objective's part of the settings."""
     low, high = s.guidance or EMBEDDED_GUIDANCE
     weights = s.student_weights if s.one_step_share is None else weights_for_share(s.student_steps, s.one_step_share)
-    student = StudentSteps(s.student_steps, weights, s.jumps, sampling_start(s))
+    spacing = sampling_spacing(s)
+    student = StudentSteps(s.student_steps, weights, s.jumps, spacing.start, spacing.scaled)
     # Flow rows alone train all times: sampling begins at the greatest.
     times = (s.timestep_range[0], s.timestep_range[1]) if OBJECTIVES[s.objective].distils else (0.0, 1.0)
     return ObjectiveSettings(

@@ -184,6 +184,8 @@ class Settings:
       one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
       multistep_start: the time near 1 at which samplers of many steps begin, in training and afterwards; those of few
         begin later, one step at 1, so that each has a first step of its own (scfm). 1 for all alike.
+      multistep_times: which of their times are earlier: first, or all, each scaled by its sampler's start, so that
+        different step counts never meet.
       jumps: grid steps of a student step, an even number.
       alpha: the curriculum of objective=alpha.
       shift: timestep shift of self rows.
@@ -225,6 +227,7 @@ class Settings:
     student_weights: tuple[float, ...] = ()
     one_step_share: float | None = None
     multistep_start: float = 1.0
+    multistep_times: str = "first"
     jumps: int = 2
     alpha: AlphaSchedule = setting(AlphaSchedule)
     shift: ShiftRange = setting(ShiftRange)

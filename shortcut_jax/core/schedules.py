@@ -39,12 +39,14 @@ class StudentSteps:
       weights: relative frequency of each count; empty means equal.
       jumps: J, the grid steps that make up one student step: an even number.
       start: see `start_of`; with 1 all samplers begin at t = 1.
+      scaled: see `earlier`.
     """
 
     counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
     weights: tuple[float, ...] = ()
     jumps: int = 2
     start: float = 1.0
+    scaled: bool = False
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -112,7 +114,21 @@ def start_of(count: Array | float, start: float) -> Array | float:
     return 1.0 - (1.0 - start) * (1.0 - 1.0 / count)
 
 
-def teacher_steps(grid: int, jumps: int, start: float = 1.0) -> StudentSteps:
+def earlier(times: Array, count: Array | float, start: float, scaled: bool) -> Array:
+    """The times of a grid of `count` steps that begins at its own start.
+
+    Args:
+      times: of the grid from 1.
+      count: broadcasts against them.
+      start: see `start_of`.
+      scaled: whether all times are scaled by the start, so that grids of different counts never share a time (two, four
+        and eight steps else meet at 1/2); else the first one alone is earlier.
+    """
+    first = start_of(count, start)
+    return times * first if scaled else jnp.minimum(times, first)
+
+
+def teacher_steps(grid: int, jumps: int, start: float = 1.0, scaled: bool = False) -> StudentSteps:
     """What teacher rows train: the student steps of `jumps` grid steps on the teacher's own grid of `grid` steps.
 
     Raises:
@@ -120,7 +136,7 @@ def teacher_steps(grid: int, jumps: int, start: float = 1.0) -> StudentSteps:
     """
     if grid % jumps or grid < jumps:
         raise ValueError(f"a teacher grid of {grid} steps is not a multiple of {jumps} jumps")
-    return StudentSteps((grid // jumps,), jumps=jumps, start=start)
+    return StudentSteps((grid // jumps,), jumps=jumps, start=start, scaled=scaled)
 
 
 class Intervals(NamedTuple):
@@ -200,6 +216,7 @@ class Spacing:
         arXiv 2206.00364, rho = 7) or in log t (`exponential`).
       terminal: the time at which the last step begins, to which the shifted times are stretched; 0 for none.
       start: the time at which a grid of many steps begins; see `start_of`.
+      scaled: see `earlier`.
 
     Raises:
       ValueError: another kind, a terminal time outside [0, 1), or a start outside (terminal, 1].
@@ -208,6 +225,7 @@ class Spacing:
     kind: str = "uniform"
     terminal: float = 0.0
     start: float = 1.0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in SPACINGS:
@@ -242,7 +260,7 @@ def sampling_grid(
         times = (1.0 + ramp * (last ** (1 / 7) - 1.0)) ** 7
     elif spacing.kind == "exponential":
         times = jnp.where(several, last, 1.0) ** ramp
-    return jnp.where(k < num_steps, jnp.minimum(times, start_of(num_steps, spacing.start)), 0.0)
+    return jnp.where(k < num_steps, earlier(times, num_steps, spacing.start, spacing.scaled), 0.0)
 
 
 def draw_timesteps(key: Array, num_rows: int, kind: str, low: float = 0.0, high: float = 1.0) -> Array:
@@ -281,18 +299,20 @@ def draw_shifts(key: Array, num_rows: int, shift: ShiftRange, num_tokens: int) -
     return jnp.where(dynamic_B, resolution_shift(num_tokens), shift_B)
 
 
-def interval_times(count_B: Array, start_B: Array, shift_B: Array, jumps: int, start: float = 1.0) -> Array:
+def interval_times(
+    count_B: Array, start_B: Array, shift_B: Array, jumps: int, start: float = 1.0, scaled: bool = False
+) -> Array:
     """Times of the `jumps` + 1 grid points of student step `start_B` (0-based) out of `count_B`, shape [B, J + 1].
 
-    The grid is the shifted uniform grid of count x jumps steps; its first point is `FIRST_TIME`, or `start_of` the
-    count where that is earlier.
+    The grid is the shifted uniform grid of count x jumps steps, `earlier` as the sampler of the count has it; its first
+    point is at most `FIRST_TIME`.
     """
     chex.assert_rank([count_B, start_B, shift_B], 1)
     chex.assert_equal_shape([count_B, start_B, shift_B])
     index_BJ = start_B[:, None] * jumps + jnp.arange(jumps + 1)
     uniform_BJ = 1.0 - index_BJ / (count_B * jumps)[:, None]
-    first_B = jnp.minimum(start_of(count_B, start), FIRST_TIME)
-    return jnp.minimum(shift_time(uniform_BJ, shift_B[:, None]), first_B[:, None])
+    times_BJ = earlier(shift_time(uniform_BJ, shift_B[:, None]), count_B[:, None], start, scaled)
+    return jnp.minimum(times_BJ, FIRST_TIME)
 
 
 def draw_intervals(key: Array, num_rows: int, steps: StudentSteps, shift: ShiftRange, num_tokens: int) -> Intervals:
@@ -304,4 +324,4 @@ def draw_intervals(key: Array, num_rows: int, steps: StudentSteps, shift: ShiftR
     ]
     start_B = jnp.minimum((jax.random.uniform(key_start, (num_rows,)) * count_B).astype(jnp.int32), count_B - 1)
     shift_B = draw_shifts(key_shift, num_rows, shift, num_tokens)
-    return Intervals(interval_times(count_B, start_B, shift_B, steps.jumps, steps.start), count_B)
+    return Intervals(interval_times(count_B, start_B, shift_B, steps.jumps, steps.start, steps.scaled), count_B)

@@ -12,8 +12,8 @@ import numpy as np
 
 from shortcut_jax.cluster.distributed import tell
 from shortcut_jax.config.bounds import is_unguided
-from shortcut_jax.config.derive import objective_settings, sampling_start
-from shortcut_jax.core.schedules import Spacing, sampling_grid
+from shortcut_jax.config.derive import objective_settings, sampling_spacing
+from shortcut_jax.core.schedules import sampling_grid
 from shortcut_jax.core.straightness import PATH_STEPS, PathMeasures, measure_path
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.records import with_images
@@ -176,7 +176,7 @@ class RunSubject:
         assembly = self.pipeline.assembly
         cfg, size = assembly.model, assembly.latent_size
         velocity_of = make_velocity(cfg, *size)
-        times = sampling_grid(PATH_STEPS, PATH_STEPS, self.shift, Spacing(start=sampling_start(assembly.settings)))
+        times = sampling_grid(PATH_STEPS, PATH_STEPS, self.shift, sampling_spacing(assembly.settings))
 
         def path(weights: Any, seed: Any, condition: Condition, empty: Condition | None = None) -> PathMeasures:
             velocity = velocity_of(weights, condition)

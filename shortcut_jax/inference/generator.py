@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shortcut_jax.config.bounds import brief, check_seed, check_whole, is_unguided
-from shortcut_jax.config.derive import sampling_start
+from shortcut_jax.config.derive import sampling_spacing
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Condition
 from shortcut_jax.data.pipeline import EncodeText
@@ -112,7 +112,7 @@ class Generator:
         self.batch_size = -(-batch_size // shards) * shards
         self.max_steps = max_steps
         self._finest = max(assembly.settings.student_steps)
-        self.spacing = Spacing(start=sampling_start(assembly.settings))
+        self.spacing = sampling_spacing(assembly.settings)
 
     @cached_property
     def _sample(self) -> Callable[..., Any]:

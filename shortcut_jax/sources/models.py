@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from shortcut_jax.config.checks import from_config
-from shortcut_jax.config.derive import model_config, sampling_start
+from shortcut_jax.config.derive import model_config, sampling_spacing
 from shortcut_jax.config.schema import Settings, build, complete
 from shortcut_jax.core.local_path import download_hint
-from shortcut_jax.core.schedules import ShiftRule, Spacing
+from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
 from shortcut_jax.formats.detect_encoders import Found, describe
@@ -241,7 +241,7 @@ def sampling_of(path: Path, models: list[Model]) -> Sampling:
     length = 512 if guided else 256
     if meta := stored_meta(path / "checkpoints"):
         settings = build(complete(meta["config"]))
-        data, spacing = settings.data, Spacing(start=sampling_start(settings))
+        data, spacing = settings.data, sampling_spacing(settings)
         tokens, states = (data.text_tokens, data.text_states) if data.text_encoder == "stored" else (length, "full")
         return Sampling(ShiftRule(dynamic=guided), tokens, states, spacing)
     schedule = _schedule_of(path)

@@ -21,6 +21,7 @@ from shortcut_jax.core.schedules import (
     draw_intervals,
     draw_spans,
     draw_timesteps,
+    earlier,
     start_of,
     teacher_steps,
 )
@@ -143,7 +144,8 @@ def draw(
     if settings.teacher_share:
         key_kind, key_interval = jax.random.split(keys.teacher)
         teacher_B = jax.random.uniform(key_kind, (num_rows,)) < settings.teacher_share
-        steps = teacher_steps(settings.teacher_grid, settings.student.jumps, settings.student.start)
+        student = settings.student
+        steps = teacher_steps(settings.teacher_grid, student.jumps, student.start, student.scaled)
         fine = draw_intervals(key_interval, num_rows, steps, settings.shift, shape_NC[0])
         choose = lambda a, b: jnp.where(per_row(teacher_B, a), a, b)
         intervals = jax.tree.map(choose, fine, intervals)
@@ -182,7 +184,7 @@ def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -
 
     From x at t the fast EMA (or the teacher) makes the first half of the jumps of a student step and the slow
     average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). A jump
-    is a step of the sampler with as many steps more, and begins where that does (`schedules.start_of`).
+    is a step of the sampler with as many steps more, at the times that this one has (`schedules.earlier`).
     """
     return _scfm_from(interval_start(rows)[0], rows, networks, settings)
 
@@ -193,11 +195,12 @@ def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings)
     Each walks from t = 1 to the interval's start in `rolled_steps` equal steps of Euler's method.
     """
     slow, start_B = networks.slow(rows.condition), rows.draws.intervals.times_BJ[:, 0]
-    first = start_of(settings.rolled_steps, settings.student.start)
+    student = settings.student
     size_B = (1.0 - start_B) / settings.rolled_steps
 
     def step(x_BNC: Array, k: Array) -> tuple[Array, None]:
-        return x_BNC - per_row(size_B, x_BNC) * slow(x_BNC, jnp.minimum(1.0 - k * size_B, first), None), None
+        t_B = earlier(1.0 - k * size_B, settings.rolled_steps, student.start, student.scaled)
+        return x_BNC - per_row(size_B, x_BNC) * slow(x_BNC, t_B, None), None
 
     steps = jnp.arange(settings.rolled_steps, dtype=jnp.float32)
     x_BNC, _ = jax.lax.scan(step, rows.draws.noise_BNC, steps)
@@ -206,8 +209,10 @@ def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings)
 
 def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     times_BJ, count_B = rows.draws.intervals
-    start_B = start_of(count_B * settings.student.jumps, settings.student.start)
-    from_start = lambda velocity: lambda x_BNC, t_B: velocity(x_BNC, jnp.minimum(t_B, start_B), None)
+    student = settings.student
+    own_B, finer_B = (start_of(count, student.start) for count in (count_B, count_B * student.jumps))
+    at_finer = lambda t_B: t_B * (finer_B / own_B) if student.scaled else jnp.minimum(t_B, finer_B)
+    from_start = lambda velocity: lambda x_BNC, t_B: velocity(x_BNC, at_finer(t_B), None)
     first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
     target_BNC = scfm_target(x_BNC, times_BJ, from_start(first), from_start(slow))
     return Examples(x_BNC, times_BJ[:, 0], times_BJ[:, 0] - times_BJ[:, -1], target_BNC)

@@ -47,7 +47,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         hint = f"; below 50% one step learns a mean over the others: {remedy}" if share < 0.5 else ""
         if asked.student.start < 1:
             two = start_of(2, asked.student.start)
-            say(f"one step begins at t = 1, two at {two:g}, many at {asked.student.start:g}")
+            scaled = ", and all times of a sampler are scaled so" if asked.student.scaled else ""
+            say(f"one step begins at t = 1, two at {two:g}, many at {asked.student.start:g}{scaled}")
         else:
             say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
     high = s.timestep_range[1]

@@ -10,7 +10,7 @@ from shortcut_jax.config.derive import (
     mesh_shape,
     model_config,
     objective_settings,
-    sampling_start,
+    sampling_spacing,
     step_settings,
 )
 from shortcut_jax.config.resume import compare, flatten
@@ -194,7 +194,7 @@ def test_the_objective_decides_on_the_step_size_input():
 )
 def test_sampling_begins_earlier_where_rows_were_trained_so(changes, start):
     settings = from_config(tiny_config(**changes, multistep_start=0.99))
-    assert sampling_start(settings) == objective_settings(settings).student.start == start
+    assert sampling_spacing(settings).start == objective_settings(settings).student.start == start
 
 
 def test_forward_mode_takes_attention_that_has_it():

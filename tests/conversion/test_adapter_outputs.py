@@ -9,7 +9,7 @@ import pytest
 
 from shortcut_jax import Pipeline, convert, sample, train
 from shortcut_jax.core.latents import image_ids, patchify, text_ids
-from shortcut_jax.core.schedules import sampling_grid
+from shortcut_jax.core.schedules import Spacing, sampling_grid
 from shortcut_jax.errors import ConfigError, UsageError
 from shortcut_jax.sources import models
 from shortcut_jax.sources.models import open_lora, open_models
@@ -72,7 +72,7 @@ def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, 
             np.testing.assert_allclose(product(g), product(f), rtol=1e-5, atol=1e-7, err_msg=module)
     assert "sigmas" not in capfd.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "sampling_start", lambda settings: 0.98)
+        patch.setattr(models, "sampling_spacing", lambda settings: Spacing(start=0.98))
         assert convert.main([*source, f"--to={tmp_path}/early.safetensors", "--format=comfy"]) == 0
     assert "sigmas=[0.985, 0.75, 0.5, 0.25]" in capfd.readouterr().err
     assert convert.main([*source, f"--to={tmp_path}/merged", "--merged"]) == 0

@@ -219,3 +219,19 @@ def test_untaught_counts_are_those_whose_double_is_absent():
     assert StudentSteps((1, 2, 3, 4, 6)).unsupervised_counts == (4, 6)
     assert StudentSteps((1, 2, 4), jumps=2).unsupervised_counts == (4,)
     assert StudentSteps((1, 3)).unsupervised_counts == (1, 3)
+
+
+def test_scaled_grids_of_different_counts_share_no_time_and_are_those_of_training():
+    spacing, counts = Spacing(start=0.98, scaled=True), (1, 2, 4, 8)
+    grids = {n: np.asarray(sampling_grid(n, n, 1.0, spacing))[:-1] for n in counts}
+    np.testing.assert_allclose(grids[1], [1.0])
+    np.testing.assert_allclose(grids[2], 0.99 * np.array([1.0, 0.5]), rtol=1e-6)
+    times = np.concatenate(list(grids.values()))
+    assert len(np.unique(times)) == len(times)
+    plain = [np.asarray(sampling_grid(n, n, 1.0, Spacing(start=0.98)))[:-1] for n in counts]
+    assert len(np.unique(np.concatenate(plain))) < len(times)  # which share 1/2
+    for n in counts[1:]:
+        count_B, shift_B = jnp.full(n, n), jnp.ones(n)
+        trained = interval_times(count_B, jnp.arange(n), shift_B, 4, 0.98, True)
+        np.testing.assert_allclose(trained[:, 0], grids[n], rtol=1e-6)
+        np.testing.assert_allclose(trained[:-1, -1], grids[n][1:], rtol=1e-6)

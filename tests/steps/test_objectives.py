@@ -122,6 +122,21 @@ def test_each_count_of_steps_and_each_first_jump_begins_at_its_own_time(kinds):
     assert all(np.asarray(t).max() == np.float32(0.985) for _, _, t, _, _ in walked[:1])  # of four rolled steps
 
 
+def test_where_all_times_are_scaled_each_jump_is_asked_at_that_of_the_finer_sampler():
+    settings = _settings("scfm", TAUGHT)
+    settings = dataclasses.replace(settings, student=dataclasses.replace(settings.student, start=0.98, scaled=True))
+    rows, networks = _rows(settings), Recorded(fast=1.0, slow=5.0)
+    examples = networks(settings, rows)
+    places, count_B = _places(0, 1, 2), np.asarray(rows.draws.intervals.count_B)[_places(0, 1, 2)]
+    start = lambda n: 1 - 0.02 * (1 - 1 / n)
+    *_, (_, _, first_jump_B, _, _), (_, _, second_jump_B, _, _) = networks.calls
+    times = np.asarray(rows.draws.intervals.times_BJ)[places]
+    for j, asked_B in enumerate((first_jump_B, second_jump_B)):
+        np.testing.assert_allclose(asked_B, times[:, j] * start(2 * count_B) / start(count_B), rtol=1e-5)
+    uniform = np.asarray(examples.t_B)[places] / start(count_B) * count_B  # of m steps, whole numbers
+    np.testing.assert_allclose(uniform, np.round(uniform), atol=1e-3)
+
+
 def test_swapping_fast_and_slow_changes_the_target():
     settings = _settings("scfm")
     rows = _rows(settings)

@@ -117,11 +117,11 @@ def test_the_class_that_the_index_names_counts_and_unknown_entries_are_named(tmp
         models.sampling_of(tmp_path, [])
 
 
-def test_the_sigmas_that_convert_names_are_the_times_of_an_earlier_start(tmp_path):
+@pytest.mark.parametrize("spacing", [Spacing(start=0.98), Spacing(start=0.98, scaled=True)], ids=["first", "all"])
+def test_the_sigmas_that_convert_names_are_the_times_of_an_earlier_start(spacing, tmp_path):
     reference = FlowMatchEulerDiscreteScheduler()
-    (text,) = re.findall(r"for four steps give diffusers sigmas=\[([\d., ]+)\]", start_note(0.98))
+    (text,) = re.findall(r"for four steps give diffusers sigmas=\[([\d., ]+)\]", start_note(spacing))
     reference.set_timesteps(sigmas=[float(part) for part in text.split(",")])
-    spacing = Spacing(start=0.98)
     np.testing.assert_allclose(sampling_grid(4, 4, 1.0, spacing), reference.sigmas, atol=1e-6)
     write_record(tmp_path, [], sampling := Sampling(spacing=spacing))
     assert read_record(tmp_path)[1] == sampling
