@@ -22,7 +22,8 @@ def test_every_method_changes_what_its_name_says(name, method):
     assert run.distils == (settings.teacher_share > 0)
     if method in ("scfm", "shortcut"):
         assert (settings.jumps, settings.timestep_range) == (4, (0.0, 0.9))
-        assert (settings.one_step_share, settings.multistep_start) == {"scfm": (None, 0.99)}.get(method, (0.82, 1.0))
+        assert settings.student_weights[:2] == (3.0, 4.0)
+        assert settings.multistep_start == {"scfm": 0.99, "shortcut": 1.0}[method]
 
 
 FIGURES = dict.fromkeys(objectives_page.FIGURES, 0.5) | {"images": 10}
