@@ -115,8 +115,8 @@ def main():
     options = parser.parse_args()
     failed = 0
     print(
-        "| target | mesh | objective | rows a device | arguments, GB | temporaries (by arithmetic), GB | "
-        "GB moved a step (share beside other work) | compiled in |"
+        "| target | mesh | objective | rows per device | arguments, GB | temporaries (by arithmetic), GB | "
+        "GB moved per step (share overlapped with compute) | compiled in |"
     )
     print("|" + " --- |" * 8, flush=True)
     for target, limit_gb, meshes in POINTS[options.platform]:

@@ -12,8 +12,8 @@ Expected: a report.md with a table and an image. The slow EMA has a Frechet dist
 What makes few steps good (numbers in docs/objectives.md; tuned on training seed 100):
 
 - `multistep_start`: samplers of different step counts begin at different times, so that a network without a step-size
-  input has a first step for each. `student_weights` then decide where counts meet later, as two, four and eight steps
-  do at t = 1/2: the fewer steps, the more often.
+  input has a first step for each. Several counts share a later time (two, four and eight steps
+  all have t = 1/2); there `student_weights` decide how often each is trained: fewer steps more often.
 - `jumps=4`: a target is made of steps four times smaller, which are easier, in place of two times.
 - No flow rows above t = 0.9, where they ask for the mean of a class.
 - `ema.warmup_ratio=4`: else the two EMAs are one for most of so short a run.

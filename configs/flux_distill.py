@@ -1,4 +1,4 @@
-"""FLUX.1 dev distilled to few steps: the published recipe, and what held up against it here.
+"""FLUX.1 dev distilled to few steps: the published recipe with a warm-up of the EMAs.
 
 Command:  python -m shortcut_jax.convert --from=FLUX.1-dev --to=converted/flux1-dev
           python -m shortcut_jax.prepare --from_teacher=converted/flux1-dev --prompts=prompts.txt \

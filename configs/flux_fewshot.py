@@ -3,7 +3,7 @@
 Command:  python -m shortcut_jax.train --config=configs/flux_fewshot.py
 Hardware: one 80 GB GPU for 8 rows of 512 px, or any mesh.
 Time:     not measured.
-Expected: not measured. On the embedded digits ten images serve nearly as well as all of them (see the README).
+Expected: not measured. On the embedded digits ten images are nearly as good as all of them (docs/post-training.md).
 Data:     the first ten records of a set prepared as for `flux_distill`: the teacher's field is what is learned, and the
           images only say where.
 """
