@@ -109,12 +109,14 @@ class RunSubject:
         self.shift = s.eval.shift if shift is None else shift
         self._generators: dict[int, Generator] = {}
         self.batch_size = self._generator(batch_size).batch_size
-        data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0)
+        # A run on a part of a set is judged by the whole of it.
+        data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0, limit=0)
         self.data = with_images(data) or data
         self.facts = {
             "run": f"{workdir}: {s.objective}, step {self.step:,} of {s.steps:,}, global batch {s.batch_size}",
             "network": f"{s.model.preset}, {s.train} trained",
-            "data": f"{s.data.name} ({s.data.split}), images of {s.data.height} x {s.data.width}",
+            "data": f"{s.data.name} ({s.data.split}), images of {s.data.height} x {s.data.width}"
+            + (f"; {s.data.limit:,} of them were trained on" if s.data.limit else ""),
         }
         self.identity = f"{Path(workdir).resolve()} step {self.step} guidance {self.guidance:g} shift {self.shift:g}"
 

@@ -178,6 +178,8 @@ def report(
         interruptions.check()
 
     scores: list[Score] = []
+    if s.data.limit:  # a run on a part of a set is judged by the whole of it
+        data = TrainingData(dataclasses.replace(s.data, limit=0))
     reference = reference_of(data) if e.views else "eval.views names no view to judge"
     if isinstance(reference, str):
         tell(f"no table: {reference}")

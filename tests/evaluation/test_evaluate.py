@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,16 @@ def test_the_network_of_the_set_gives_features_and_classes(
     assert capfd.readouterr().err.count("training the network of the set: 1,797 images of 10 classes") == 1
     with pytest.raises(UsageError, match="--features=network is for a workdir"):
         evaluate.own_network(None, tmp_path)
+
+
+def test_a_run_on_ten_images_is_judged_by_the_whole_set(trained, data_dir, tmp_path, one_device):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    stored = workdir / "checkpoints" / "4" / "meta" / "metadata"
+    meta = json.loads(stored.read_text())
+    meta["config"]["data"]["limit"] = 10
+    stored.write_text(json.dumps(meta))
+    subject = RunSubject(str(workdir), 1, 8, data_dir=data_dir)
+    assert len(subject) == 1797 and "; 10 of them were trained on" in subject.facts["data"]
 
 
 SAMPLES_ONLY = ("--extras=", "--views=slow", "--steps=2")

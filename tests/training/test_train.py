@@ -159,6 +159,13 @@ def test_a_signal_while_judging_is_acted_on(tmp_path, arguments, capfd, monkeypa
     assert not (tmp_path / "run" / "report.md").exists()
 
 
+def test_a_run_on_ten_images_is_judged_by_the_whole_set(tmp_path, arguments, monkeypatch):
+    judged_by = []
+    monkeypatch.setattr(session, "reference_of", lambda data: judged_by.append(len(data.captions(5000))) or "not here")
+    assert train.main(arguments(tmp_path / "run", steps=1, data__limit=10)) == 0
+    assert judged_by == [1797]
+
+
 def _per_device_config(folder, rows):
     """The digits with the rows of a device in place of the global batch."""
     config = folder / "per_device.py"
