@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shortcut_jax.cluster.distributed import say
+from shortcut_jax.core.text import count_label
 from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, fit
 from shortcut_jax.errors import UsageError
 from shortcut_jax.inference.backends import Row, SampleModel, SampleRequest, grid_times, record
@@ -70,8 +71,8 @@ def _paint(
     rate = len(rows) / max(spent - clock.seconds, 1e-9)
     how = "" if request.method == "euler" else f" by {request.method}"
     say(
-        f"{len(rows)} images of {model.title(request)} in {request.steps} steps{how}, {rate:.3g} images/s "
-        f"without compiling, {size} at once: {output.target}"
+        f"{count_label(len(rows), 'image')} of {model.title(request)} in {count_label(request.steps)}{how}, "
+        f"{rate:.3g} images/s without compiling, {size} at once: {output.target}"
     )
     return written
 

@@ -52,7 +52,7 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         else:
             say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
     high = s.timestep_range[1]
-    if high < 1 and not self_rows:
+    if high < 1 and row.distils and not self_rows:  # flow alone draws all times
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")
     if row.distils and not row.any_interval and asked.unsupervised_counts and not start:
         counts = ", ".join(map(str, asked.unsupervised_counts))

@@ -366,7 +366,7 @@ def test_the_command_writes_an_image_of_the_right_size_and_tells_what_it_does(co
         f"t5 of {converted_folder} (T5 encoder",
         "guidance 2: through the guidance embedding; computed in float32",
         "T5 reads 12 tokens of 'a photo of the cat and the dog and the c'",
-        "1 images of 24 x 40 in 2 steps, ",
+        "1 image of 24 x 40 in 2 steps, ",
     ):
         assert line in err
     assert err.count("T5 reads 12 tokens") == err.count("CLIP reads 16") + 1 == 1

@@ -72,6 +72,12 @@ def test_what_trains_the_times_where_sampling_begins_is_told(changes, said, tmp_
     assert said in capfd.readouterr().err
 
 
+def test_flow_alone_trains_all_times_and_says_nothing_else(tmp_path, capfd):
+    session.announce(tiny_assembly(objective="flow", timestep_range=(0.0, 0.9)), tmp_path, 0)
+    err = capfd.readouterr().err
+    assert "unused with objective=flow: student_steps, timestep_range" in err and "nothing trains" not in err
+
+
 def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
     from shortcut_jax.runtime.checkpoint import Checkpoints
 
