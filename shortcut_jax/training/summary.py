@@ -56,7 +56,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")
     if row.distils and not row.any_interval and asked.unsupervised_counts and not start:
         counts = ", ".join(map(str, asked.unsupervised_counts))
-        say(f"student step counts {counts} are taught by untaught steps: {s.jumps} x them is not in student_steps")
+        untrained = f"{s.jumps} x them is not in student_steps"
+        say(f"the targets of student step counts {counts} use smaller steps that no sample trains: {untrained}")
 
 
 def announce_data(assembly: Assembly, data: TrainingData) -> None:

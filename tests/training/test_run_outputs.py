@@ -42,7 +42,7 @@ def test_grids_during_a_run_have_the_same_noise_and_captions(tmp_path, arguments
 @pytest.mark.parametrize(
     ("changes", "start", "said"),
     [
-        ({"student_steps": (1, 2, 3, 4)}, 0, "student step counts 3, 4 are taught by untaught steps: 2 x them"),
+        ({"student_steps": (1, 2, 3, 4)}, 0, "counts 3, 4 use smaller steps that no sample trains: 2 x them"),
         ({"student_steps": (1, 2, 3, 4)}, 7, None),
         ({"student_steps": (1, 2, 3, 4), "objective": "flow"}, 0, None),
     ],
@@ -50,7 +50,7 @@ def test_grids_during_a_run_have_the_same_noise_and_captions(tmp_path, arguments
 def test_counts_without_a_finer_one_are_named_once(changes, start, said, tmp_path, capfd):
     session.announce(tiny_assembly(**changes), tmp_path, start)
     err = capfd.readouterr().err
-    assert (said in err) if said else ("untaught" not in err)
+    assert (said in err) if said else ("no sample trains" not in err)
 
 
 @pytest.mark.parametrize(
