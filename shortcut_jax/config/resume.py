@@ -1,22 +1,21 @@
 """Two configs of one workdir: where they differ, and what may differ when a run is resumed."""
 
 import dataclasses
+import functools
 from typing import Any
 
+from shortcut_jax.config.fields import fields_of
 from shortcut_jax.config.schema import Settings
 from shortcut_jax.core.setting import FREE, IDENTITY, SCHEDULE
 
 
-def resume_marks(settings: Any = None, prefix: str = "", group: str = IDENTITY) -> dict[str, str]:
+@functools.cache
+def resume_marks() -> dict[str, str]:
     """Whether each field of a config, by dotted name, may change when a run is resumed; see `core.setting`."""
-    settings = Settings() if settings is None else settings
-    marks: dict[str, str] = {}
-    for one in dataclasses.fields(settings):
-        value, mark = getattr(settings, one.name), one.metadata.get("resume", IDENTITY)
-        mark = group if mark == IDENTITY else mark
-        nested = dataclasses.is_dataclass(value)
-        marks |= resume_marks(value, f"{prefix}{one.name}.", mark) if nested else {prefix + one.name: mark}
-    return marks
+    mark = lambda field: field.metadata.get("resume", IDENTITY)
+    groups = {one.name: mark(one) for one in dataclasses.fields(Settings)}
+    own = {name: mark(field) for name, field in fields_of(Settings()).items()}
+    return {name: groups[name.partition(".")[0]] if it == IDENTITY else it for name, it in own.items()}
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
