@@ -38,11 +38,11 @@ def _room(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def _imports(path):
-    """Names of all modules that a file imports, wherever it does: in functions and for types too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imports(nodes):
+    """Names of all modules that statements import."""
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import"
+            assert not node.level, f"a relative import of {node.module}"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             yield from names & MODULES
             if names - MODULES:
@@ -58,7 +58,7 @@ def _room_of(module):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_stay_below(path):
     room = _room(path)
-    for name in _imports(path):
+    for name in _imports(ast.walk(ast.parse(path.read_text()))):  # in functions and for types too
         if name.split(".")[0] in ("torch", "diffusers", "tensorflow"):
             pytest.fail(f"{name} is a test-time reference only")
         if name.split(".")[0] != "shortcut_jax" or (other := _room_of(name)) == room:
@@ -75,20 +75,11 @@ def test_no_room_has_a_circle(room):
     for path in FILES:
         if _room(path) == room:
             name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-            graph[name] = set(_imports_at_the_top(path)) - {name}
+            graph[name] = set(_imports(ast.parse(path.read_text()).body)) - {name}
     while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
         for name in leaves:
             del graph[name]
     assert not graph
-
-
-def _imports_at_the_top(path):
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom):
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            yield from names & MODULES
-            if names - MODULES:
-                yield node.module
 
 
 def test_every_room_is_on_a_floor_and_every_file_fits_its_room():
