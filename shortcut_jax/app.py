@@ -19,14 +19,15 @@ from typing import Any
 
 from shortcut_jax import cli
 from shortcut_jax.cluster.bootstrap import find_place
-from shortcut_jax.cluster.distributed import say
-from shortcut_jax.errors import UsageError
+from shortcut_jax.cluster.distributed import say, tell
+from shortcut_jax.errors import ConvertedError, UsageError
+from shortcut_jax.inference.converted_pipeline import TextToImage
+from shortcut_jax.inference.run_pipeline import FEW, Pipeline
 from shortcut_jax.runtime.compilation_cache import keep_programs
 from shortcut_jax.sources.models import with_strengths
 from shortcut_jax.steps.networks import VIEWS
 from shortcut_jax.webapp.guard import MAX_UPLOAD, Guard, Hosts, hosts_of
-from shortcut_jax.webapp.models import ConvertedPipeline, Model, TrainedRun
-from shortcut_jax.webapp.request import SIZE_UNIT, make_request
+from shortcut_jax.webapp.request import MAX_STEPS, SIZE_UNIT, make_request
 from shortcut_jax.webapp.studio import Studio
 
 USAGE = "usage: python -m shortcut_jax.app --workdir=W|--checkpoint=FOLDER [--host=127.0.0.1] [--port=7860]"
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     port = free_port(options.host, options.port)
     hosts = hosts_of(options.host, options.allow_host or ())
     keep_programs()
-    studio = Studio(_open(options))
+    studio = open_studio(options)
     if options.warm_up:
         _warm_up(studio)
     which = _serve(studio, options.host, port, hosts)
@@ -110,17 +111,26 @@ def free_port(host: str, port: int) -> int:
         raise UsageError(f"cannot listen on {host}:{port} ({error}): {hint}") from error
 
 
-def _open(options: types.SimpleNamespace) -> Model:
-    if options.checkpoint is not None:
-        return ConvertedPipeline(options.checkpoint, options.loras, options.max_size)
-    return TrainedRun(options.workdir, options.views, options.base, options.encoders)
+def open_studio(options: types.SimpleNamespace) -> Studio:
+    """The model within the limits of the options; see `Pipeline` and `TextToImage` for what is raised."""
+    if options.checkpoint is None:
+        first, *_ = options.views
+        run = Pipeline(options.workdir, first, MAX_STEPS, FEW, options.base, encoders=options.encoders)
+        return Studio(run, run.limits._replace(views=tuple(options.views)), {first: run.params})
+    pipeline = TextToImage(options.checkpoint, loras=options.loras, merge=False)
+    if SIZE_UNIT % (unit := pipeline.size_unit):
+        raise ConvertedError(
+            f"{options.checkpoint} makes images in multiples of {unit} pixels, the page of {SIZE_UNIT}"
+        )
+    tell(pipeline.models["flux"].notes)
+    return Studio(pipeline, pipeline.limits._replace(height=options.max_size, width=options.max_size))
 
 
 def _warm_up(studio: Studio) -> None:
     """Compiles what the page asks for at first, so that a checkpoint that cannot be sampled is reported at once."""
-    prompt = studio.offer.examples[0] if studio.offer.examples else "an image"
-    several = studio.sample(make_request(studio.offer, {"prompt": prompt, "steps": 1}))
-    single = studio.sample(make_request(studio.offer, {"prompt": prompt, "steps": 1, "num": 1}))
+    prompt = studio.limits.examples[0] if studio.limits.examples else "an image"
+    several = studio.sample(make_request(studio.limits, {"prompt": prompt, "steps": 1}))
+    single = studio.sample(make_request(studio.limits, {"prompt": prompt, "steps": 1, "num": 1}))
     say(f"compiled in {several.compiling + single.compiling:.1f} s")
 
 

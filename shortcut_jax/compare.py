@@ -3,7 +3,7 @@
 Every run is judged on the same captions, noise seeds and sampling grid; the first one is the baseline of the ratios.
 """
 
-import dataclasses
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from shortcut_jax import cli
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.cluster.shared_folder import check_place
+from shortcut_jax.core.stats import frechet_distance, gaussian_of
 from shortcut_jax.core.text import count_label, markdown
-from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import UsageError
-from shortcut_jax.evaluation.digits import Score, cell, reference_of, score
-from shortcut_jax.inference.run_pipeline import Pipeline
-from shortcut_jax.inference.sheets import grid_captions
+from shortcut_jax.evaluation.digits import MOST_RECORDS, Score, cell, classifier
+from shortcut_jax.evaluation.features import MAX_PIXELS, pixels
+from shortcut_jax.evaluation.metrics import Cell
+from shortcut_jax.evaluation.reference import open_reference
+from shortcut_jax.evaluation.sampling import Judges, sample_cell
+from shortcut_jax.evaluation.subjects import RunSubject
+from shortcut_jax.inference.request import SampleRequest
 from shortcut_jax.runtime.metrics import contact_sheet
 from shortcut_jax.steps.networks import VIEWS
 
@@ -44,40 +49,74 @@ def main(argv: Sequence[str]) -> int:
     check_place(Path(f"{options.out}.md"), "--out", folder=False)
     steps = cli.whole_numbers("steps", options.steps, 1)
     seeds = cli.whole_numbers("seeds", options.seeds, 0, 2**32 - 1)
-    pipelines = [Pipeline(w, options.view, max_steps=max(steps), batch_size=256) for w in options.workdir]
-    names = [p.settings.objective for p in pipelines]
+    if options.images < 0 or options.images == 1:
+        raise UsageError(f"--images is {options.images}, but must be 0 for all, or at least 2")
+    request = SampleRequest((), guidance=1.0, view=options.view)
+    subjects = [RunSubject(w, max(steps), 256, request, data_dir=options.data_dir) for w in options.workdir]
+    names = [subject.pipeline.settings.objective for subject in subjects]
     if len(set(names)) < len(names):
-        names = [Path(w).name for w in options.workdir]
+        names = [subject.name for subject in subjects]
+    scores, rows, shown = dict[str, list[Score]](), list[np.ndarray](), subjects[0].show(options.columns)
+    with tempfile.TemporaryDirectory() as folder:
+        judged = _Judged(subjects[0], options.images, seeds, Path(folder))
+        for name, subject in zip(names, subjects, strict=True):
+            weights = subject.weights(options.view)
+            scores[name] = []
+            for n in steps:
+                scores[name].append(judged.score(subject, weights, options.view, n))
+                say(f"{name} at {count_label(n)}: {cell(scores[name][-1])}")
+                rows.append(subject.few(weights, shown, n, seed=0))
 
-    data = pipelines[0].settings.data
-    data = dataclasses.replace(data, dir=options.data_dir or data.dir, mix=(), weights=())
-    reference = reference_of(TrainingData(data))
-    if isinstance(reference, str):
-        raise UsageError(f"{options.workdir[0]} cannot be compared in pixels: {reference}")
-    scores: dict[str, list[Score]] = {}
-    for name, pipeline in zip(names, pipelines, strict=True):
-        scores[name] = []
-        for n in steps:
-            judged = score(pipeline.generate, pipeline.params, options.view, n, reference, options.images, seeds)
-            scores[name].append(judged)
-            say(f"{name} at {n} steps: {cell(judged)}")
-
-    captions = grid_captions((), reference.captions, options.columns)
     labels = [f"{name}, {count_label(n)}" for name in names for n in steps]
-    rows = [pipeline(captions, steps=n) for pipeline in pipelines for n in steps]
-    image = contact_sheet(rows, labels, [c.split()[-1] for c in captions])
+    image = contact_sheet(rows, labels, [caption.split()[-1] for caption in shown.captions])
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     image.save(f"{options.out}.png")
     body = table(scores, steps)
-    facts = [
-        f"{name}: {Path(w).name}, {p.step} steps, global batch {p.settings.batch_size}, training seed {p.settings.seed}"
-        for name, w, p in zip(names, options.workdir, pipelines, strict=True)
-    ]
+    facts = [f"{name}: {_described(subject)}" for name, subject in zip(names, subjects, strict=True)]
     facts.append(f"{options.view} view, {scores[names[0]][0].images} images for each of {len(seeds)} noise seeds")
     facts.append(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}")
     Path(f"{options.out}.md").write_text(body + "\n\n" + "\n".join(f"- {fact}" for fact in facts) + "\n")
     print(body)
     return 0
+
+
+class _Judged:
+    """How `evaluate` judges images of the captions of the first run: in pixels, once for each noise seed."""
+
+    def __init__(self, asks: RunSubject, images: int, seeds: Sequence[int], folder: Path):
+        own, instead = asks.captioned, "python -m shortcut_jax.evaluate judges such runs"
+        if asks.data.store == "captions":
+            raise UsageError(f"{asks.name} cannot be compared in pixels: there are captions alone; {instead}")
+        if len(own) < 2:
+            raise UsageError(f"{asks.name} cannot be compared: its set has {len(own)} images, but a distance needs 2")
+        shape = own.images([0]).shape[1:]
+        if np.prod(shape) > MAX_PIXELS:
+            raise UsageError(
+                f"{asks.name} cannot be compared in pixels: images of {np.prod(shape):,} values are too large (at most "
+                f"{MAX_PIXELS:,}); {instead}"
+            )
+        self._images = min(images or MOST_RECORDS, len(own))
+        self._asks, self._seeds, self._folder = asks, seeds, folder
+        self._judges = Judges(pixels(shape), classify=classifier(own))
+        self._reference = open_reference(None, own, self._judges.features, folder)
+
+    def score(self, subject: RunSubject, weights: Any, view: str, steps: int) -> Score:
+        """One cell of the table."""
+        one, distances, accuracies = Cell(subject.name, steps, self._images), list[float](), list[float]()
+        for number, seed in enumerate(self._seeds):
+            path = self._folder / f"{subject.name}-{steps}-{number}.npz"
+            with tqdm(total=steps * one.images, desc=str(one), unit_scale=True, leave=False) as bar:
+                tally = sample_cell(subject, weights, self._asks, one, seed, self._judges, path, bar)
+            path.unlink()
+            distances.append(frechet_distance(gaussian_of(tally.moments), self._reference.gaussian))
+            if tally.sums["labelled"]:
+                accuracies.append(tally.sums["classified"] / tally.sums["labelled"])
+        return Score(view, steps, one.images, tuple(distances), tuple(accuracies))
+
+
+def _described(subject: RunSubject) -> str:
+    settings = subject.pipeline.settings
+    return f"{subject.name}, {subject.step} steps, global batch {settings.batch_size}, training seed {settings.seed}"
 
 
 def table(scores: dict[str, list[Score]], steps: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """Evaluation: `python -m shortcut_jax.evaluate --workdir=W`, or of a converted pipeline with `--checkpoint=FOLDER`.
 
 Writes `evaluation.html` and `evaluation.json`. The first view is judged in full, the others at fewer step counts and on
-fewer images. What is cut off goes on where it was when the same command is given again.
+fewer images. Rerun the same command to resume what was cut off.
 """
 
 import math
@@ -17,21 +17,23 @@ from shortcut_jax.cluster import distributed
 from shortcut_jax.cluster.claim import Claim
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.cluster.shared_folder import check_folder, check_place
+from shortcut_jax.config.bounds import MAX_STEPS
 from shortcut_jax.core.stats import clip_score
 from shortcut_jax.data.format import Size
-from shortcut_jax.data.pipeline import evenly, read_many
+from shortcut_jax.data.text_file import read_lines
 from shortcut_jax.errors import UsageError
 from shortcut_jax.evaluation.captions import CaptionedSet
-from shortcut_jax.evaluation.digits import MOST_RECORDS, make_reference
+from shortcut_jax.evaluation.digits import classifier
 from shortcut_jax.evaluation.features import MAX_PIXELS, Features, inception, load_clip, pixels, random_network
 from shortcut_jax.evaluation.reference import open_reference, save_reference
 from shortcut_jax.evaluation.resize import RESIZES
 from shortcut_jax.evaluation.run import EXTRAS, Plan, entries_of, evaluate
-from shortcut_jax.evaluation.sampling import Classify, Judges
+from shortcut_jax.evaluation.sampling import Judges
 from shortcut_jax.evaluation.set_network import network_classes, network_features, network_of
 from shortcut_jax.evaluation.subjects import CHECKPOINT, ConvertedSubject, RunSubject, Subject
 from shortcut_jax.evaluation.writing import write
 from shortcut_jax.formats.inference_checkpoint import RECORD
+from shortcut_jax.inference.request import SampleRequest
 from shortcut_jax.runtime.compilation_cache import keep_programs
 from shortcut_jax.sources.models import with_strengths
 
@@ -105,7 +107,7 @@ def _flags() -> Any:
     flags.DEFINE_list("views", None, "Weights: slow,online,fast; the first one in full.", flag_values=values)
     number("images", 0, "Images of a cell; 0: as many as there are captions.", flag_values=values)
     flags.DEFINE_list("other_steps", ["1", "4", "32"], "Step counts of the views but the first.", flag_values=values)
-    number("other_images", 512, "Images of their cells; 0: as of the first.", flag_values=values)
+    number("other_images", 512, "Images per cell of the other views; 0: as the first.", flag_values=values)
     text("teacher", None, "Workdir or pipeline to compare with; a run's own by default.", flag_values=values)
     number("teacher_steps", 32, "Sampling steps of the teacher.", flag_values=values)
     flags.DEFINE_enum("features", "auto", FEATURES, "What the distance is computed on.", flag_values=values)
@@ -115,7 +117,7 @@ def _flags() -> Any:
     text("reference", None, "Statistics (.npz), or a folder of images; else the run's set.", flag_values=values)
     text("save_reference", None, "Only write the statistics of --reference to this .npz.", flag_values=values)
     text("prompts", None, "With --checkpoint: file with a prompt a line.", flag_values=values)
-    flags.DEFINE_list("extras", list(EXTRAS), "What is asked besides.", flag_values=values)
+    flags.DEFINE_list("extras", list(EXTRAS), "Further measurements.", flag_values=values)
     number("seed", 0, "Seed of the noise.", flag_values=values)
     number("batch_size", 256, "Images made at once.", flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale; by default that of the run.", flag_values=values)
@@ -152,6 +154,8 @@ def _check(options: types.SimpleNamespace) -> None:
     for name, least in (("images", 0), ("other_images", 0), ("teacher_steps", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} is {getattr(options, name)}, but must be at least {least}")
+    if options.teacher_steps > MAX_STEPS:
+        raise UsageError(f"--teacher_steps is {options.teacher_steps}, but must be at most {MAX_STEPS}")
     unknown = [name for name in options.extras if name not in EXTRAS]
     if unknown:
         raise UsageError(f"--extras has {unknown[0]!r}, but must be of {', '.join(EXTRAS)}")
@@ -193,17 +197,16 @@ def own_network(own: CaptionedSet | None, out: Path) -> Judges:
 
 def open_run(options: types.SimpleNamespace, workdir: str, max_steps: int) -> RunSubject:
     """A training run, with the options of the command."""
-    return RunSubject(
-        *(workdir, max_steps, options.batch_size, options.guidance, options.shift),
-        *(options.base, options.encoders, options.data_dir),
-    )
+    request = SampleRequest((), guidance=options.guidance, shift=options.shift)
+    place = options.base, options.encoders, options.data_dir
+    return RunSubject(workdir, max_steps, options.batch_size, request, *place)
 
 
 def open_checkpoint(
     options: types.SimpleNamespace, folder: str, loras: Sequence[tuple[str, float]] = (), size: Size | None = None
 ) -> ConvertedSubject:
     """A converted pipeline, with the options of the command; `size` of its images is that of a student's."""
-    prompts = cli.read_prompts("prompts", options.prompts) if options.prompts else ()
+    prompts = read_lines(options.prompts, f"--prompts={options.prompts}") if options.prompts else ()
     names = ("height", "width", "guidance", "shift", "text_tokens")
     chosen = {name: getattr(options, name) for name in names}
     if size is not None:
@@ -223,13 +226,6 @@ def clip_scores(folder: str) -> Callable[[np.ndarray, Sequence[str]], np.ndarray
     """Images and captions -> the CLIP score of each pair."""
     clip = load_clip(folder)
     return lambda images, captions: clip_score(clip.images(images), clip.texts(captions))
-
-
-def classifier(own: CaptionedSet | None) -> Classify | None:
-    """Images -> classes, fitted on the training set where it has labels; see `report.make_reference`."""
-    if own is None or "label" not in own.records[0]:
-        return None
-    return make_reference(read_many(own.records, evenly(len(own.records), MOST_RECORDS))).classify
 
 
 if __name__ == "__main__":

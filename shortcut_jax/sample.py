@@ -10,19 +10,24 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from shortcut_jax import cli
 from shortcut_jax.cluster import distributed
-from shortcut_jax.cluster.distributed import say
-from shortcut_jax.config.bounds import MAX_BATCH, check_prompts, check_whole
+from shortcut_jax.cluster.distributed import say, tell
+from shortcut_jax.config.bounds import MAX_STEPS, check_prompts
 from shortcut_jax.core.flow import METHODS
+from shortcut_jax.data.text_file import read_lines
 from shortcut_jax.errors import UsageError
-from shortcut_jax.inference.backends import ConvertedModel, RunModel, SampleModel, SampleRequest
-from shortcut_jax.inference.batches import edit_to_files, fit_image, read_edited, sample_to_files
+from shortcut_jax.inference.batches import fit_image, read_edited, sample_to_files
+from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.inference.image_files import Output, names_folder
 from shortcut_jax.inference.repl import interact
+from shortcut_jax.inference.request import Edit, ImagePipeline, SampleRequest
+from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.runtime.compilation_cache import keep_programs
+from shortcut_jax.sources.models import with_strengths
 from shortcut_jax.steps.editing import make_plan
 from shortcut_jax.steps.networks import VIEWS
 
@@ -55,32 +60,35 @@ def main(argv: Sequence[str]) -> int:
     if options.interactive:
         interact(model, request, output, options.trajectory)
         return 0
-    read = request.prompts if image is None else (options.source_prompt, *request.prompts)
-    for note in model.notes(dataclasses.replace(request, prompts=read)):
+    if image is not None:
+        pixels_hwc = fit_image(model, image, request)
+        rows, columns = pixels_hwc.shape[:2]
+        request = dataclasses.replace(request, height=rows, width=columns, edit=_edit(options, pixels_hwc))
+    for note in model.notes(request):
         say(note)
-    if image is None:
-        sample_to_files(model, request, output, options.trajectory)
-        return 0
-    plan = dict(skip=options.skip, plain=options.plain, average=options.average)
-    plan["source_guidance"] = options.source_guidance
-    image_hwc = fit_image(model, image, request)
-    request = dataclasses.replace(request, height=image_hwc.shape[0], width=image_hwc.shape[1])
-    edit_to_files(model, request, output, image_hwc, options.source_prompt, plan)
+    sample_to_files(model, request, output, options.trajectory)
     return 0
 
 
-def _open(options: SimpleNamespace, request: SampleRequest) -> SampleModel:
+def _open(options: SimpleNamespace, request: SampleRequest) -> ImagePipeline:
     """The model, its weights on the devices."""
     begin = time.perf_counter()
     if options.checkpoint is None:
-        model: SampleModel = RunModel(options, request.num * max(len(request.prompts), 1))
+        scales = options.lora_scale or [1.0]
+        if len(scales) > 1:
+            raise UsageError(f"--lora_scale is given {len(scales)} times, but a workdir has one set of adapters")
+        size = request.batch_size or min(request.num * max(len(request.prompts), 1), 64)
+        chosen = options.view, MAX_STEPS, size, options.base, scales[0], options.encoders
+        model: ImagePipeline = Pipeline(options.workdir, *chosen)
         model.check(request)
     else:
-        model = converted = ConvertedModel(options)
-        converted.check(request)
-        converted.tell()
+        model = converted = TextToImage(options.checkpoint, loras=with_strengths(options.lora, options.lora_scale))
+        model.check(request)
+        for part in converted.models.values():
+            say(part.origin)
+            tell(part.notes)
         begin = time.perf_counter()
-        _ = converted.pipeline.params
+        model.weights()
     say(f"weights read in {time.perf_counter() - begin:.1f} s; the first images of a size wait for their program")
     return model
 
@@ -132,11 +140,11 @@ def _flags() -> Any:
     integer("text_tokens", "With --checkpoint: tokens of a prompt for T5.")
     flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow EMA.", flag_values=values)
     string("base", "With --workdir: base of its adapters, where it has moved.")
-    string("encoders", "With --workdir: pipeline of a run on latents.")
+    string("encoders", "With --workdir: converted pipeline that encodes and decodes for a run on latents.")
     flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
     string("out", "File (.png, .jpg, .webp), or a folder ending in / that gets a PNG an image and sheet.png.")
-    flags.DEFINE_boolean("trajectory", False, "Also write what each step aims at.", flag_values=values)
+    flags.DEFINE_boolean("trajectory", False, "Also write the clean image predicted at each step.", flag_values=values)
     string("edit", "Image to change from what --source_prompt says to what --prompt says (FlowEdit).")
     string("source_prompt", "With --edit: what the image shows.")
     number("source_guidance", "With --edit: guidance scale for --source_prompt; that of --guidance by default.")
@@ -150,7 +158,7 @@ def _request(options: SimpleNamespace) -> SampleRequest:
     """What the options ask for. Raises UsageError where they contradict each other."""
     prompts = [
         *(options.prompt or ()),
-        *(cli.read_prompts("prompts", options.prompts) if options.prompts is not None else ()),
+        *(read_lines(options.prompts, f"--prompts={options.prompts}") if options.prompts is not None else ()),
     ]
     if not prompts and not options.interactive:
         raise UsageError(f"--prompt is missing; {USAGE}")
@@ -164,10 +172,9 @@ def _request(options: SimpleNamespace) -> SampleRequest:
         raise UsageError(f"--num is {options.num}, but there are {len(seeds)} --seeds: leave --num out")
     if options.num is None:
         options.num = len(seeds) or _default_num(options, len(prompts))
-    if options.batch is not None:
-        check_whole("--batch", options.batch, MAX_BATCH)
     same = ("num", "steps", "guidance", "seed", "method", "shift", "height", "width", "text_tokens")
-    return SampleRequest(tuple(prompts), seeds=seeds, **{name: getattr(options, name) for name in same})
+    chosen = {name: getattr(options, name) for name in same}
+    return SampleRequest(tuple(prompts), seeds=seeds, batch_size=options.batch, **chosen)
 
 
 def _default_num(options: SimpleNamespace, prompts: int) -> int:
@@ -181,7 +188,7 @@ def _image_to_edit(options: SimpleNamespace) -> Image.Image:
         raise UsageError("--source_prompt is missing: say what the image of --edit shows")
     check_prompts([options.source_prompt])
     if len(options.prompt or ()) != 1 or options.prompts is not None or options.interactive:
-        raise UsageError("--edit takes one --prompt: what the image shall become")
+        raise UsageError("--edit takes one --prompt: what the image is to become")
     if options.method != "euler" or options.trajectory:
         raise UsageError("--edit goes neither with --method=heun nor with --trajectory")
     if (options.height is None) != (options.width is None):
@@ -191,6 +198,11 @@ def _image_to_edit(options: SimpleNamespace) -> Image.Image:
     except ValueError as error:
         raise UsageError(str(error)) from error
     return read_edited(options.edit)
+
+
+def _edit(options: SimpleNamespace, pixels_hwc: np.ndarray) -> Edit:
+    plan = options.skip, options.plain, options.average
+    return Edit(pixels_hwc, options.source_prompt, *plan, source_guidance=options.source_guidance)
 
 
 if __name__ == "__main__":

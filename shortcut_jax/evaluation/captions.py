@@ -10,7 +10,7 @@ from shortcut_jax.data.records import DataSettings, data_folder
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.validation import hash_of
-from shortcut_jax.inference.generator import Caption
+from shortcut_jax.inference.request import Caption
 from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.run.check_data import check_data
 

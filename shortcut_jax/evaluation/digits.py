@@ -13,6 +13,7 @@ from shortcut_jax.core.text import count_label, markdown
 from shortcut_jax.data.pipeline import evenly, read_many
 from shortcut_jax.data.records import to_latents, with_images
 from shortcut_jax.data.training import TrainingData
+from shortcut_jax.evaluation.captions import CaptionedSet
 from shortcut_jax.evaluation.features import MAX_PIXELS
 from shortcut_jax.inference.generator import Generator
 
@@ -72,6 +73,13 @@ def make_reference(source: Sequence[dict[str, Any]]) -> Reference:
     classifier = SVC(gamma=0.001).fit(features(images), labels)
     classify = lambda pixels: classifier.predict(features(pixels))
     return Reference(gaussian, captions, labels, classify)
+
+
+def classifier(own: CaptionedSet | None) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Images -> classes, fitted on a training set where it has labels; see `make_reference`."""
+    if own is None or "label" not in own.records[0]:
+        return None
+    return make_reference(read_many(own.records, evenly(len(own.records), MOST_RECORDS))).classify
 
 
 def reference_of(data: TrainingData) -> Reference | str:

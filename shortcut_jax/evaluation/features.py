@@ -43,11 +43,18 @@ class Features(NamedTuple):
       name: what the Frechet distance on them is called: `FID` for InceptionV3 alone.
       size: features of an image.
       function: computes them.
+      weights: which weights of that name compute them, where there are several; of what is kept, not of reports.
     """
 
     name: str
     size: int
     function: Callable[[np.ndarray], np.ndarray]
+    weights: str = ""
+
+    @property
+    def identity(self) -> str:
+        """By what numbers that were made with them are known."""
+        return f"{self.name} {self.weights}".strip()
 
     def __call__(self, images_BhwC: np.ndarray) -> np.ndarray:
         """The features of images."""

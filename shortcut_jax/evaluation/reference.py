@@ -168,7 +168,7 @@ def _kept(
 
     `source` is asked when all images have been seen.
     """
-    name = hashlib.sha256(f"{features.name} {identity}".encode()).hexdigest()[:12]
+    name = hashlib.sha256(f"{features.identity} {identity}".encode()).hexdigest()[:12]
     path = cache / f"reference-{name}.npz"
     if not distributed.agree(path.is_file()):
         tally = of_all_processes(_tally(images(), features, total))

@@ -66,12 +66,12 @@ def sample_cell(
     """
     rank, processes = jax.process_index(), jax.process_count()
     asked_by = f"captions of {asks.name} | {cell} | {cell.images} images | seed {seed}"
-    looked_at = " | ".join(f.name for f in (judges.features, judges.pixels) if f)
+    looked_at = " | ".join(f.identity for f in (judges.features, judges.pixels) if f)
     key = f"{subject.identity} | {asked_by} | {looked_at}"
     stored = load(path, key)
     done = distributed.agree_on(stored.done if stored else 0)
     empty = no_tally(judges.features.size, judges.pixels.size if judges.pixels else 0)._replace(done=done)
-    # What is stored is of all processes: one of them goes on with it.
+    # What is stored is of all processes: one of them continues with it.
     tally = stored if stored and rank == 0 else empty
     bar.update(done * cell.steps)
     if done == cell.images:
@@ -96,7 +96,7 @@ def sample_cell(
 
 
 def _keep(tally: Tally, empty: Tally | None, path: Path, key: str) -> Tally:
-    """Writes what all processes have seen. Process 0 goes on with it, the others with `empty`; all, where None."""
+    """Writes what all processes have seen. Process 0 continues with it, the others with `empty`; all, where None."""
     whole = of_all_processes(tally)
     if jax.process_index() == 0:
         save(path, whole, key)

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ from shortcut_jax.data.records import with_images
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.evaluation.captions import CaptionBatch, CaptionedSet
 from shortcut_jax.evaluation.validation import Validation
-from shortcut_jax.inference.converted_pipeline import TextToImage
-from shortcut_jax.inference.generator import Caption, Generator
+from shortcut_jax.inference.converted_pipeline import SIDE, TextToImage
+from shortcut_jax.inference.request import Caption, ImagePipeline, Row, SampleRequest
 from shortcut_jax.inference.run_pipeline import Pipeline
 from shortcut_jax.inference.sheets import grid_captions
 from shortcut_jax.run.assembly import Assembly
@@ -37,10 +37,12 @@ CHECKPOINT = "checkpoint"
 """The one view of a converted pipeline."""
 
 
-class Subject(Protocol):
-    """What is judged.
+class Subject:
+    """What is judged: a pipeline, and the captions that it makes images for.
 
     Attributes:
+      pipeline: that makes the images.
+      request: guidance, shift and size of the images.
       name: of it, short.
       views: names of its sets of weights.
       batch_size: images made at once.
@@ -49,39 +51,58 @@ class Subject(Protocol):
       identity: all that its images depend on beside view, steps, seed and caption, as text.
     """
 
+    pipeline: ImagePipeline
+    request: SampleRequest
     name: str
     views: tuple[str, ...]
     batch_size: int
-    step: int | None
+    step: int | None = None
     facts: dict[str, str]
     identity: str
 
     def weights(self, view: str) -> Any:
         """Weights of a view, on devices."""
+        return self.pipeline.weights(view)
 
     def __len__(self) -> int:
         """How many captions there are."""
+        raise NotImplementedError
 
     def ask(self, indices: Sequence[int], total: int) -> CaptionBatch:
         """The captions of images `indices` of `total`."""
+        raise NotImplementedError
 
     def show(self, num: int) -> CaptionBatch:
         """Captions to show images of, different ones where there are."""
+        raise NotImplementedError
+
+    def texts(self, asked: CaptionBatch) -> Sequence[Caption]:
+        """Captions as the pipeline reads them."""
+        return asked.captions
 
     def images(self, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
         """Images [S, h, w, c], uint8, for at most `batch_size` captions; noise `first` ... of a seed."""
+        return self._drawn(self.batch_size, weights, asked, steps, seed, first)
 
     def few(self, weights: Any, asked: CaptionBatch, steps: int, seed: int) -> np.ndarray:
         """The same for a few captions, all in one batch of their own, noise 0 ... of a seed."""
+        return self._drawn(len(asked.captions), weights, asked, steps, seed, 0)
+
+    def _drawn(self, batch: int, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
+        rows = [Row(text, seed, first + i) for i, text in enumerate(self.texts(asked))]
+        request = dataclasses.replace(self.request, steps=steps, batch_size=batch)
+        return self.pipeline.images(rows, request, weights)
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
-        """The field along its own paths from `batch_size` noises; None where it is not measured."""
+        """The field along its own paths from some noises; None where it is not measured."""
+        return None
 
     def validate(self, weights: Any) -> dict[str, float]:
         """The loss on held-out images, and by time below it; empty where there are none."""
+        return {}
 
 
-class RunSubject:
+class RunSubject(Subject):
     """A training workdir; see `Subject`. Captions are those of its training set, evenly spread."""
 
     def __init__(
@@ -89,26 +110,35 @@ class RunSubject:
         workdir: str | Path,
         max_steps: int,
         batch_size: int,
-        guidance: float | None = None,
-        shift: float | None = None,
+        request: SampleRequest | None = None,
         base: str | None = None,
         encoders: str | None = None,
         data_dir: str | None = None,
     ):
         """Opens the newest checkpoint and the training set.
 
+        Args:
+          workdir: of the run.
+          max_steps: the most sampling steps that will be asked for.
+          batch_size: rounded up to the devices.
+          request: guidance and shift, each None for the run's own, and the view that is read at once (`slow`).
+          base: see `Pipeline`.
+          encoders: see `Pipeline`.
+          data_dir: folder of the sets; the run's own by default.
+
         Raises:
           CheckpointError, ConfigError, DataError: see `Pipeline` and `TrainingData`.
         """
-        self.pipeline = Pipeline(workdir, "slow", max_steps, batch_size, base, encoders=encoders)
+        request = request or SampleRequest(())
+        view = request.view or "slow"
+        self.pipeline: Pipeline = Pipeline(workdir, view, max_steps, batch_size, base, encoders=encoders)
         s = self.pipeline.settings
-        self.name = Path(workdir).resolve().name
-        self.step: int | None = self.pipeline.step
-        self.views: tuple[str, ...] = (*VIEWS, TEACHER) if s.has_base else VIEWS
-        self.guidance = s.eval.guidance if guidance is None else guidance
-        self.shift = s.eval.shift if shift is None else shift
-        self._generators: dict[int, Generator] = {}
-        self.batch_size = self._generator(batch_size).batch_size
+        self.name, self.step = self.pipeline.name, self.pipeline.step
+        self.views = (*VIEWS, TEACHER) if s.has_base else VIEWS
+        self.guidance = s.eval.guidance if request.guidance is None else request.guidance
+        self.shift = s.eval.shift if request.shift is None else request.shift
+        self.request = SampleRequest((), guidance=self.guidance, shift=self.shift)
+        self.batch_size = self.pipeline.rounded(batch_size)
         # A run on a part of a set is judged by the whole of it.
         data = dataclasses.replace(s.data, dir=data_dir or s.data.dir, mix=(), weights=(), caption_dropout=0.0, limit=0)
         self.data = with_images(data) or data
@@ -125,10 +155,6 @@ class RunSubject:
         """The training set."""
         return CaptionedSet(self.pipeline, self.data)
 
-    def weights(self, view: str) -> Any:
-        """See `Subject`."""
-        return self.pipeline.params if view == "slow" else self.pipeline.weights(view)
-
     def __len__(self) -> int:
         return len(self.captioned)
 
@@ -141,33 +167,15 @@ class RunSubject:
         chosen = grid_captions(self.pipeline.settings.eval.captions, self.captioned.captions(256), num)
         return CaptionBatch(chosen)
 
-    def images(self, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
-        """See `Subject`."""
-        return self._draw(self.batch_size, weights, asked, steps, seed, first)
-
-    def few(self, weights: Any, asked: CaptionBatch, steps: int, seed: int) -> np.ndarray:
-        """See `Subject`."""
-        return self._draw(len(asked.captions), weights, asked, steps, seed, 0)
-
-    def _draw(self, batch: int, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
-        draws = [(seed, first + i) for i in range(len(asked.captions))]
-        return self._generator(batch)(weights, self._texts(asked), steps, guidance=self.guidance, draws=draws)
-
-    def _texts(self, asked: CaptionBatch) -> Sequence[Caption]:
-        """Stored states are those of T5 and CLIP: for a network that reads them."""
+    def texts(self, asked: CaptionBatch) -> Sequence[Caption]:
+        """See `Subject`. Stored states are those of T5 and CLIP: for a network that reads them."""
         return asked.states if asked.states and self.data.text_encoder == "stored" else asked.captions
-
-    def _generator(self, batch: int) -> Generator:
-        if batch not in self._generators:
-            steps, codec = self.pipeline.generate.max_steps, self.pipeline.codec
-            self._generators[batch] = Generator(self.pipeline.assembly, batch, steps, self.shift, codec)
-        return self._generators[batch]
 
     def path(self, weights: Any, seed: int) -> PathMeasures | None:
         """See `Subject`."""
-        generator, cfg = self._generator(PATH_ROWS), self.pipeline.assembly.model
+        generator, cfg = self.pipeline.generator(PATH_ROWS), self.pipeline.assembly.model
         rows = generator.batch_size
-        args = [generator.condition(self._texts(self.ask(range(rows), rows)), self.guidance)]
+        args = [generator.condition(self.texts(self.ask(range(rows), rows)), self.guidance)]
         if not (is_unguided(self.guidance) or cfg.guidance):
             args.append(generator.condition([""] * rows, self.guidance))
         with jax.set_mesh(self.pipeline.assembly.mesh):
@@ -208,7 +216,7 @@ class RunSubject:
         return Validation(Assembly(changed))
 
 
-class ConvertedSubject:
+class ConvertedSubject(Subject):
     """A converted pipeline on a list of prompts; see `Subject`."""
 
     def __init__(
@@ -232,31 +240,25 @@ class ConvertedSubject:
           ConvertedError: see `TextToImage`.
           ConfigError: sizes or numbers that it does not take.
         """
-        self._model = TextToImage(folder, loras=loras)
-        tell(self._model.models["flux"].notes)
-        self._options = {name: value for name, value in options.items() if value is not None}
-        self._options = {"height": 1024, "width": 1024, **self._options}
+        self.pipeline: TextToImage = TextToImage(folder, loras=loras)
+        tell(self.pipeline.models["flux"].notes)
+        self.request = SampleRequest((), **options)
         self._prompts = list(prompts)
         try:
-            self._model.check(self._prompts or [""], **self._options)
+            self.pipeline.check(dataclasses.replace(self.request, prompts=tuple(self._prompts)))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.name = Path(folder).resolve().name
-        self.step: int | None = None
-        self.views: tuple[str, ...] = (CHECKPOINT,)
-        self.batch_size = self._model.rounded(batch_size)
-        size = f"{self._options['height']} x {self._options['width']}"
+        self.name = self.pipeline.name
+        self.views = (CHECKPOINT,)
+        self.batch_size = self.pipeline.rounded(batch_size)
         self.facts = {
-            "pipeline": f"{folder}: {self._model.models['flux'].origin}",
-            "prompts": f"{len(self._prompts)}, images of {size}",
-            "guidance": str(self._model.guidance(self._options.get("guidance"))),
+            "pipeline": f"{folder}: {self.pipeline.models['flux'].origin}",
+            "prompts": f"{len(self._prompts)}, images of {self.pipeline.title(self.request)}",
+            "guidance": str(self.pipeline.guidance(self.request.guidance)),
         }
         content = hashlib.sha256(repr(self._prompts).encode()).hexdigest()
-        self.identity = f"{Path(folder).resolve()} {self._options} {list(loras)} prompts {content[:16]}"
-
-    def weights(self, view: str) -> Any:
-        """See `Subject`; they are read on first use."""
-        return None
+        chosen = {"height": SIDE, "width": SIDE, **{k: v for k, v in options.items() if v is not None}}
+        self.identity = f"{Path(folder).resolve()} {chosen} {list(loras)} prompts {content[:16]}"
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -269,19 +271,7 @@ class ConvertedSubject:
         """See `Subject`."""
         return CaptionBatch([self._prompts[i % len(self._prompts)] for i in indices])
 
-    def images(self, weights: Any, asked: CaptionBatch, steps: int, seed: int, first: int) -> np.ndarray:
-        """See `Subject`."""
-        draws = [(seed, first + i) for i in range(len(asked.captions))]
-        return self._model(asked.captions, steps, draws=draws, batch_size=self.batch_size, **self._options)
-
-    def few(self, weights: Any, asked: CaptionBatch, steps: int, seed: int) -> np.ndarray:
-        """See `Subject`."""
-        return self._model(asked.captions, steps, seed=seed, batch_size=len(asked.captions), **self._options)
-
-    def path(self, weights: Any, seed: int) -> PathMeasures | None:
-        """See `Subject`."""
-        return None
-
-    def validate(self, weights: Any) -> dict[str, float]:
-        """See `Subject`."""
-        return {}
+    def texts(self, asked: CaptionBatch) -> Sequence[Caption]:
+        """See `Subject`; what is cut off them is printed once."""
+        self.pipeline.tell(dataclasses.replace(self.request, prompts=tuple(asked.captions)))
+        return asked.captions

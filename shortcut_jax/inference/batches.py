@@ -2,9 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,58 +12,33 @@ from shortcut_jax.cluster.distributed import say
 from shortcut_jax.core.text import count_label
 from shortcut_jax.data.images import MAX_BYTES, BadImage, decode, fit
 from shortcut_jax.errors import UsageError
-from shortcut_jax.inference.backends import Row, SampleModel, SampleRequest, grid_times, record
 from shortcut_jax.inference.image_files import IMAGE, Output, layout_of
+from shortcut_jax.inference.request import ImagePipeline, SampleRequest, grid_times, record
 from shortcut_jax.runtime.compilation_cache import CompileClock
 
-Draw = Callable[[Sequence[Row]], np.ndarray]
 
-
-def sample_to_files(model: SampleModel, request: SampleRequest, output: Output, trajectory: bool = False) -> list[Path]:
-    """Samples what is wanted and writes it; returns the files of a folder.
+def sample_to_files(
+    model: ImagePipeline, request: SampleRequest, output: Output, trajectory: bool = False
+) -> list[Path]:
+    """Samples or edits what is asked for and writes it; returns the files of a folder.
 
     With `trajectory` every image is accompanied by what each step aimed at.
     """
-    draw: Draw = lambda rows: model.trajectories(rows, request) if trajectory else model.images(rows, request)
-    return _paint(model, request, output, draw, trajectory=trajectory)
-
-
-def edit_to_files(
-    model: SampleModel,
-    request: SampleRequest,
-    output: Output,
-    image_hwc: np.ndarray,
-    source_prompt: str,
-    plan: dict[str, Any],
-) -> list[Path]:
-    """Edits one image, as `plan` for `SampleModel.edit` says, and writes it; returns the files of a folder."""
-    draw: Draw = lambda rows: model.edit(image_hwc, source_prompt, rows, request, **plan)
-    return _paint(model, request, output, draw, source=image_hwc, told={"source_prompt": source_prompt, **plan})
-
-
-def _paint(
-    model: SampleModel,
-    request: SampleRequest,
-    output: Output,
-    draw: Draw,
-    trajectory: bool = False,
-    source: np.ndarray | None = None,
-    told: dict[str, Any] | None = None,
-) -> list[Path]:
-    rows, size, written = request.rows, model.batch_size, list[Path]()
+    rows, size, written = request.rows, model.rounded(request.batch_size), list[Path]()
     times = grid_times(model, request) if trajectory else []
+    draw = model.trajectories if trajectory else model.images
     starts = range(0, len(rows), size)
     spent = 0.0
     with CompileClock() as clock:
         for first in tqdm(starts, unit="batch", disable=len(starts) == 1):
             begin = time.perf_counter()
             chunk = rows[first : first + size]
-            drawn = draw(chunk)
+            drawn = draw(chunk, request)
             spent += time.perf_counter() - begin
-            records = [{**record(model, row, request), **(told or {})} for row in chunk]
+            records = [record(model, row, request) for row in chunk]
             along = drawn if trajectory else None
             written += output.add(drawn[:, -1] if trajectory else drawn, records, along, times)
-    output.close(source)
+    output.close(request.edit.pixels_hwc if request.edit else None)
     if clock.programs:
         say(f"{clock}: the next images of this kind need none of it")
     rate = len(rows) / max(spent - clock.seconds, 1e-9)
@@ -101,7 +74,7 @@ def read_edited(path: str, name: str = "--edit") -> Image.Image:
     return opened
 
 
-def fit_image(model: SampleModel, image: Image.Image, request: SampleRequest) -> np.ndarray:
+def fit_image(model: ImagePipeline, image: Image.Image, request: SampleRequest) -> np.ndarray:
     """Its pixels [h, w, c], uint8, of a size that the model makes: resized to cover it, and cut to its middle."""
     height, width, channels = model.image_size(image.height, image.width, request)
     pixels, _ = fit(image, (height, width))

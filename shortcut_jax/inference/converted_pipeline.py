@@ -1,147 +1,61 @@
 """Prompts to images with a converted pipeline: tokenizers, T5 and CLIP, the transformer, the autoencoder."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax.cluster.distributed import say
 from shortcut_jax.config.bounds import (
     MAX_BATCH,
     MAX_IMAGES,
     MAX_SIDE,
-    MAX_STEPS,
     MAX_TOKENS,
-    check_prompts,
-    check_seed,
     check_whole,
-    is_unguided,
 )
-from shortcut_jax.core.latents import PATCH
-from shortcut_jax.core.local_path import local_path
-from shortcut_jax.core.schedules import Spacing
-from shortcut_jax.core.types import Array, Condition
-from shortcut_jax.data.records import to_pixels
-from shortcut_jax.errors import ConvertedError
-from shortcut_jax.inference.converted_editor import Editor
-from shortcut_jax.inference.encoders import TextEncoders, VaeCodec, on_mesh, place_on, split_rows
-from shortcut_jax.inference.generator import Draws, bound_of, draw_arrays, full_batches, numbered
-from shortcut_jax.models.attention import choose_backend
-from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
-from shortcut_jax.sources.models import open_loras
-from shortcut_jax.sources.pipeline import open_pipeline
-from shortcut_jax.steps.sampling import draw_noise, make_sampler, noise_rows
-from shortcut_jax.weights.lora import Merged
-from shortcut_jax.weights.params import shapes_of
+from shortcut_jax.core.types import Array
+from shortcut_jax.errors import BoundsError
+from shortcut_jax.inference.converted_editor import edit_images
+from shortcut_jax.inference.converted_models import ConvertedModels
+from shortcut_jax.inference.generator import draw_arrays, full_batches
+from shortcut_jax.inference.image_files import Record
+from shortcut_jax.inference.request import Draws, Edit, ModelLimits, Row, SampleRequest, nearest_multiple
+from shortcut_jax.steps.editing import make_plan
+from shortcut_jax.steps.sampling import noise_rows
 
-EMBEDDED_GUIDANCE = 3.5
-"""What a model with a guidance embedding is conditioned on by default, as diffusers does."""
+SIDE = 1024
+"""Pixels of a side by default."""
 
+EDIT_OPTIONS = {"plain", "average", "source_guidance", "draws", "guidance", "shift", "text_tokens", "lora_scale"}
+"""What `TextToImage.edit` takes besides its named arguments."""
 
-class Guidance(NamedTuple):
-    """How a guidance scale acts.
-
-    Attributes:
-      embedded: what the guidance embedding is fed; None for a model without one.
-      scale: of classifier-free guidance against the empty prompt, at two evaluations a step; 1 for none.
-    """
-
-    embedded: float | None
-    scale: float
-
-    def __str__(self) -> str:
-        if self.embedded is not None:
-            return f"guidance {self.embedded:g}: through the guidance embedding"
-        if self.scale == 1.0:
-            return "guidance: none"
-        return f"guidance {self.scale:g}: classifier-free, two evaluations a step"
+EXAMPLES = (
+    "a red fox in the snow, golden hour",
+    "a lighthouse on a cliff, oil painting",
+    "a bowl of ramen, top view, studio light",
+    "an old library with a spiral staircase",
+)
+"""Prompts to begin with."""
 
 
-class TextToImage:
+class TextToImage(ConvertedModels):
     """A converted pipeline: `TextToImage("flux1-schnell")("a red fox in the snow", steps=4)`.
 
-    Weights are read on first use, each device its own shards, and stay in the dtype they are stored in.
-
-    Attributes:
-      models: by kind, `flux`, `vae`, `t5` and `clip`; their configs are constrained to the mesh.
-      sampling: the shift rule, text length and text states of the pipeline.
-      text: its text encoders.
-      vae_codec: of its autoencoder.
-      mesh: all devices along `fsdp`.
-      compute_dtype: of activations and matrix products.
+    It is also an `inference.request.ImagePipeline`.
     """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        compute_dtype: str | None = None,
-        devices: Sequence[Any] | None = None,
-        loras: Sequence[tuple[str | Path, float]] = (),
-    ):
-        """Opens `folder`; nothing but headers and tokenizers is read.
-
-        Args:
-          folder: made by `shortcut_jax.convert`.
-          compute_dtype: bfloat16 on GPU and TPU and float32 on CPU, by default.
-          devices: all, by default.
-          loras: adapters (LoRA files, or workdirs that trained some) and their strengths; they are merged, in float32,
-            as the weights are read.
-
-        Raises:
-          ConversionError: adapters of another base.
-          ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its models do not go together.
-        """
-        devices = list(jax.devices() if devices is None else devices)
-        platform = devices[0].platform
-        self.compute_dtype = compute_dtype or ("float32" if platform == "cpu" else "bfloat16")
-        self.mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
-        folder, self._said = local_path(folder, "folder"), set[str]()
-        parts = open_pipeline(folder)
-        self.models, self.sampling = parts.models, parts.sampling
-        flux = self.models["flux"].config
-        attention = choose_backend("auto", platform, self.compute_dtype, flux.head_size)
-        special: dict[str, Any] = {"flux": {"attention": attention, "per_shard": make_per_shard(self.mesh)}}
-        for kind, model in self.models.items():
-            self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
-        self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
-        self.vae_codec = VaeCodec(self.models["vae"], self.mesh)
-        if loras:
-            self._add_loras([(local_path(path, "lora"), strength) for path, strength in loras])
-
-    def _add_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
-        model = self.models["flux"]
-        modules, notes = open_loras(loras, model.config)
-        params = Merged(model.params, modules, shapes_of(model.params))
-        origin = " ".join([model.origin, *(f"with {strength:g} x {path.name}" for path, strength in loras)])
-        self.models["flux"] = model._replace(params=params, origin=origin, notes=(*model.notes, *notes))
-
-    @cached_property
-    def params(self) -> dict[str, Any]:
-        """The weights of each model, on devices.
-
-        Raises:
-          ConvertedError: files are damaged, or parameters are missing.
-          ConversionError: values that are not finite.
-        """
-        flux = place_on(self.mesh, self.models["flux"])
-        return {"flux": flux, "vae": self.vae_codec.weights("decoder"), **self.text.params}
 
     def __call__(
         self,
         prompts: str | Sequence[str],
         steps: int = 4,
         guidance: float | None = None,
-        height: int = 1024,
-        width: int = 1024,
+        height: int = SIDE,
+        width: int = SIDE,
         num: int = 1,
         seed: int = 0,
-        text_tokens: int | None = None,
-        shift: float | None = None,
         **options: Any,
     ) -> np.ndarray:
         """Images [len(prompts) * num, height, width, 3], uint8, those of a prompt together.
@@ -157,229 +71,188 @@ class TextToImage:
           width: of an image in pixels.
           num: images a prompt.
           seed: of the noise.
-          text_tokens: length that prompts are padded or cut to for T5; the pipeline's by default.
-          shift: timestep shift; the pipeline's for this size by default.
-          **options: `draws`, the (seed, number in that seed) of each image's noise, by default the i-th of `seed`;
-            `method`, `euler` or `heun`; `batch_size`, images sampled at once, by default one a device; `quiet`,
-            whether the `cuts` go unsaid.
+          **options: `draws`, the (seed, number in that seed) of each image's noise, by default the i-th of `seed`; and
+            of `SampleRequest`, each None for the pipeline's own: `text_tokens`, the length that prompts are padded or
+            cut to for T5; `shift`, the timestep shift; `method`, `euler` or `heun`; `batch_size`, images sampled at
+            once, by default one a device; `lora_scale`, a factor of the strengths of adapters that are not merged.
 
         Raises:
           ValueError: an argument is out of range (see `check`).
           ConvertedError: the weights cannot be read.
         """
-        asked = (steps, guidance, height, width, num, seed, text_tokens, shift)
-        return np.concatenate([self.images(x)[:n] for x, n in self._batches(prompts, *asked, **options)])
+        size: dict[str, Any] = {"height": height, "width": width, "num": num, "seed": seed}
+        rows, request = self._asked(prompts, steps=steps, guidance=guidance, **size, **options)
+        return self.images(rows, request)
 
     def trajectory(self, prompts: str | Sequence[str], steps: int = 4, **options: Any) -> np.ndarray:
         """The images that each step aims at, and the result: [images, steps + 1, height, width, 3], uint8.
 
         Arguments and errors are those of a call; see `core.flow.predictions`.
         """
-        parts = []
-        for kept, num in self._batches(prompts, steps, trajectory=True, **options):
-            along = kept[: steps + 1, :num]
-            parts.append(np.stack([self.images(latents) for latents in along], axis=1))
-        return np.concatenate(parts)
+        return self.trajectories(*self._asked(prompts, steps=steps, **options))
 
-    def _batches(
+    def edit(
         self,
-        prompts: str | Sequence[str],
-        steps: int,
-        guidance: float | None = None,
-        height: int = 1024,
-        width: int = 1024,
-        num: int = 1,
-        seed: int = 0,
-        text_tokens: int | None = None,
-        shift: float | None = None,
-        draws: Draws | None = None,
-        method: str = "euler",
-        batch_size: int | None = None,
-        trajectory: bool = False,
-        quiet: bool = False,
-    ) -> Iterator[tuple[Array, int]]:
-        """Latents of each batch, and how many of its rows are asked for."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self.check(prompts, steps, guidance, height, width, num, text_tokens, shift)
-        scale = self.guidance(guidance).scale
-        texts = [p for p in prompts for _ in range(num)]
-        draws = numbered(draws, seed, len(texts))
-        self.tell(prompts, text_tokens, quiet)
-        batch = self.rounded(batch_size)
-        negative = self.encode([""] * batch, guidance, text_tokens) if scale != 1.0 else None
-        for rows, new in full_batches(len(texts), batch):
-            condition = self.encode([texts[i] for i in rows], guidance, text_tokens)
-            numbers = draw_arrays(draws, rows)
-            noise_BNC = noise_rows(*numbers, self.models["flux"].config, *self.latent_size(height, width))
-            asked = (height, width, steps, shift, negative, scale, method, trajectory)
-            latents = self.denoise(noise_BNC, condition, *asked)
-            yield latents, new
+        images_BhwC: np.ndarray,
+        source_prompt: str,
+        prompt: str,
+        steps: int = 4,
+        skip: int = 0,
+        **options: Any,
+    ) -> np.ndarray:
+        """Images of what `source_prompt` says, changed to what `prompt` says, uint8; see `steps.editing`.
+
+        Args:
+          images_BhwC: uint8 [B, height, width, 3], all sampled at once.
+          source_prompt: of all of them.
+          prompt: of all of them.
+          steps: of the grid.
+          skip: first steps that are left out.
+          **options: `plain`, `average` and `source_guidance` of `Edit`; `draws`, `guidance`, `shift`, `text_tokens` and
+            `lora_scale` as in a call.
+
+        Raises:
+          ValueError: numbers or a size out of range.
+          ConvertedError: the weights cannot be read.
+        """
+        num, height, width = images_BhwC.shape[:3]
+        check_whole("images", num, MAX_IMAGES)
+        if unknown := options.keys() - EDIT_OPTIONS:
+            raise TypeError(f"an edit takes no {', '.join(sorted(unknown))}, but {', '.join(sorted(EDIT_OPTIONS))}")
+        own = {name: options.pop(name) for name in ("plain", "average", "source_guidance") if name in options}
+        change = Edit(images_BhwC[0], source_prompt, skip, **own)
+        size: dict[str, Any] = {"height": height, "width": width, "num": num}
+        rows, request = self._asked(prompt, steps=steps, edit=change, **size, **options)
+        return edit_images(self, images_BhwC, rows, request, self._flux(None, request))
+
+    def _asked(
+        self, prompts: str | Sequence[str], draws: Draws | None = None, **options: Any
+    ) -> tuple[list[Row], SampleRequest]:
+        """What is asked of a call, checked; what is cut off its prompts is printed once."""
+        request = SampleRequest((prompts,) if isinstance(prompts, str) else tuple(prompts), **options)
+        check_whole("prompts", len(request.prompts), MAX_IMAGES)
+        self.check(request)
+        rows = request.rows_of(draws)
+        self.tell(request)
+        return rows, request
+
+    # What follows is `ImagePipeline`.
+
+    @property
+    def limits(self) -> ModelLimits:
+        """See `ImagePipeline`."""
+        beside: list[str] = [Path(path).name for path, _ in self.loras] if self.adapters is not None else []
+        facts = (f"computed in {self.compute_dtype}", *(f"LoRA {name}" for name in beside))
+        limits = ModelLimits(self.name, facts, SIDE, SIDE, any_size=True, size_unit=self.size_unit)
+        return limits._replace(guidance=self.guidance(), adapters=bool(beside), examples=EXAMPLES)
 
     def rounded(self, batch_size: int | None) -> int:
-        """A batch size that divides over the devices; one image a device by default."""
+        """See `ImagePipeline`; one image a device by default."""
         devices = self.mesh.devices.size
         size = 1 if batch_size is None else check_whole("batch_size", batch_size, MAX_BATCH)
         return -(-size // devices) * devices
 
-    def images(self, latents_BhwC: Array) -> np.ndarray:
-        """Images [B, height, width, 3], uint8, of latents.
-
-        Raises:
-          ConvertedError: values that are not finite.
-        """
-        images = np.asarray(self.decode(latents_BhwC))
-        if not np.isfinite(images).all():
-            raise ConvertedError(
-                f"the images have values that are not finite (computed in {self.compute_dtype}), though the weights "
-                f"are: some of them are too large; convert them again from a sound file"
-            )
-        return to_pixels(images)
-
-    def check(
-        self,
-        prompts: Sequence[str],
-        steps: int = 4,
-        guidance: float | None = None,
-        height: int = 1024,
-        width: int = 1024,
-        num: int = 1,
-        text_tokens: int | None = None,
-        shift: float | None = None,
-    ) -> None:
-        """Checks the arguments of a call without reading weights.
+    def check(self, request: SampleRequest) -> None:
+        """Checks a request without reading weights.
 
         Raises:
           ValueError: a size that is no multiple of twice a latent's, or a number out of range.
         """
-        check_prompts(prompts)
+        request.check("")
+        check_whole("prompts", len(request.prompts), MAX_IMAGES, 0)
+        height, width = self._size(request)
         for name, side in {"height": height, "width": width}.items():
             check_whole(name, side, MAX_SIDE, -MAX_SIDE)
-        unit = PATCH * self.models["vae"].config.factor
+        unit = self.size_unit
         if height < unit or width < unit or height % unit or width % unit:
-            nearest = " x ".join(str(max(round(size / unit), 1) * unit) for size in (height, width))
-            raise ValueError(
+            nearest = " x ".join(str(nearest_multiple(side, unit)) for side in (height, width))
+            raise BoundsError(
                 f"height x width is {height} x {width}, but both must be multiples of {unit}: the nearest is {nearest}"
             )
-        counts = {"prompts": (len(prompts), MAX_IMAGES), "steps": (steps, MAX_STEPS), "num": (num, MAX_IMAGES)}
-        for name, (value, most) in counts.items():
-            check_whole(name, value, most)
-        if text_tokens is not None:
-            check_whole("text_tokens", text_tokens, MAX_TOKENS)
-        if shift is not None and not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift is {shift:g}, but must be positive and finite")
-        if guidance is not None and not math.isfinite(guidance):
-            raise ValueError(f"guidance is {guidance:g}, but must be finite")
-        if guidance is not None and guidance < 0:
-            raise ValueError(f"guidance is {guidance:g}, but must not be negative")
+        if request.text_tokens is not None:
+            check_whole("text_tokens", request.text_tokens, MAX_TOKENS)
+        if request.guidance is not None and request.guidance < 0:
+            raise BoundsError(f"guidance is {request.guidance:g}, but must not be negative")
+        if request.lora_scale is not None and self.adapters is None:
+            raise BoundsError("lora_scale is for adapters that are not merged: give their strengths with the adapters")
+        if request.edit is not None:
+            make_plan(request.steps, **request.edit.plan)
 
-    def guidance(self, guidance: float | None = None) -> Guidance:
-        """What a guidance scale means for this model."""
-        if self.models["flux"].config.guidance:
-            return Guidance(EMBEDDED_GUIDANCE if guidance is None else guidance, 1.0)
-        return Guidance(None, 1.0 if guidance is None or is_unguided(guidance) else guidance)
+    def notes(self, request: SampleRequest) -> list[str]:
+        """See `ImagePipeline`."""
+        guidance = f"{self.guidance(request.guidance)}; computed in {self.compute_dtype}"
+        return [guidance, *self.prompt_notes(request)]
 
-    def cuts(self, prompts: Sequence[str], text_tokens: int | None = None) -> list[str]:
+    def prompt_notes(self, request: SampleRequest) -> list[str]:
         """A line for each prompt and text encoder that does not read all of it, with the text that is cut off."""
-        return self.text.cuts(prompts, text_tokens)
+        return self.text.cuts(list(dict.fromkeys(request.texts)), request.text_tokens)
 
-    def tell(self, prompts: Sequence[str], text_tokens: int | None = None, quiet: bool = False) -> None:
-        """Says each of the `cuts` once; not at all where the caller tells them, who is `quiet`."""
-        for line in () if quiet else self.cuts(list(dict.fromkeys(prompts)), text_tokens):
-            if line not in self._said:
-                say(line)
-                self._said.add(line)
+    def tell(self, request: SampleRequest) -> None:
+        """Prints each of the `prompt_notes` once."""
+        self.say_once(self.prompt_notes(request))
 
-    def encode(
-        self, prompts: Sequence[str], guidance: float | None = None, text_tokens: int | None = None
-    ) -> Condition:
-        """T5 states, CLIP's pooled vector and the embedded guidance of each prompt, one row a prompt."""
-        embedded = self.guidance(guidance).embedded
-        txt_BMT, vec_BV = self.text.encode(prompts, text_tokens)
-        return Condition(txt_BMT, vec_BV, None if embedded is None else np.full(len(prompts), embedded, np.float32))
+    def weights(self, view: str | None = None) -> Any:
+        """See `ImagePipeline`; there is one set."""
+        del view
+        return self.params
 
-    def draw_noise(self, seed: int, first: int, num: int, height: int, width: int) -> Array:
-        """Noise [num, N, C] of images `first` ... of a seed, for images of `height` x `width` pixels."""
-        seed = check_seed(seed)
-        return draw_noise(seed, first, num, self.models["flux"].config, *self.latent_size(height, width))
+    def images(self, rows: Sequence[Row], request: SampleRequest, weights: Any = None) -> np.ndarray:
+        """See `ImagePipeline`."""
+        if request.edit is not None:
+            images_BhwC = np.stack([request.edit.pixels_hwc] * len(rows))
+            return edit_images(self, images_BhwC, rows, request, self._flux(weights, request))
+        return np.concatenate([self.to_images(x)[:n] for x, n in self._batches(rows, request, weights)])
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latents of an image of `height` x `width` pixels."""
-        factor = self.models["vae"].config.factor
-        return height // factor, width // factor
+    def trajectories(self, rows: Sequence[Row], request: SampleRequest, weights: Any = None) -> np.ndarray:
+        """See `ImagePipeline`."""
+        parts = []
+        for kept, num in self._batches(rows, request, weights, trajectory=True):
+            along = kept[: request.steps + 1, :num]
+            parts.append(np.stack([self.to_images(latents) for latents in along], axis=1))
+        return np.concatenate(parts)
 
-    def denoise(
-        self,
-        noise_BNC: Array,
-        condition: Condition,
-        height: int,
-        width: int,
-        steps: int = 4,
-        shift: float | None = None,
-        negative: Condition | None = None,
-        scale: float = 1.0,
-        method: str = "euler",
-        trajectory: bool = False,
-    ) -> Array:
-        """Latents [B, h, w, c] of images of `height` x `width` pixels, as the transformer leaves them.
+    def _batches(
+        self, rows: Sequence[Row], request: SampleRequest, weights: Any, trajectory: bool = False
+    ) -> Iterator[tuple[Array, int]]:
+        """Latents of each batch, and how many of its rows are asked for."""
+        size, batch, flux = self._size(request), self.rounded(request.batch_size), self._flux(weights, request)
+        encode = partial(self.encode, guidance=request.guidance, text_tokens=request.text_tokens)
+        scale = self.guidance(request.guidance).scale
+        negative = (encode([""] * batch), scale) if scale != 1.0 else None
+        how: dict[str, Any] = {"method": request.method, "trajectory": trajectory, "flux": flux}
+        for chosen, new in full_batches(len(rows), batch):
+            condition = encode([rows[i].prompt for i in chosen])
+            numbers = draw_arrays([row.draw for row in rows], chosen)
+            noise_BNC = noise_rows(*numbers, self.models["flux"].config, *self.latent_size(*size))
+            yield self.denoise(noise_BNC, condition, size, request.steps, request.shift, negative, **how), new
 
-        With `trajectory` those that the steps aim at, [S + 1, B, h, w, c], S at least `steps`.
+    def _flux(self, weights: Any, request: SampleRequest) -> Any:
+        """The transformer's weights, with the strength of adapters that is asked for."""
+        flux = (self.params if weights is None else weights)["flux"]
+        return flux if request.lora_scale is None else flux._replace(scale=jnp.float32(request.lora_scale))
 
-        Args:
-          noise_BNC: the state at t = 1.
-          condition: of `encode`.
-          height: in pixels.
-          width: in pixels.
-          steps: sampling steps.
-          shift: timestep shift; the pipeline's at this number of image tokens by default.
-          negative: what classifier-free guidance leads away from; None for one evaluation a step.
-          scale: of classifier-free guidance.
-          method: `euler` or `heun`.
-          trajectory: see above.
-        """
-        num, tokens = noise_BNC.shape[:2]
-        if shift is None:
-            shift = self.sampling.shift.at(tokens)
-        rows = jax.tree.map(partial(split_rows, self.mesh), (noise_BNC, condition, negative))
-        with jax.set_mesh(self.mesh):
-            args = (self.params["flux"], *rows, steps, float(shift), float(scale))
-            size, bound = self.latent_size(height, width), bound_of(steps)
-            latents = self._sample(*args, size=size, bound=bound, method=method, trajectory=trajectory)
-        return latents[:, :num] if trajectory else latents[:num]
+    def image_size(self, height: int, width: int, request: SampleRequest) -> tuple[int, int, int]:
+        """See `ImagePipeline`: the size that is asked for, or that of the image, at most about a megapixel."""
+        if request.height and request.width:
+            return request.height, request.width, 3
+        scale, unit = min(1.0, SIDE / math.sqrt(height * width)), self.size_unit
+        rows, columns = (nearest_multiple(side * scale, unit) for side in (height, width))
+        return rows, columns, 3
 
-    def decode(self, latents_BhwC: Array) -> Array:
-        """Images [B, height, width, 3] of latents, float32, about [-1, 1], whole on every device."""
-        return self.vae_codec.images(latents_BhwC)
+    def facts(self, request: SampleRequest) -> Record:
+        """See `ImagePipeline`."""
+        height, width = self._size(request)
+        shift = self.shift_at(height, width) if request.shift is None else request.shift
+        made: Record = {"guidance": self.guidance(request.guidance).value, "shift": shift}
+        made |= {"height": height, "width": width, "text_tokens": request.text_tokens, "model": self.name}
+        strength = 1.0 if request.lora_scale is None else request.lora_scale
+        return made | {"lora": [[Path(path).name, scale * strength] for path, scale in self.loras]}
 
-    @cached_property
-    def _sample(self) -> Callable[..., Array]:
-        return _sample_program(self.models["flux"].config, self.sampling.spacing)
+    def title(self, request: SampleRequest) -> str:
+        """See `ImagePipeline`."""
+        return "{} x {}".format(*self._size(request))
 
-    @cached_property
-    def edit(self) -> Editor:
-        """Changes images: a function (images, source_prompt, prompt, ...) -> images."""
-        return Editor(self)
-
-
-@lru_cache(maxsize=16)
-def _sample_program(cfg: FluxConfig, spacing: Spacing) -> Callable[..., Array]:
-    """Compiled once for each size, bound of the step count and method, for all pipelines of such a network."""
-
-    @partial(jax.jit, static_argnames=("size", "bound", "method", "trajectory"))
-    def sample(
-        params: Any,
-        noise_BNC: Array,
-        condition: Condition,
-        negative: Condition | None,
-        steps: Array,
-        shift: Array,
-        scale: Array,
-        size: tuple[int, int],
-        bound: int,
-        method: str,
-        trajectory: bool,
-    ) -> Array:
-        # A shortcut model is conditioned on its step size at every step count: the record does not say which it knows.
-        sampler = make_sampler(cfg, *size, bound, shift, bound, method, trajectory, spacing)
-        return sampler(params, noise_BNC, condition, steps, negative, scale)
-
-    return sample
+    def _size(self, request: SampleRequest) -> tuple[int, int]:
+        """Rows and columns of its images in pixels."""
+        height, width = request.height, request.width
+        return SIDE if height is None else height, SIDE if width is None else width

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from shortcut_jax.config.bounds import brief, check_seed, check_whole, is_unguided
+from shortcut_jax.config.bounds import brief, is_unguided
 from shortcut_jax.config.derive import sampling_spacing
+from shortcut_jax.config.schema import Settings
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.core.types import Condition
-from shortcut_jax.data.pipeline import EncodeText
-from shortcut_jax.data.records import fold, stride_of, to_latents, to_pixels, unfold
+from shortcut_jax.data.records import EncodeText, fold, latent_size, stride_of, to_latents, to_pixels, unfold
+from shortcut_jax.inference.request import Caption, Draws, numbered
 from shortcut_jax.models.flux import FluxConfig
-from shortcut_jax.run.assembly import Assembly, text_encoder
-from shortcut_jax.runtime.sharding import batch_sharding, replicated
+from shortcut_jax.run.assembly import text_encoder
+from shortcut_jax.runtime.sharding import batch_sharding, batch_shards, replicated
 from shortcut_jax.steps.editing import EditPlan, make_editor
 from shortcut_jax.steps.sampling import make_sampler, noise_rows, seed_bits
 
@@ -24,10 +25,6 @@ Decode = Callable[[np.ndarray], np.ndarray]
 """latents [B, h, w, c], float32, as the network leaves them -> images [B, height, width, channels], uint8."""
 Encode = Callable[[np.ndarray], np.ndarray]
 """The other way round: images -> latents."""
-Draws = Sequence[tuple[int, int]]
-"""(seed, number in that seed) of each image's noise."""
-Caption = str | tuple[np.ndarray, np.ndarray]
-"""A caption, or its text states where they are known: txt [M, T] and vec [V]."""
 
 
 def bound_of(steps: int) -> int:
@@ -49,12 +46,12 @@ class Codec(NamedTuple):
     latents: Encode
 
 
-def pixel_codec(assembly: Assembly) -> Codec:
+def pixel_codec(settings: Settings, cfg: FluxConfig) -> Codec:
     """Words in, pixels out: what a run on pixels needs, and nothing else."""
-    stride = stride_of(assembly.settings.data)
+    stride = stride_of(settings.data)
     decode = lambda latents_BhwC: to_pixels(unfold(latents_BhwC, stride))
     latents = lambda pixels_BhwC: np.stack([fold(x_hwC, stride) for x_hwC in to_latents(pixels_BhwC)])
-    return Codec(text_encoder(assembly.settings, assembly.model), decode, latents)
+    return Codec(text_encoder(settings, cfg), decode, latents)
 
 
 @lru_cache(maxsize=16)
@@ -77,7 +74,7 @@ def _sample_program(
         bound: int,
         trajectory: bool,
     ) -> Any:
-        sampler = make_sampler(cfg, *size, bound, shift, finest, method, trajectory, spacing)
+        sampler = make_sampler(cfg, size, bound, shift, finest, method, trajectory, spacing)
         return sampler(params, noise_rows(seed_B, index_B, cfg, *size), *rest)
 
     return sample
@@ -91,7 +88,7 @@ def _edit_program(
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def edit(params: Any, shift: Any, *rest: Any) -> Any:
-        return make_editor(cfg, *size, max_steps, shift, finest, spacing)(params, *rest)
+        return make_editor(cfg, size, max_steps, shift, finest, spacing)(params, *rest)
 
     return edit
 
@@ -100,29 +97,40 @@ class Generator:
     """Samples images for captions from a tree of weights."""
 
     def __init__(
-        self, assembly: Assembly, batch_size: int, max_steps: int, shift: float = 1.0, codec: Codec | None = None
+        self,
+        settings: Settings,
+        cfg: FluxConfig,
+        mesh: Mesh,
+        batch_size: int,
+        max_steps: int,
+        shift: float = 1.0,
+        codec: Codec | None = None,
     ):
-        """Prepares a sampler of up to `max_steps` steps; `batch_size` is rounded up to the mesh.
+        """Prepares a sampler.
 
-        `codec` are those of a run on pixels by default.
+        Args:
+          settings: of the run.
+          cfg: the network, constrained to the mesh.
+          mesh: of the devices.
+          batch_size: images sampled at once, rounded up to the mesh.
+          max_steps: the most steps that will be asked for.
+          shift: timestep shift by default.
+          codec: that of a run on pixels by default.
         """
-        self._assembly, self._shift = assembly, shift
-        self._codec = codec or pixel_codec(assembly)
-        shards = assembly.mesh_shape.batch_shards
-        self.batch_size = -(-batch_size // shards) * shards
+        self._cfg, self._mesh, self._shift, self._size = cfg, mesh, shift, latent_size(settings.data)
+        self._codec = codec or pixel_codec(settings, cfg)
+        self.batch_size = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
         self.max_steps = max_steps
-        self._finest = max(assembly.settings.student_steps)
-        self.spacing = sampling_spacing(assembly.settings)
+        self._finest = max(settings.student_steps)
+        self.spacing = sampling_spacing(settings)
 
     @cached_property
     def _sample(self) -> Callable[..., Any]:
-        a = self._assembly
-        return _sample_program(a.model, a.latent_size, self._finest, self.spacing, a.mesh)
+        return _sample_program(self._cfg, self._size, self._finest, self.spacing, self._mesh)
 
     @cached_property
     def _edit(self) -> Callable[..., Any]:
-        a = self._assembly
-        return _edit_program(a.model, a.latent_size, self.max_steps, self._finest, self.spacing, a.mesh)
+        return _edit_program(self._cfg, self._size, self.max_steps, self._finest, self.spacing, self._mesh)
 
     def __call__(
         self,
@@ -190,21 +198,19 @@ class Generator:
         self,
         params: Any,
         images_BhwC: np.ndarray,
-        sources: Sequence[str],
-        targets: Sequence[str],
+        prompts: Sequence[tuple[Caption, Caption]],
         plan: EditPlan,
         draws: Draws | None = None,
         guidance: float = 1.0,
         source_guidance: float = 1.0,
         shift: float | None = None,
     ) -> np.ndarray:
-        """Images, uint8, changed from what their `sources` say to what their `targets` say; see `steps.editing`.
+        """Images, uint8, changed from what one prompt says to what another says; see `steps.editing`.
 
         Args:
           params: weights.
           images_BhwC: uint8, of the size that the model makes.
-          sources: one an image.
-          targets: one an image.
+          prompts: of each image, what it shows and what it should show.
           plan: of the edit.
           draws: noise of each image; by default the i-th of seed 0.
           guidance: scale for the target.
@@ -215,29 +221,29 @@ class Generator:
           ValueError: a plan of more steps than the generator was made for.
         """
         self._check(int(plan.steps))
-        draws, shift = numbered(draws, 0, len(targets)), self._shift if shift is None else shift
-        if not self._assembly.model.guidance:
+        draws, shift = numbered(draws, 0, len(prompts)), self._shift if shift is None else shift
+        if not self._cfg.guidance:
             guidance, source_guidance = (1.0 if is_unguided(g) else g for g in (guidance, source_guidance))
         edited = []
-        for rows, _ in full_batches(len(targets), self.batch_size):
+        for rows, _ in full_batches(len(prompts), self.batch_size):
             latents = self._place(self._codec.latents(images_BhwC[rows]))
-            source = self.condition([sources[i] for i in rows], source_guidance)
-            target = self.condition([targets[i] for i in rows], guidance)
+            sources, targets = zip(*(prompts[i] for i in rows), strict=True)
+            source, target = self.condition(sources, source_guidance), self.condition(targets, guidance)
             args: tuple[Any, ...] = (
                 params,
                 float(shift),
                 latents,
-                *map(self._place, draw_arrays(draws, rows)),
+                tuple(map(self._place, draw_arrays(draws, rows))),
                 source,
                 target,
                 plan,
             )
-            if not self._assembly.model.guidance and (guidance, source_guidance) != (1.0, 1.0):
+            if not self._cfg.guidance and (guidance, source_guidance) != (1.0, 1.0):
                 empty = self.condition([""] * self.batch_size, guidance)
-                args = (*args, empty, float(source_guidance), float(guidance))
-            with jax.set_mesh(self._assembly.mesh):
+                args = (*args, empty, (float(source_guidance), float(guidance)))
+            with jax.set_mesh(self._mesh):
                 edited.append(self._codec.decode(np.asarray(self._edit(*args))))
-        return np.concatenate(edited)[: len(targets)]
+        return np.concatenate(edited)[: len(prompts)]
 
     def _images(self, *args: Any) -> np.ndarray:
         """Takes what `_batches` does."""
@@ -266,9 +272,9 @@ class Generator:
                 condition,
                 num_steps,
             )
-            if not (is_unguided(guidance) or self._assembly.model.guidance):
+            if not (is_unguided(guidance) or self._cfg.guidance):
                 args = (*args, self.condition([""] * self.batch_size, guidance), float(guidance))
-            with jax.set_mesh(self._assembly.mesh):
+            with jax.set_mesh(self._mesh):
                 yield np.asarray(self._sample(*args, method=method, **options)), num
 
     def _check(self, num_steps: int) -> None:
@@ -281,25 +287,11 @@ class Generator:
         """Encoded captions on the mesh, as many as it takes whole."""
         states = [self._codec.encode(c) if isinstance(c, str) else c for c in captions]
         txt, vec = (np.stack(x) for x in zip(*states, strict=True))
-        scale = np.full(len(captions), guidance, np.float32) if self._assembly.model.guidance else None
+        scale = np.full(len(captions), guidance, np.float32) if self._cfg.guidance else None
         return jax.tree.map(self._place, Condition(txt, vec, scale))
 
     def _place(self, x_B: np.ndarray) -> Any:
-        return jax.device_put(x_B, batch_sharding(self._assembly.mesh))
-
-
-def numbered(draws: Draws | None, seed: int, num: int) -> Draws:
-    """The draws of `num` images: as given, or the first ones of a seed.
-
-    Raises:
-      ValueError: another number of them, or a seed or number that does not fit its bits.
-    """
-    if draws is None:
-        seed = check_seed(seed)
-        return [(seed, i) for i in range(num)]
-    if len(draws) != num:
-        raise ValueError(f"there are {len(draws)} draws for {num} images, but it must be one for each")
-    return [(check_seed(seed), check_whole("the number of a draw", i, 2**31 - 1, 0)) for seed, i in draws]
+        return jax.device_put(x_B, batch_sharding(self._mesh))
 
 
 def full_batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -30,7 +30,7 @@ _THUMBNAIL = 256
 """Pixels of the longer side of an image on the sheet of a folder."""
 
 Record = dict[str, Any]
-"""What one image was made by; see `sample_models.record`."""
+"""What one image was made by; see `request.record`."""
 
 
 def parameters(records: Sequence[Record]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.errors import UsageError, UserError
-from shortcut_jax.inference.backends import SampleModel, SampleRequest
 from shortcut_jax.inference.batches import sample_to_files
 from shortcut_jax.inference.image_files import Output
+from shortcut_jax.inference.request import ImagePipeline, SampleRequest
 
 HELP = """A line is a prompt; a line that begins with a colon is a setting:
   :steps 2          sampling steps
@@ -34,13 +34,13 @@ _READ: dict[str, Callable[[str], dict[str, object]]] = {
 
 
 def interact(
-    model: SampleModel,
+    model: ImagePipeline,
     request: SampleRequest,
     output: Output,
     trajectory: bool = False,
     ask: Callable[[str], str] = input,
 ) -> None:
-    """Reads lines and samples, with the settings of `request` to begin with. Errors are reported, and it goes on.
+    """Reads lines and samples, with the settings of `request` to begin with. Errors are reported, and it continues.
 
     Every prompt of one size runs the same compiled program, whatever its steps, guidance and seed.
     """
@@ -65,7 +65,7 @@ def interact(
             say("interrupted")
 
 
-def _set(model: SampleModel, request: SampleRequest, line: str) -> SampleRequest:
+def _set(model: ImagePipeline, request: SampleRequest, line: str) -> SampleRequest:
     """The settings after a line such as `:steps 2`. Raises UsageError where it cannot be understood or done."""
     name, _, text = line[1:].partition(" ")
     if name == "help":
@@ -82,7 +82,7 @@ def _set(model: SampleModel, request: SampleRequest, line: str) -> SampleRequest
     return changed
 
 
-def _answer(model: SampleModel, request: SampleRequest, output: Output, trajectory: bool) -> None:
+def _answer(model: ImagePipeline, request: SampleRequest, output: Output, trajectory: bool) -> None:
     request.check()
     model.check(request)
     for note in model.notes(request):

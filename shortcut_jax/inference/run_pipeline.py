@@ -1,40 +1,43 @@
 """A trained model as a function from prompts to images: `Pipeline("runs/digits-scfm")("a handwritten digit two")`."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax.cluster.distributed import say
+from shortcut_jax.cluster.distributed import SaidOnce
 from shortcut_jax.config.bounds import MAX_IMAGES, brief, check_prompts, check_whole
 from shortcut_jax.config.checks import from_config
-from shortcut_jax.config.schema import complete
+from shortcut_jax.config.stored import complete
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.local_path import local_path
-from shortcut_jax.data.datasets import EMBEDDED, captions
+from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.data.records import stride_of
-from shortcut_jax.data.words import count_words
-from shortcut_jax.errors import CheckpointError, ConfigError
+from shortcut_jax.errors import CheckpointError, ConfigError, UsageError
 from shortcut_jax.inference.codec import sampling_codec
 from shortcut_jax.inference.generator import Generator
+from shortcut_jax.inference.image_files import Record
+from shortcut_jax.inference.request import Edit, Guidance, ModelLimits, Row, SampleRequest
+from shortcut_jax.inference.run_prompts import example_prompts, prompt_notes
+from shortcut_jax.inference.run_weights import RunWeights
 from shortcut_jax.run.assembly import Assembly
-from shortcut_jax.run.start_from import freeze, load_base, open_initial
-from shortcut_jax.runtime.checkpoint import Checkpoints, stored_meta
+from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.steps.editing import make_plan
-from shortcut_jax.steps.networks import TEACHER, VIEWS, Adapted, teacher_weights
-from shortcut_jax.weights.finite import check_placed
+from shortcut_jax.steps.networks import VIEWS, Adapted
 
-ITEM_OF = {"online": "params", "fast": "fast", "slow": "slow"}
-"""View -> the item of a checkpoint that holds it."""
+FEW = 4
+"""Images that a page samples at once where several are asked for; one is sampled alone, so that its time is its own."""
 
 
 class Pipeline:
     """A trained model: `Pipeline("runs/digits-scfm")("a handwritten digit seven", steps=4, num=16)`.
 
+    It is also an `inference.request.ImagePipeline`.
+
     Attributes:
+      name: of the workdir.
+      view: whose weights `params` are.
       settings: of the run.
       params: the weights of the view.
       generate: captions to images, for any tree of weights.
@@ -84,81 +87,16 @@ class Pipeline:
         config = complete(meta["config"])
         mesh = {**config["mesh"], "data": -1, "fsdp": 1, "tensor": 1}
         self.settings = from_config({**config, "mesh": mesh, "model": {**config["model"], "attention": "auto"}})
-        assembly = Assembly(self.settings, training=False)
         if self.settings.train == "all" and (base is not None or lora_scale != 1.0):
             raise ConfigError(f"{workdir} trained all weights: base and lora_scale are for runs that trained adapters")
-        self.assembly, self._folder, self._lora_scale = assembly, folder, lora_scale
-        self._base_record, self._said = meta["base"], set[str]()
-        self._base_path = str(base or (meta["base"] or {}).get("path"))
-        trained, self.step = self._trained(view)
-        self.params = self._whole(trained)
-        self.codec = sampling_codec(assembly, encoders)
-        self.generate = Generator(assembly, batch_size, max_steps, self.settings.eval.shift, self.codec)
-
-    def weights(self, view: str) -> Any:
-        """The weights of a view at the step of `params`, for `generate`; a base is on devices once.
-
-        `teacher` is what the run learned from, where it had a base.
-
-        Raises:
-          CheckpointError: they cannot be read.
-          ConfigError: a teacher is asked for, and there was none or it is not at hand.
-        """
-        return self._teacher() if view == TEACHER else self._whole(self._trained(view, self.step)[0])
-
-    def _trained(self, view: str, step: int | None = None) -> tuple[Any, int]:
-        """What was trained, of one view; of the newest readable step by default."""
-        shapes = self.assembly.state_shapes
-        wanted = shapes.params if view == "online" else getattr(shapes.ema, view)
-        item, checkpoints = ITEM_OF[view], Checkpoints(self._folder, read_only=True)
-        try:
-            if not checkpoints.holding(item):
-                held = " or ".join(v for v, name in ITEM_OF.items() if checkpoints.holding(name))
-                raise CheckpointError(
-                    f"the checkpoints in {self._folder} lack the view {view!r}: choose {held or 'another workdir'}"
-                )
-            read = lambda step: (checkpoints.restore(step, {item: wanted})[item], step)
-            trained, step = checkpoints.newest_readable(read) if step is None else read(step)
-        finally:
-            checkpoints.close()
-        return check_placed(trained, f"{view} weights of step {step} in {self._folder.parent}"), step
-
-    def _whole(self, trained: Any) -> Any:
-        if self.settings.train == "all":
-            return trained
-        return Adapted(self._base, trained, jnp.float32(self.settings.lora.scale * self._lora_scale))
-
-    @cached_property
-    def _base(self) -> Any:
-        return load_base(self.assembly, self._base_path, self._base_record)
-
-    def _teacher(self) -> Any:
-        if not self.settings.has_base:
-            raise ConfigError(f"{self._folder.parent} was trained without a teacher")
-        if self.settings.train == "lora" and self.settings.teacher_lora is None:
-            return self._base
-        initial = open_initial(self.assembly, {**self._base_record, "path": self._base_path})
-        frozen, _ = freeze(self.assembly, initial, self._base_record)
-        return teacher_weights(frozen)
-
-    @property
-    def distilled_guidance(self) -> bool:
-        """Whether the model has a guidance embedding, so that guidance costs no second evaluation."""
-        return self.assembly.model.guidance
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns of its images in pixels."""
-        data = self.settings.data
-        return data.height, data.width
-
-    @property
-    def channels(self) -> int:
-        """Of its images."""
-        data = self.settings.data
-        if data.store == "latents" or data.text_encoder == "stored":
-            return 3
-        return self.assembly.model.channels // (PATCH * stride_of(data)) ** 2
+        self.name, self.view, self._lora_scale = workdir.resolve().name, view, lora_scale
+        self.assembly, self._say_once = Assembly(self.settings, training=False), SaidOnce()
+        self._weights = RunWeights(self.assembly, folder, base, meta["base"])
+        self.params = self._weights.view(view, lora_scale)
+        self.step: int = self._weights.step or 0
+        self.codec = sampling_codec(self.settings, self.assembly.model, encoders)
+        self._max_steps, self._generators = max_steps, dict[int, Generator]()
+        self.generate = self.generator(batch_size)
 
     def __call__(
         self,
@@ -217,15 +155,16 @@ class Pipeline:
           steps: of the grid, 1 to `max_steps`.
           skip: first steps that are left out.
           **options: `plain` and `average` of an `EditPlan`; `draws`, `guidance`, `source_guidance` and `shift` of
-            `Generator.edit`; `quiet`, whether the `notes` go unsaid.
+            `Generator.edit`.
 
         Raises:
           ValueError: numbers out of range.
         """
         plan = make_plan(steps, skip, options.pop("plain", 0), options.pop("average", 1))
-        self._tell([source_prompt, prompt], options.pop("quiet", False))
-        texts = [source_prompt] * len(images_BhwC), [prompt] * len(images_BhwC)
-        return self.generate.edit(self.params, images_BhwC, *texts, plan, **options)
+        self._tell([source_prompt, prompt])
+        return self.generate.edit(
+            self.params, images_BhwC, [(source_prompt, prompt)] * len(images_BhwC), plan, **options
+        )
 
     def _captions(self, prompts: str | Sequence[str], num: int) -> list[str]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -235,40 +174,143 @@ class Pipeline:
         self._tell(prompts)
         return [p for p in prompts for _ in range(num)]
 
-    def _tell(self, prompts: Sequence[str], quiet: bool = False) -> None:
-        """Says each of the `notes` once. Raises BoundsError for what is no text."""
+    def _tell(self, prompts: Sequence[str]) -> None:
+        """Prints each of the notes once. Raises BoundsError for what is no text."""
         check_prompts(prompts)
-        for line in self.notes(prompts):
-            if not quiet and line not in self._said:
-                say(line)
-                self._said.add(line)
+        self._say_once(prompt_notes(self.settings.data, prompts))
 
-    def notes(self, prompts: Sequence[str]) -> list[str]:
-        """What the user should know of prompts: what is cut off them, and words that the model never saw."""
-        unknown = ", ".join(repr(word) for word in self.unknown_words(prompts))
-        known = ", ".join(self.known_words)
-        lines = [f"never seen in training, so of no meaning: {unknown}; the words it knows are {known}"]
-        return [*self.cuts(prompts), *(lines if unknown else [])]
+    # What follows is `ImagePipeline`.
 
-    @cached_property
-    def known_words(self) -> tuple[str, ...]:
-        """The words of the captions that it was trained on; empty where they are not known, or not words."""
+    @property
+    def spacing(self) -> Spacing:
+        """Of its sampling grids."""
+        return self.generate.spacing
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of its images in pixels."""
         data = self.settings.data
-        if data.text_encoder != "words" or not {data.name, *data.mix} <= set(EMBEDDED):
-            return ()
-        known = (caption for name in (data.name, *data.mix) for caption in captions(name))
-        return tuple(dict.fromkeys(word for caption in known for word in caption.split()))
+        return data.height, data.width
 
-    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
-        """The words of prompts that the model never saw, each once; none where its words are not known."""
-        words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
-        return [word for word in words if self.known_words and word not in self.known_words]
+    @property
+    def channels(self) -> int:
+        """Of its images."""
+        data = self.settings.data
+        if data.store == "latents" or data.text_encoder == "stored":
+            return 3
+        return self.assembly.model.channels // (PATCH * stride_of(data)) ** 2
 
-    def cuts(self, prompts: Sequence[str]) -> list[str]:
-        """A line for each prompt that the model does not read all of."""
-        length, lines = self.settings.data.text_tokens, []
-        for prompt in dict.fromkeys(prompts) if self.settings.data.text_encoder == "words" else ():
-            if (count := count_words(prompt)) > length:
-                kept = " ".join(prompt.split()[:length])
-                lines.append(f"the prompt has {count} words, the model reads {length}: it is cut to {kept!r}")
-        return lines
+    @property
+    def limits(self) -> ModelLimits:
+        """See `ImagePipeline`."""
+        settings, (height, width), adapters = self.settings, self.size, self.settings.train == "lora"
+        facts = [f"{width} x {height} pixels", f"training step {self.step:,}"]
+        facts += [f"adapters of rank {settings.lora.rank}"] if adapters else []
+        title = f"{settings.model.preset} · {settings.objective}"
+        views = (self.view, *(view for view in ("slow", "online", "fast") if view != self.view))
+        limits = ModelLimits(title, tuple(facts), height, width, guidance=self.guidance(), views=views)
+        return limits._replace(adapters=adapters, at_once=FEW, examples=example_prompts(settings))
+
+    def rounded(self, batch_size: int | None) -> int:
+        """See `ImagePipeline`."""
+        return self.generator(batch_size).batch_size
+
+    def generator(self, batch_size: int | None) -> Generator:
+        """A generator of batches of that size, or of the pipeline's own; all of them share their programs."""
+        if batch_size is None:
+            return self.generate
+        if batch_size not in self._generators:
+            args = self._max_steps, self.settings.eval.shift, self.codec
+            network = self.settings, self.assembly.model, self.assembly.mesh
+            self._generators[batch_size] = Generator(*network, batch_size, *args)
+        return self._generators[batch_size]
+
+    def check(self, request: SampleRequest) -> None:
+        """See `ImagePipeline`."""
+        if (request.height or self.size[0], request.width or self.size[1]) != self.size:
+            raise UsageError(
+                f"this run makes images of {self.size[0]} x {self.size[1]} pixels only: leave the size out"
+            )
+        if request.lora_scale is not None and self.settings.train == "all":
+            raise UsageError("lora_scale is for runs that trained adapters, but this one trained all weights")
+
+    def notes(self, request: SampleRequest) -> list[str]:
+        """See `ImagePipeline`."""
+        scale, guidance = self._scale(request), self.guidance(request.guidance)
+        lines = [] if scale == 1.0 else [str(guidance)]
+        if scale == 0 and guidance.embedded is None:
+            lines = ["guidance 0: none, as 1 is"]
+        return lines + self.prompt_notes(request)
+
+    def prompt_notes(self, request: SampleRequest) -> list[str]:
+        """See `ImagePipeline`."""
+        return prompt_notes(self.settings.data, request.texts)
+
+    def weights(self, view: str | None = None) -> Any:
+        """The weights of a view at `step`, for `generate` and `images`; `teacher` is what the run learned from.
+
+        Raises:
+          CheckpointError: they cannot be read.
+          ConfigError: a teacher is asked for, and there was none or it is not at hand.
+        """
+        return self.params if view in (None, self.view) else self._weights.view(view, self._lora_scale)
+
+    def images(self, rows: Sequence[Row], request: SampleRequest, weights: Any = None) -> np.ndarray:
+        """See `ImagePipeline`."""
+        generator = self.generator(request.batch_size)
+        if request.edit is not None:
+            return self._edited(generator, request.edit, rows, request, weights)
+        return self._drawn(generator, rows, request, weights)
+
+    def trajectories(self, rows: Sequence[Row], request: SampleRequest, weights: Any = None) -> np.ndarray:
+        """See `ImagePipeline`."""
+        return self._drawn(self.generator(request.batch_size).trajectory, rows, request, weights)
+
+    def _drawn(
+        self, draw: Callable[..., np.ndarray], rows: Sequence[Row], request: SampleRequest, weights: Any
+    ) -> np.ndarray:
+        how: dict[str, Any] = {"method": request.method, "shift": request.shift, "draws": [r.draw for r in rows]}
+        captions, scale = [r.prompt for r in rows], self._scale(request)
+        return draw(self._adapted(weights, request), captions, request.steps, guidance=scale, **how)
+
+    def _edited(
+        self, generator: Generator, edit: Edit, rows: Sequence[Row], request: SampleRequest, weights: Any
+    ) -> np.ndarray:
+        scale, prompts = self._scale(request), [(edit.source_prompt, row.prompt) for row in rows]
+        source = scale if edit.source_guidance is None else edit.source_guidance
+        how: dict[str, Any] = {"draws": [r.draw for r in rows], "guidance": scale, "source_guidance": source}
+        images, plan = np.stack([edit.pixels_hwc] * len(rows)), make_plan(request.steps, **edit.plan)
+        params = self._adapted(weights, request)
+        return generator.edit(params, images, prompts, plan, shift=request.shift, **how)
+
+    def _adapted(self, weights: Any, request: SampleRequest) -> Any:
+        """Weights with the strength of adapters that is asked for."""
+        weights = self.weights(request.view) if weights is None else weights
+        if request.lora_scale is None or not isinstance(weights, Adapted):
+            return weights
+        return weights._replace(scale=self._weights.strength(request.lora_scale))
+
+    def image_size(self, height: int, width: int, request: SampleRequest) -> tuple[int, int, int]:
+        """See `ImagePipeline`: all of its images have one size."""
+        return *self.size, self.channels
+
+    def guidance(self, scale: float | None = None) -> Guidance:
+        """See `ImagePipeline`."""
+        scale = self.settings.eval.guidance if scale is None else scale
+        return Guidance(scale, 1.0) if self.assembly.model.guidance else Guidance(None, 1.0 if scale == 0 else scale)
+
+    def facts(self, request: SampleRequest) -> Record:
+        """See `ImagePipeline`."""
+        shift = self.settings.eval.shift if request.shift is None else request.shift
+        made: Record = {"guidance": self._scale(request), "shift": shift, "height": self.size[0], "width": self.size[1]}
+        made |= {"model": self.name, "objective": self.settings.objective, "view": request.view or self.view}
+        lora_scale = self._lora_scale if request.lora_scale is None else request.lora_scale
+        lora = lora_scale if self.settings.train == "lora" else None
+        return {**made, "checkpoint_step": self.step, "lora_scale": lora}
+
+    def title(self, request: SampleRequest) -> str:
+        """See `ImagePipeline`."""
+        return f"{self.settings.objective} ({request.view or self.view}, step {self.step})"
+
+    def _scale(self, request: SampleRequest) -> float:
+        return self.settings.eval.guidance if request.guidance is None else request.guidance

@@ -1,4 +1,4 @@
-"""The web page: controls for what a model offers, and tabs that sample, compare step counts and edit an image."""
+"""The web page: controls of a request, and tabs that sample, compare step counts and edit an image."""
 
 import html
 import traceback
@@ -13,6 +13,7 @@ from shortcut_jax.cluster.distributed import say
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.core.text import count_label
 from shortcut_jax.errors import UserError
+from shortcut_jax.inference.request import ModelLimits, SampleRequest
 from shortcut_jax.webapp.files import fitted, read_upload, save
 from shortcut_jax.webapp.request import (
     EDIT_FIELDS,
@@ -25,8 +26,8 @@ from shortcut_jax.webapp.request import (
     MAX_SHIFT,
     MAX_STEPS,
     SIZE_UNIT,
-    ModelLimits,
-    Request,
+    fields_of,
+    least_guidance,
     make_edit,
     make_request,
 )
@@ -37,6 +38,10 @@ QUEUE = 16
 
 KEPT = (60, 1200)
 """Seconds between looks at old images, and the age at which their files are deleted."""
+
+EMBEDDED_GUIDANCE = "fed to the model's guidance embedding"
+CLASSIFIER_FREE = "classifier-free: above 1 each step costs two evaluations"
+"""What the guidance scale does."""
 
 RANDOM_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
 
@@ -51,16 +56,16 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
       studio: that answers.
       folder: gradio's own (GRADIO_TEMP_DIR), for what is uploaded and downloaded.
     """
-    offer = studio.offer
-    with gr.Blocks(title=f"{offer.title} · shortcut_jax", analytics_enabled=False, delete_cache=KEPT) as page:
-        facts = " · ".join(map(html.escape, offer.facts))
-        gr.Markdown(f"# {html.escape(offer.title)}\n{facts}", elem_id="heading")
+    limits = studio.limits
+    with gr.Blocks(title=f"{limits.title} · shortcut_jax", analytics_enabled=False, delete_cache=KEPT) as page:
+        facts = " · ".join(map(html.escape, limits.facts))
+        gr.Markdown(f"# {html.escape(limits.title)}\n{facts}", elem_id="heading")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=5, min_width=300, elem_id="work"):
-                prompt = _prompt_box(offer)
+                prompt = _prompt_box(limits)
                 tabs = gr.Tabs()
             with gr.Column(scale=2, min_width=300, elem_id="settings"):
-                controls = {"prompt": prompt, **_settings(offer)}
+                controls = {"prompt": prompt, **_settings(limits)}
         with tabs:
             with gr.Tab("Sample", id="sample"):
                 _sample_tab(studio, folder, controls)
@@ -68,17 +73,17 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                 _compare_tab(studio, folder, controls)
             with gr.Tab("Edit", id="edit"):
                 _edit_tab(studio, folder, controls)
-        if offer.examples:
+        if limits.examples:
             with gr.Row():
-                gr.Examples([[text] for text in offer.examples], prompt, label="Try one of these", elem_id="examples")
+                gr.Examples([[text] for text in limits.examples], prompt, label="Try one of these", elem_id="examples")
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 
-def _prompt_box(offer: ModelLimits) -> gr.Textbox:
+def _prompt_box(limits: ModelLimits) -> gr.Textbox:
     return gr.Textbox(
-        value=offer.examples[0] if offer.examples else "",
+        value=limits.examples[0] if limits.examples else "",
         label="Prompt",
-        placeholder="What shall the image show?",
+        placeholder="What should the image show?",
         lines=2,
         max_lines=6,
         max_length=MAX_PROMPT,
@@ -86,31 +91,29 @@ def _prompt_box(offer: ModelLimits) -> gr.Textbox:
     )
 
 
-def _settings(offer: ModelLimits) -> Controls:
+def _settings(limits: ModelLimits) -> Controls:
     """What all tabs share, each field that the model leaves open."""
     controls: Controls = {}
-    most = min(MAX_GUIDANCE, max(10.0, offer.guidance))
-    controls["guidance"] = gr.Slider(
-        offer.min_guidance, most, value=offer.guidance, step=0.1, label="Guidance", info=offer.guidance_means
-    )
+    scale, means = limits.guidance.value, CLASSIFIER_FREE if limits.guidance.embedded is None else EMBEDDED_GUIDANCE
+    bounds = least_guidance(limits), min(MAX_GUIDANCE, max(10.0, scale))
+    controls["guidance"] = gr.Slider(*bounds, value=scale, step=0.1, label="Guidance", info=means)
     with gr.Row(elem_id="seed-row"):
         controls["seed"] = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=MAX_SEED, scale=3)
         button = gr.Button("Random", scale=1, min_width=90, elem_id="random")
         button.click(None, None, controls["seed"], js=RANDOM_SEED, api_visibility="private")
-    if offer.views:
+    if limits.views:
         controls["view"] = gr.Radio(
-            list(offer.views), value=offer.views[0], label="View", info="the weights, or their fast or slow EMA"
+            list(limits.views), value=limits.views[0], label="View", info="the weights, or their fast or slow EMA"
         )
-    if offer.adapters:
+    if limits.adapters:
         bounds = -MAX_LORA_SCALE, MAX_LORA_SCALE
         controls["lora_scale"] = gr.Slider(*bounds, value=1.0, step=0.05, label="LoRA scale", info="0 is the base")
-    if offer.max_size:
-        bounds = SIZE_UNIT, offer.max_size
-        for name in ("width", "height"):
-            value = getattr(offer, name)
-            controls[name] = gr.Slider(*bounds, value=value, step=SIZE_UNIT, label=f"{name.capitalize()} in pixels")
+    if limits.any_size:
+        for name, most in (("width", limits.width), ("height", limits.height)):
+            label = f"{name.capitalize()} in pixels"
+            controls[name] = gr.Slider(SIZE_UNIT, most, value=most, step=SIZE_UNIT, label=label)
     else:
-        gr.Markdown(f"Size: {offer.width} x {offer.height} pixels, that of the run.", elem_id="size")
+        gr.Markdown(f"Size: {limits.width} x {limits.height} pixels, that of the run.", elem_id="size")
     controls["method"] = gr.Radio(
         list(METHODS), value="euler", label="Method", info="Heun's evaluates the model twice a step"
     )
@@ -137,11 +140,11 @@ def _sample_tab(studio: Studio, folder: Path, controls: Controls) -> None:
         elem_classes="made",
     )
     status = _status("sample-status")
-    inputs = _in_order(studio.offer, {**controls, "steps": steps, "num": num})
+    inputs = _in_order(studio.limits, {**controls, "steps": steps, "num": num})
 
     def sample(**values: Any) -> tuple[Any, str]:
         with told():
-            request = make_request(studio.offer, values)
+            request = make_request(studio.limits, values)
             answer = studio.sample(request)
             captions = [duration(answer.seconds / len(answer.images))] * len(answer.images)
             files = [save(folder, x, studio.record(request, answer.steps, i)) for i, x in enumerate(answer.images)]
@@ -165,7 +168,7 @@ def _compare_tab(studio: Studio, folder: Path, controls: Controls) -> None:
 
     def compare(**values: Any) -> Iterator[list[Any]]:
         with told():
-            request = make_request(studio.offer, values)
+            request = make_request(studio.limits, {**values, "num": 1})
             answers, files = list[Answer](), list[str | None]()
             for answer in studio.compare(request):
                 answers.append(answer)
@@ -176,7 +179,7 @@ def _compare_tab(studio: Studio, folder: Path, controls: Controls) -> None:
 
     outputs = [*images, *times, status]
     about = f"Samples one image in {steps} steps each, from the same noise; answers after each of them."
-    _on_click(compare, button, None, _in_order(studio.offer, controls), outputs, about)
+    _on_click(compare, button, None, _in_order(studio.limits, controls), outputs, about)
 
 
 def _edit_tab(studio: Studio, folder: Path, controls: Controls) -> None:
@@ -202,14 +205,14 @@ def _edit_tab(studio: Studio, folder: Path, controls: Controls) -> None:
     button = gr.Button("Edit", variant="primary", elem_id="edit")
     status = _status("edit-status")
     own = {"image": image, "source_prompt": source, "steps": steps, "skip": skip}
-    open_fields = (*EDIT_FIELDS, *(name for name in studio.offer.fields if name not in ("num", "height", "width")))
+    open_fields = (*EDIT_FIELDS, *(name for name in fields_of(studio.limits) if name not in ("num", "height", "width")))
     inputs = {name: {**controls, **own}[name] for name in open_fields}
 
     def edit(**values: Any) -> tuple[Any, str]:
         with told():
             upload = read_upload(folder, values.pop("image"))
             size = studio.image_size(upload.height, upload.width)
-            request = make_edit(studio.offer, values, fitted(upload, size))
+            request = make_edit(studio.limits, values, fitted(upload, size))
             answer = studio.sample(request)
             lines = [summary(answer), *_notes(studio, request)]
             if (upload.height, upload.width) != size[:2]:
@@ -235,13 +238,13 @@ def _status(elem_id: str) -> gr.HTML:
     return _text("Summary", elem_id=elem_id, elem_classes="status")
 
 
-def _notes(studio: Studio, request: Request) -> list[str]:
+def _notes(studio: Studio, request: SampleRequest) -> list[str]:
     return [f'<span class="note">{html.escape(line)}</span>' for line in studio.notes(request)]
 
 
-def _in_order(offer: ModelLimits, controls: Controls) -> Controls:
+def _in_order(limits: ModelLimits, controls: Controls) -> Controls:
     """The controls of the fields that the model leaves open, in the order of `FIELDS`."""
-    return {name: controls[name] for name in offer.fields if name in controls}
+    return {name: controls[name] for name in fields_of(limits) if name in controls}
 
 
 def _on_click(

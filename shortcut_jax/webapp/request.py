@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from shortcut_jax.core.flow import METHODS
 from shortcut_jax.errors import RequestError
+from shortcut_jax.inference.request import Edit, ModelLimits, SampleRequest
 
 MAX_STEPS = 64
 MAX_IMAGES = 16
@@ -39,133 +39,62 @@ FIELDS = {
 EDIT_FIELDS = {
     "image": "the image to edit: PNG, JPEG, WebP, GIF, BMP or TIFF",
     "source_prompt": "what the image shows now",
-    "prompt": "what it shall show",
+    "prompt": "what it should show",
     "steps": f"steps of the whole grid, 1 to {MAX_STEPS}",
     "skip": "first steps that are left out: the more, the closer to the image",
 }
 """The fields that an edit adds, or that mean something else in it."""
 
 
-class ModelLimits(NamedTuple):
-    """What a model can be asked for.
-
-    Attributes:
-      title: what it is, in a few words.
-      facts: more of the same, short phrases.
-      height: of an image in pixels, by default or always.
-      width: of an image in pixels.
-      max_size: the longest side that may be asked for; 0 where the size is fixed.
-      guidance: the scale by default.
-      min_guidance: the least scale.
-      guidance_means: what it does in this model.
-      views: weights to choose from, the default first; none where there is one set only.
-      adapters: whether there are adapters whose strength can be chosen.
-      examples: prompts to begin with.
-    """
-
-    title: str
-    facts: tuple[str, ...]
-    height: int
-    width: int
-    max_size: int = 0
-    guidance: float = 1.0
-    min_guidance: float = 0.0
-    guidance_means: str = ""
-    views: tuple[str, ...] = ()
-    adapters: bool = False
-    examples: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a request that this model leaves open, in the order of `FIELDS`."""
-        fixed: dict[str, bool] = {"view": not self.views, "lora_scale": not self.adapters}
-        fixed |= dict.fromkeys(("height", "width"), not self.max_size)
-        return tuple(name for name in FIELDS if not fixed.get(name))
+def fields_of(limits: ModelLimits) -> tuple[str, ...]:
+    """The fields of a request that a model leaves open, in the order of `FIELDS`."""
+    fixed: dict[str, bool] = {"view": not limits.views, "lora_scale": not limits.adapters}
+    fixed |= dict.fromkeys(("height", "width"), not limits.any_size)
+    return tuple(name for name in FIELDS if not fixed.get(name))
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """An image that is changed from what one prompt says to what another says (FlowEdit).
-
-    Attributes:
-      pixels_hwc: of the image, uint8, of the size of the request.
-      source_prompt: what it shows.
-      skip: first steps that are left out.
-    """
-
-    pixels_hwc: np.ndarray
-    source_prompt: str
-    skip: int
+def least_guidance(limits: ModelLimits) -> float:
+    """The least scale: below 1 only where the model is conditioned on it, or has such a default."""
+    return 0.0 if limits.guidance.embedded is not None else min(1.0, limits.guidance.value)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request within the bounds of a model; `make_request` makes it.
-
-    Attributes:
-      prompt: what the images shall show.
-      steps: sampling steps.
-      num: images.
-      seed: of the noise.
-      guidance: guidance scale.
-      view: online, fast or slow; empty where there is no choice.
-      lora_scale: strength of the adapters.
-      height: in pixels.
-      width: in pixels.
-      method: of sampling.
-      shift: timestep shift; None for the model's own.
-      edit: the image to edit; None where images are sampled from noise.
-    """
-
-    prompt: str
-    steps: int
-    num: int
-    seed: int
-    guidance: float
-    view: str
-    lora_scale: float
-    height: int
-    width: int
-    method: str = "euler"
-    shift: float | None = None
-    edit: Edit | None = None
-
-
-def make_request(offer: ModelLimits, values: Mapping[str, Any]) -> Request:
+def make_request(limits: ModelLimits, values: Mapping[str, Any]) -> SampleRequest:
     """Checks what came from outside, of whatever type it is.
 
     Args:
-      offer: of the model.
+      limits: of the model.
       values: by the names of `FIELDS`; what is missing is the default.
 
     Raises:
       RequestError: a value is out of bounds or of another type, or no choice of this model.
     """
     for name in values:
-        if name not in offer.fields:
+        if name not in fields_of(limits):
             raise RequestError(f"{name} cannot be chosen for this model")
     get = values.get
-    view = _choice("view", get("view", offer.views[0]), offer.views) if offer.views else ""
-    return Request(
-        _prompt(get("prompt")),
-        _whole("steps", get("steps", 4), 1, MAX_STEPS),
-        _whole("num", get("num", 4), 1, MAX_IMAGES),
-        _whole("seed", get("seed", 0), 0, MAX_SEED),
-        _guidance(get("guidance", offer.guidance), offer.min_guidance),
-        view,
-        _number("lora_scale", get("lora_scale", 1.0), -MAX_LORA_SCALE, MAX_LORA_SCALE),
-        _size("height", values, offer.height, offer.max_size),
-        _size("width", values, offer.width, offer.max_size),
-        _choice("method", get("method", "euler"), tuple(METHODS)),
-        _number("shift", get("shift", 0), 0.0, MAX_SHIFT) or None,
+    num = _whole("num", get("num", 4), 1, MAX_IMAGES)
+    adapted = limits.adapters
+    return SampleRequest(
+        (_prompt(get("prompt")),),
+        num=num,
+        steps=_whole("steps", get("steps", 4), 1, MAX_STEPS),
+        seed=_whole("seed", get("seed", 0), 0, MAX_SEED),
+        guidance=_guidance(get("guidance", limits.guidance.value), least_guidance(limits)),
+        view=_choice("view", get("view", limits.views[0]), limits.views) if limits.views else None,
+        lora_scale=_number("lora_scale", get("lora_scale", 1.0), -MAX_LORA_SCALE, MAX_LORA_SCALE) if adapted else None,
+        height=_size("height", values, limits.height, limits.any_size),
+        width=_size("width", values, limits.width, limits.any_size),
+        method=_choice("method", get("method", "euler"), tuple(METHODS)),
+        shift=_number("shift", get("shift", 0), 0.0, MAX_SHIFT) or None,
+        batch_size=1 if num == 1 and limits.at_once else limits.at_once,
     )
 
 
-def make_edit(offer: ModelLimits, values: Mapping[str, Any], pixels_hwc: np.ndarray) -> Request:
+def make_edit(limits: ModelLimits, values: Mapping[str, Any], pixels_hwc: np.ndarray) -> SampleRequest:
     """The request for an edit of one image.
 
     Args:
-      offer: of the model.
+      limits: of the model.
       values: by the names of `FIELDS` and `EDIT_FIELDS`, without the image; what is missing is the default.
       pixels_hwc: the image, uint8, of a size that the model makes.
 
@@ -173,7 +102,7 @@ def make_edit(offer: ModelLimits, values: Mapping[str, Any], pixels_hwc: np.ndar
       RequestError: see `make_request`; or the steps leave nothing to edit, or another method than Euler's.
     """
     own = {name: value for name, value in values.items() if name not in ("source_prompt", "skip")}
-    request = make_request(offer, {**own, "num": 1})
+    request = make_request(limits, {**own, "num": 1})
     source = _prompt(values.get("source_prompt"), "the source prompt", "say what the image shows now")
     skip = _whole("skip", values.get("skip", 0), 0, MAX_STEPS - 1)
     if skip >= request.steps:
@@ -184,7 +113,7 @@ def make_edit(offer: ModelLimits, values: Mapping[str, Any], pixels_hwc: np.ndar
     return dataclasses.replace(request, height=height, width=width, edit=Edit(pixels_hwc, source, skip))
 
 
-def _prompt(value: Any, name: str = "the prompt", hint: str = "say what the image shall show") -> str:
+def _prompt(value: Any, name: str = "the prompt", hint: str = "say what the image should show") -> str:
     if not isinstance(value, str):
         raise RequestError(f"{name} is {_shown(value)}, but must be text")
     if len(value) > MAX_PROMPT:
@@ -231,10 +160,10 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
-def _size(name: str, values: Mapping[str, Any], default: int, largest: int) -> int:
-    if not largest:
-        return default
-    size = _whole(name, values.get(name, default), SIZE_UNIT, largest)
+def _size(name: str, values: Mapping[str, Any], largest: int, any_size: bool) -> int:
+    if not any_size:
+        return largest
+    size = _whole(name, values.get(name, largest), SIZE_UNIT, largest)
     if size % SIZE_UNIT:
         raise RequestError(f"{name} is {size}, but must be a multiple of {SIZE_UNIT}: {_nearest(size, largest)}")
     return size

@@ -23,9 +23,8 @@ def test_runs_are_judged_alike_and_the_first_is_the_baseline(trained, tmp_path, 
     assert first.split("|")[1].strip() == "run" and second.split("|")[1].strip() == "copy"
     assert re.fullmatch(r"\| copy / run +\| 1.00 x +\| 1.00 x +\|", ratio)
     written = (tmp_path / "out.md").read_text()
-    assert (
-        ratio in written and "20 images for each of 2 noise seeds" in written and "4 steps, global batch 32" in written
-    )
+    for fact in (ratio, "20 images for each of 2 noise seeds", "4 steps, global batch 32, training seed 0"):
+        assert fact in written
     assert Image.open(tmp_path / "out.png").height > 4 * 48
 
 
@@ -46,6 +45,7 @@ def test_ratios_are_of_mean_distances():
     ("extra", "pattern"),
     [
         (["--steps=0,1"], "--steps=0,1, but must be whole numbers of at least 1"),
+        (["--images=1"], "--images is 1, but must be 0 for all, or at least 2"),
         (["--seeds=a"], "--seeds=a, but must be whole numbers from 0 to 4294967295"),
         ([], "no checkpoint in"),
     ],

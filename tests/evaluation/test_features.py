@@ -37,7 +37,8 @@ def inception_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def direct():
     params = nest(to_flax(random_release(SMALL), RULES, shapes(SMALL)))
-    return jax.jit(lambda x: InceptionV3(SMALL).apply({"params": params}, x))
+    network = jax.jit(lambda params, x: InceptionV3(SMALL).apply({"params": params}, x))
+    return lambda x: network(params, x)
 
 
 @pytest.mark.slow

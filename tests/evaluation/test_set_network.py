@@ -26,7 +26,7 @@ def digits(data_dir):
 def weights(digits):
     images, labels = digits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(set_network, "STEPS", 300)
+        patch.setattr(set_network, "STEPS", 120)
         return train_network(images[:1500], labels[:1500], 10)
 
 

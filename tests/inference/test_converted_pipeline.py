@@ -18,7 +18,9 @@ from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError, ConvertedError, UsageError
 from shortcut_jax.formats import export
 from shortcut_jax.formats.inference_checkpoint import write_params
+from shortcut_jax.inference import converted_editor
 from shortcut_jax.inference.image_files import read_records
+from shortcut_jax.inference.request import SampleRequest
 from shortcut_jax.sources.models import PIPELINE_KINDS, open_models
 from shortcut_jax.weights.lora_files import to_peft
 from tests.flux_pipeline import convert_pipeline, make_pipeline
@@ -51,7 +53,7 @@ def _pair(source, converted):
     def actual(prompts=PROMPTS, guidance=2.5, text_tokens=TEXT_TOKENS, **changes):
         with jax.default_matmul_precision("highest"):
             condition = ours.encode(prompts, guidance, text_tokens)
-            return patchify(ours.denoise(noise_BNC, condition, HEIGHT, WIDTH, STEPS, **changes))
+            return patchify(ours.denoise(noise_BNC, condition, (HEIGHT, WIDTH), STEPS, **changes))
 
     return SimpleNamespace(ours=ours, reference=reference, noise=noise_BNC, expected=expected, actual=actual)
 
@@ -95,7 +97,7 @@ def test_latents_equal_those_of_diffusers_with_another_spacing_of_times(dev, mon
     vars(ours).pop("_sample", None)  # it was compiled for another spacing
     with jax.default_matmul_precision("highest"):
         condition = ours.encode(PROMPTS, 2.5, TEXT_TOKENS)
-        latents = patchify(ours.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS))
+        latents = patchify(ours.denoise(dev.noise, condition, (HEIGHT, WIDTH), STEPS))
     assert relative(latents, dev.expected()) <= TOLERANCE
     assert relative(uniform, dev.expected()) >= 20 * TOLERANCE
 
@@ -109,7 +111,7 @@ def test_decoded_images_equal_those_of_diffusers_before_rounding(dev, highest_pr
     with torch.no_grad():
         expected = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.numpy()
     condition = dev.ours.encode(PROMPTS, 2.5, TEXT_TOKENS)
-    images = dev.ours.decode(dev.ours.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS))
+    images = dev.ours.decode(dev.ours.denoise(dev.noise, condition, (HEIGHT, WIDTH), STEPS))
     assert images.shape == (2, HEIGHT, WIDTH, 3)
     assert np.abs(images - expected.transpose(0, 2, 3, 1)).max() <= 1e-3 * expected.std()
     images = dev.expected(output_type="np")
@@ -139,8 +141,8 @@ def test_classifier_free_guidance_equals_that_of_diffusers(schnell):
         negative = schnell.ours.encode([""] * len(PROMPTS), 2.5, TEXT_TOKENS)
         called = schnell.ours(PROMPTS, STEPS, 2.5, **SMALL)
     expected = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS))
-    assert relative(schnell.actual(negative=negative, scale=2.5), expected) <= TOLERANCE
-    assert relative(schnell.actual(negative=negative, scale=2.6), expected) >= 20 * TOLERANCE
+    assert relative(schnell.actual(negative=(negative, 2.5)), expected) <= TOLERANCE
+    assert relative(schnell.actual(negative=(negative, 2.6)), expected) >= 20 * TOLERANCE
     images = schnell.expected(true_cfg_scale=2.5, negative_prompt=[""] * len(PROMPTS), output_type="np")
     assert np.abs(called - 255 * images).max() <= 0.5 + 1e-3 * 255
 
@@ -197,11 +199,11 @@ def test_an_edit_is_guided_where_either_side_asks_for_it(schnell, monkeypatch):
     """What the scales do is tested with the editor itself."""
     images, asked = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), []
 
-    def edit(params, shift, latents, seed_B, index_B, source, target, plan, negative, *scales, **_):
+    def edit(params, shift, latents, draws, source, target, plan, negative, scales, **_):
         asked.append((shift, plan.skip, negative is not None, *scales))
         return latents
 
-    monkeypatch.setitem(vars(schnell.ours.edit), "_edit", edit)
+    monkeypatch.setattr(converted_editor, "edit_program", lambda *args: edit)
     call = lambda **scales: schnell.ours.edit(images, "a cat", "a dog", 2, 1, text_tokens=TEXT_TOKENS, **scales)
     call(), call(guidance=3.0), call(guidance=3.0, source_guidance=1.0), call(source_guidance=2.0, shift=4.0)
     assert asked == [(1.0, 1, False, 1, 1), (1.0, 1, True, 3, 3), (1.0, 1, True, 1, 3), (4.0, 1, True, 2, 1)]
@@ -213,7 +215,7 @@ def test_eight_devices_with_padded_rows_equal_one(dev, converted_folder, highest
     assert eight.mesh.shape["fsdp"] == 8
     prompts = [*PROMPTS, "seven"]
     actual, expected = (
-        p.denoise(p.draw_noise(0, 0, 3, HEIGHT, WIDTH), p.encode(prompts, 2.5, TEXT_TOKENS), HEIGHT, WIDTH, STEPS)
+        p.denoise(p.draw_noise(0, 0, 3, HEIGHT, WIDTH), p.encode(prompts, 2.5, TEXT_TOKENS), (HEIGHT, WIDTH), STEPS)
         for p in (eight, dev.ours)
     )
     assert actual.shape == expected.shape == (3, HEIGHT // 2, WIDTH // 2, 16)
@@ -235,27 +237,25 @@ def test_weights_stay_as_stored_and_are_computed_with_in_the_dtype_asked_for(dev
     assert {x.dtype for x in jax.tree.leaves(half.params)} == {np.dtype(ml_dtypes.bfloat16)}
     condition = half.encode(PROMPTS, 2.5, TEXT_TOKENS)
     assert condition.txt_BMT.dtype == condition.vec_BV.dtype == ml_dtypes.bfloat16
-    latents = half.denoise(dev.noise, condition, HEIGHT, WIDTH, STEPS)
+    latents = half.denoise(dev.noise, condition, (HEIGHT, WIDTH), STEPS)
     assert latents.dtype == np.float32 and relative(patchify(latents), dev.actual()) < 0.05
     # In float32 on the same weights only their rounding is left.
     wide = TextToImage(folder, devices=jax.devices()[:1])
     assert wide.compute_dtype == "float32"
-    latents = wide.denoise(dev.noise, wide.encode(PROMPTS, 2.5, TEXT_TOKENS), HEIGHT, WIDTH, STEPS)
+    latents = wide.denoise(dev.noise, wide.encode(PROMPTS, 2.5, TEXT_TOKENS), (HEIGHT, WIDTH), STEPS)
     assert 1e-4 < relative(patchify(latents), dev.actual()) < 0.03
 
 
 def test_what_is_cut_off_a_prompt_is_told(dev, capfd):
     prompt = "a photo of " + "the cat and " * 5
-    assert dev.ours.cuts(["a cat"], 64) == []
-    clip, t5 = dev.ours.cuts(["a cat", prompt], 12)
+    assert dev.ours.prompt_notes(SampleRequest(("a cat",), text_tokens=64)) == []
+    clip, t5 = dev.ours.prompt_notes(SampleRequest(("a cat", prompt), text_tokens=12))
     assert clip.startswith("CLIP reads 16 tokens of 'a photo of the cat and") and "is cut off" in clip
     assert t5.startswith("T5 reads 12 tokens of 'a photo of")
-    # Each line once, however often the prompt comes; not at all where the caller tells them.
+    # Each line once, however often the prompt comes.
     capfd.readouterr()
-    dev.ours.tell([prompt, "a cat"], 12, quiet=True)
-    assert capfd.readouterr().err == ""
     for _ in range(2):
-        dev.ours.tell([prompt, prompt, "a cat"], 12)
+        dev.ours.tell(SampleRequest((prompt, prompt, "a cat"), text_tokens=12))
     assert capfd.readouterr().err.count("is cut off") == 2
 
 
@@ -288,6 +288,14 @@ def test_arguments_out_of_range_are_refused_before_weights_are_read(options, tex
     assert "params" not in vars(fresh)
 
 
+def test_seeds_are_those_of_the_images_and_an_edit_takes_its_own_options_alone(schnell):
+    several = schnell.ours("a cat", 1, num=2, seeds=(5, 3), **SMALL)
+    for seed, image in zip((5, 3), several, strict=True):
+        assert np.abs(schnell.ours("a cat", 1, seed=seed, **SMALL)[0].astype(int) - image).max() <= 1
+    with pytest.raises(TypeError, match="an edit takes no method, but average, draws, guidance,"):
+        schnell.ours.edit(several[:1], "a cat", "a dog", 2, method="heun")
+
+
 def test_guidance_zero_without_embedding_means_none_as_in_diffusers(schnell):
     assert schnell.ours.guidance(0.0) == schnell.ours.guidance(1.0) == schnell.ours.guidance()
     expected = schnell.ours("a cat", 2, **SMALL)
@@ -298,9 +306,9 @@ def test_guidance_zero_without_embedding_means_none_as_in_diffusers(schnell):
 
 def test_weights_that_are_not_finite_are_told_instead_of_black_images(dev):
     latents = np.zeros((1, HEIGHT // 2, WIDTH // 2, 16), np.float32)
-    assert dev.ours.images(latents).shape == (1, HEIGHT, WIDTH, 3)
+    assert dev.ours.to_images(latents).shape == (1, HEIGHT, WIDTH, 3)
     with pytest.raises(ConvertedError, match="the images have values that are not finite"):
-        dev.ours.images(latents * np.nan)
+        dev.ours.to_images(latents * np.nan)
 
 
 @pytest.mark.parametrize("kind", PIPELINE_KINDS)

@@ -14,10 +14,11 @@ from shortcut_jax import Pipeline, cli, sample
 from shortcut_jax.core.schedules import Spacing
 from shortcut_jax.errors import CheckpointError, ConversionError, UsageError
 from shortcut_jax.formats.inference_checkpoint import OrbaxParams
-from shortcut_jax.inference.backends import RunModel, SampleRequest, grid_times
 from shortcut_jax.inference.generator import Generator
 from shortcut_jax.inference.image_files import Output, layout_of, parameters, read_records
 from shortcut_jax.inference.repl import interact
+from shortcut_jax.inference.request import SampleRequest, grid_times
+from shortcut_jax.inference.run_prompts import known_words, unknown_words
 from shortcut_jax.run.start_from import Initial
 from shortcut_jax.run.workdir import restore_or_init
 from shortcut_jax.runtime.checkpoint import Checkpoints
@@ -122,6 +123,14 @@ def test_a_trajectory_ends_in_the_image_and_names_its_times(folder, trained):
         assert strip.width > 3 * 48 and json.loads(strip.text["shortcut_jax"])["pictures"]
 
 
+def test_a_request_names_the_view_it_is_answered_with(trained):
+    pipeline = Pipeline(trained, batch_size=4)
+    rows = (request := SampleRequest((SEVEN,), num=2, steps=2, view="fast")).rows
+    np.testing.assert_array_equal(pipeline.images(rows, request), Pipeline(trained, "fast", batch_size=4)(SEVEN, 2, 2))
+    with pytest.raises(UsageError, match="lora_scale is for runs that trained adapters"):
+        pipeline.check(SampleRequest((SEVEN,), lora_scale=0.5))
+
+
 def test_every_seed_of_a_list_gives_the_image_it_gives_alone(trained, tmp_path):
     argv = [f"--workdir={trained}", f"--prompt={TWO}", "--steps=2", f"--out={tmp_path}/"]
     _run(*argv, "--seeds=7,3,7,4294967295")
@@ -176,7 +185,7 @@ LINES = [
 
 @pytest.mark.usefixtures("own_programs")
 def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings(trained, tmp_path, capfd):
-    model = RunModel(_options(trained), images=2)
+    model = Pipeline(trained, batch_size=4)
     (tmp_path / "00006.png").write_bytes(b"")
     lines = iter(LINES)
     interact(model, SampleRequest((), num=1, steps=1), Output(f"{tmp_path}/", count_on=True), ask=lambda _: next(lines))
@@ -198,14 +207,7 @@ def test_the_prompt_line_samples_tells_errors_and_compiles_once_for_all_settings
     assert sorted(p.stem for p in tmp_path.glob("000*.png")) == [f"{i:05d}" for i in (6, *numbers)]
     assert read_records(tmp_path / "00009.png")[0]["seed"] == 9
     # Without guidance and with it: no prompt, step count, seed, scale, shift or number compiles anything again.
-    assert model.pipeline.generate._sample._cache_size() == 2
-
-
-def _options(workdir, **changes):
-    from types import SimpleNamespace
-
-    names = ("lora_scale", "batch", "base", "encoders")
-    return SimpleNamespace(**{**dict.fromkeys(names), "batch": 4, "view": "slow", "workdir": str(workdir), **changes})
+    assert model.generate._sample._cache_size() == 2
 
 
 def test_interactive_ends_at_the_end_of_input(trained, tmp_path, monkeypatch):
@@ -219,16 +221,17 @@ def test_interactive_ends_at_the_end_of_input(trained, tmp_path, monkeypatch):
 
 
 def test_times_of_a_trajectory_are_those_of_the_shifted_grid(trained):
-    model = RunModel(_options(trained), images=1)
+    model = Pipeline(trained)
     np.testing.assert_allclose(grid_times(model, SampleRequest((TWO,), 1, 2, shift=3.0)), [1.0, 0.75])
 
 
 def test_more_than_one_step_begins_where_the_run_was_trained_from():
     one, early = tiny_assembly(), tiny_assembly(multistep_start=0.95)
     params = noisy_state(one).ema.slow
-    drawn = lambda assembly, steps: Generator(assembly, 4, 4)(params, [SEVEN] * 4, steps)
+    made = lambda a: Generator(a.settings, a.model, a.mesh, 4, 4)
+    drawn = lambda assembly, steps: made(assembly)(params, [SEVEN] * 4, steps)
     assert np.array_equal(drawn(one, 1), drawn(early, 1)) and not np.array_equal(drawn(one, 2), drawn(early, 2))
-    assert Generator(early, 4, 4).spacing.start == 0.95 and Generator(one, 4, 4).spacing == Spacing()
+    assert made(early).spacing.start == 0.95 and made(one).spacing == Spacing()
 
 
 @pytest.fixture(scope="module")
@@ -311,14 +314,15 @@ def test_bad_input_is_one_clear_line(trained, grey, tmp_path, capfd):
 
 def test_words_that_the_model_never_saw_are_told_with_those_it_knows(trained, capfd):
     pipeline = Pipeline(trained)
-    assert pipeline.unknown_words([SEVEN, "a cat and a Seven", "a cat"]) == ["cat", "and", "Seven"]
-    assert pipeline.unknown_words([SEVEN, ""]) == [] and pipeline.notes([SEVEN]) == []
+    known = known_words(pipeline.settings.data)
+    assert unknown_words([SEVEN, "a cat and a Seven", "a cat"], known) == ["cat", "and", "Seven"]
+    assert unknown_words([SEVEN, ""], known) == [] and pipeline.notes(SampleRequest((SEVEN,))) == []
     for _ in range(2):
         pipeline("a cat", steps=1)
     err = capfd.readouterr().err
     assert err.count("never seen in training, so of no meaning: 'cat'; the words it knows are a, handwritten") == 1
-    model = RunModel(_options(trained), images=1)
-    assert model.notes(SampleRequest(("a cat",), 1, 1)) == pipeline.notes(["a cat"])
+    (line,) = pipeline.notes(SampleRequest(("a cat",), 1, 1))
+    assert line in err
     for prompt in (None, "\udce9"):
         with pytest.raises(ValueError, match=r"a prompt is None|is not UTF-8"):
             pipeline([prompt], steps=1)
@@ -329,7 +333,7 @@ def test_guidance_zero_is_none_for_a_model_without_embedding(trained, grey):
     np.testing.assert_array_equal(pipeline(TWO, 2, guidance=0.0), pipeline(TWO, 2))
     edited = pipeline.edit(pixels, SEVEN, TWO, 2, guidance=0.0, source_guidance=0.0)
     np.testing.assert_array_equal(edited, pipeline.edit(pixels, SEVEN, TWO, 2))
-    model = RunModel(_options(trained), images=1)
+    model = Pipeline(trained)
     assert model.notes(SampleRequest((TWO,), 1, 1, guidance=0.0)) == ["guidance 0: none, as 1 is"]
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 SEVEN = "a handwritten digit seven"
 GOOD = [SEVEN, 4, 4, 0, 1.0, "slow", "euler", 0]
-"""Values in the order of the offer's fields: prompt, steps, num, seed, guidance, view, method, shift."""
+"""Values in the order of the fields of a run: prompt, steps, num, seed, guidance, view, method, shift."""
 BUSY = re.compile("queue is full|busy", re.IGNORECASE)
 
 
@@ -143,7 +143,7 @@ def test_a_prompt_becomes_images_and_a_comparison(served, page):
 def test_an_empty_prompt_is_told_and_the_page_goes_on(page):
     page.fill("#prompt textarea", "  ")
     page.click("button#sample")
-    page.get_by_text("the prompt is empty: say what the image shall show").wait_for()
+    page.get_by_text("the prompt is empty: say what the image should show").wait_for()
     page.fill("#prompt textarea", "a cat")
     page.click("button#sample")
     page.wait_for_selector("#sample-status .note")

@@ -4,26 +4,31 @@ import numpy as np
 import pytest
 
 from shortcut_jax.errors import RequestError
-from shortcut_jax.webapp.request import FIELDS, MAX_SEED, ModelLimits, Request, make_edit, make_request
+from shortcut_jax.inference.request import Guidance, ModelLimits, SampleRequest
+from shortcut_jax.webapp.request import FIELDS, MAX_SEED, fields_of, make_edit, make_request
 
-RUN = ModelLimits("digits", (), 8, 8, views=("slow", "online", "fast"), min_guidance=1.0)
-PIPELINE = ModelLimits("flux", (), 1024, 1024, max_size=1024, guidance=3.5, adapters=True)
+RUN = ModelLimits("digits", (), 8, 8, views=("slow", "online", "fast"), at_once=4)
+PIPELINE = ModelLimits("flux", (), 1024, 1024, any_size=True, guidance=Guidance(3.5, 1.0), adapters=True)
 
 
-def _asked(offer=RUN, **values):
-    return make_request(offer, {"prompt": "a cat", **values})
+def _asked(limits=RUN, **values):
+    return make_request(limits, {"prompt": "a cat", **values})
 
 
 def test_what_is_missing_is_the_default_of_the_model():
-    assert _asked() == Request("a cat", 4, 4, 0, 1.0, "slow", 1.0, 8, 8)
-    assert _asked(PIPELINE) == Request("a cat", 4, 4, 0, 3.5, "", 1.0, 1024, 1024)
-    assert set(RUN.fields) == set(FIELDS) - {"lora_scale", "height", "width"}
-    assert set(PIPELINE.fields) == set(FIELDS) - {"view"}
+    size = {"height": 8, "width": 8, "batch_size": 4}
+    assert _asked() == SampleRequest(("a cat",), 4, 4, 1.0, 0, view="slow", **size)
+    assert _asked(num=1).batch_size == 1
+    size = {"height": 1024, "width": 1024}
+    assert _asked(PIPELINE) == SampleRequest(("a cat",), 4, 4, 3.5, 0, lora_scale=1.0, **size)
+    assert set(fields_of(RUN)) == set(FIELDS) - {"lora_scale", "height", "width"}
+    assert set(fields_of(PIPELINE)) == set(FIELDS) - {"view"}
 
 
 def test_values_within_the_bounds_become_plain_numbers():
     request = _asked(prompt="  a \n cat ", steps=64.0, num=16, seed=MAX_SEED, guidance=2, view="fast")
-    assert request == Request("a cat", 64, 16, MAX_SEED, 2.0, "fast", 1.0, 8, 8)
+    size = {"height": 8, "width": 8, "batch_size": 4}
+    assert request == SampleRequest(("a cat",), 16, 64, 2.0, MAX_SEED, view="fast", **size)
     assert [type(v) for v in (request.steps, request.seed, request.guidance)] == [int, int, float]
     assert _asked(guidance=0).guidance == 1.0  # none, as pasted from snippets of diffusers
     assert _asked(PIPELINE, height=16, width=1008, lora_scale=-4).width == 1008
