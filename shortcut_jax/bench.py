@@ -4,24 +4,24 @@ Two variants are timed in turn, A B A B ..., in one process, so that their ratio
 `--sample` it times sampling instead: see `bench_sampling`.
 """
 
-import re
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from shortcut_jax import cli
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.config.checks import from_config
-from shortcut_jax.config.fields import unknown
-from shortcut_jax.config.load import set_field
-from shortcut_jax.config.schema import Settings, known_fields, parse_field
+from shortcut_jax.config.schema import Settings
+from shortcut_jax.config.vary import variants
+from shortcut_jax.diagnostics.compiled_step import random_batch
 from shortcut_jax.diagnostics.sampling_times import bench_sampling
 from shortcut_jax.errors import UsageError
 from shortcut_jax.run.check_training import assemble_training
+from shortcut_jax.run.step_memory import choose_remat
+from shortcut_jax.runtime.host_memory import keep_freed_memory
 
 USAGE = (
     "usage: python -m shortcut_jax.bench --config=FILE [--vs=FILE | --vary=objective=flow,scfm | --sample] [--steps=20]"
@@ -32,13 +32,11 @@ class Contender:
     """One compiled config on random data of the right shapes."""
 
     def __init__(self, name: str, settings: Settings):
-        self.name, self.assembly = name, assemble_training(settings)
+        self.name, self.assembly = name, choose_remat(assemble_training(settings))
         self.seconds: list[float] = []
         say(f"compiling {name}")
         begin = time.perf_counter()
-        random = np.random.default_rng(0)
-        draw = lambda s: jax.device_put(random.standard_normal(s.shape, np.float32).astype(s.dtype), s.sharding)
-        self.batch = jax.tree.map(draw, self.assembly.batch_shapes)
+        self.batch = random_batch(self.assembly)
         self.state = self.assembly.init_state()
         compiled = self.assembly.train_step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - begin
@@ -64,13 +62,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("vary", None, "A field and two or more values: objective=flow,scfm.", flag_values=values)
     flags.DEFINE_integer("steps", 20, "Timed steps of each.", flag_values=values)
     flags.DEFINE_integer("stretch", 4, "Steps in a row before the other's turn.", flag_values=values)
-    flags.DEFINE_boolean("sample", False, "Time sampling instead; see `bench_sampling`.", flag_values=values)
+    flags.DEFINE_boolean("sample", False, "Time sampling instead of training steps.", flag_values=values)
     flags.DEFINE_list("batches", ["1", "64"], "With --sample: images sampled at once.", flag_values=values)
     flags.DEFINE_list("counts", ["1", "4", "32"], "With --sample: sampling step counts.", flag_values=values)
     flags.DEFINE_integer("turns", 7, "With --sample: turns.", flag_values=values)
     options = cli.parse(values, argv, USAGE, required=["config"], configs=["config", "vs"])
     cli.only_with(options, "--sample", options.sample, ("batches", "counts", "turns"))
     cli.only_with(options, "step times, not with --sample", not options.sample, ("steps", "stretch", "vs", "vary"))
+    keep_freed_memory()
     if options.sample:
         batches, counts = (cli.whole_numbers(name, getattr(options, name), 1) for name in ("batches", "counts"))
         if options.turns < 1:
@@ -99,21 +98,7 @@ def _variants(options: Any) -> list[tuple[str, Settings]]:
         return [("config", from_config(config)), ("vs", from_config(other))]
     if vary is None:
         return [("config", from_config(config))]
-    key, _, choices = vary.partition("=")
-    if key not in known_fields():
-        first = re.split(_COMMA, choices)[0]
-        reason = unknown(key, tuple(known_fields()))
-        raise UsageError(f"--vary={vary}: {key!r} cannot be set to {first!r}: {reason}")
-    variants = []
-    for choice in re.split(_COMMA, choices):
-        changed = config.copy_and_resolve_references()
-        set_field(changed, key, parse_field(key, choice))
-        variants.append((f"{key}={choice}", from_config(changed)))
-    return variants
-
-
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")
-"""A comma outside of brackets, between two values."""
+    return variants(config, "vary", vary)
 
 
 def table(contenders: Sequence[Contender]) -> str:
@@ -123,13 +108,13 @@ def table(contenders: Sequence[Contender]) -> str:
     first = contenders[0]
     for c in contenders:
         seconds = statistics.median(c.seconds)
-        flops = c.assembly.flops / seconds
+        flops = c.assembly.flops() / seconds
         mfu = f", MFU {flops / c.assembly.peak_flops:.1%}" if c.assembly.peak_flops else ""
         ratio = statistics.median(a / b for a, b in zip(c.seconds, first.seconds, strict=True))
         versus = "" if c is first else f", {ratio:.3f} x the time of {first.name}"
         lines.append(
             f"{c.name}: {seconds * 1e3:.1f} ms a step, {c.assembly.batch_size / seconds:.1f} images/s, "
-            f"{c.assembly.flops:.3g} FLOP a step, {flops / 1e12:.3g} TFLOP/s{mfu}, "
+            f"{c.assembly.flops():.3g} FLOP a step, {flops / 1e12:.3g} TFLOP/s{mfu}, "
             f"compiled in {c.compile_seconds:.1f} s{versus}"
         )
     return "\n".join(lines)

@@ -69,10 +69,9 @@ class Explanation(NamedTuple):
         return dict(total)
 
 
-def explain(assembly: Assembly, text: str) -> Explanation:
-    """Explains the text of a compiled step of a run (`compiled.as_text()`)."""
-    program = Program(text)
-    mesh = dict(zip(assembly.mesh.axis_names, assembly.mesh.devices.shape, strict=True))
+def explain(assembly: Assembly, program: Program) -> Explanation:
+    """Explains the compiled step of a run."""
+    mesh = assembly.mesh.shape
     shapes = {path: leaf.shape for path, leaf in flat_paths(assembly.network_shapes).items()}
     shapes |= {path: leaf.shape for path, leaf in flat_paths(assembly.state_shapes.params).items()}
     lines: Counter[Line] = Counter()

@@ -58,7 +58,7 @@ def bench_sampling(settings: Settings, batches: Sequence[int], counts: Sequence[
 
 
 def _time(assembly: Assembly, params: object, batch: int, counts: Sequence[int], turns: int) -> Timed:
-    generator = Generator(assembly, batch, max(counts))
+    generator = Generator(assembly.settings, assembly.model, assembly.mesh, batch, max(counts))
     size = generator.batch_size
     captions = [f"a handwritten digit {i}" for i in range(size)]
     say(f"compiling the sampler of {size} at once")

@@ -31,12 +31,13 @@ from shortcut_jax.models.flops import step_flops
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.init import BASE_DTYPE, init_params, weight_shapes
 from shortcut_jax.models.lora import init_adapters
-from shortcut_jax.runtime.metrics import peak_flops
+from shortcut_jax.runtime.device_table import peak_flops
 from shortcut_jax.runtime.sharding import (
     batch_sharding,
     make_constrain,
     make_mesh,
     make_per_shard,
+    own_device,
     replicated,
     tree_shardings,
 )
@@ -101,15 +102,10 @@ class Assembly:
     def evaluations(self) -> tuple[int, int, int]:
         """See `steps.networks.evaluations`."""
         s = self.settings
-        return evaluations(s.guide, s.train == "lora", s.teacher_share > 0)
+        return evaluations(s.guidance_mode, s.train == "lora", s.teacher_share > 0)
 
-    @property
-    def flops(self) -> int:
-        """Model FLOPs of one step, of images of the size in the settings."""
-        return self.flops_at()
-
-    def flops_at(self, size: Size | None = None) -> int:
-        """Model FLOPs of one step of images of `size`."""
+    def flops(self, size: Size | None = None) -> int:
+        """Model FLOPs of one step of images of `size`, by default that in the settings."""
         s = self.settings
         student, first, slow = self.evaluations
         group = row_group(objective_settings(s))
@@ -125,13 +121,8 @@ class Assembly:
         peak = peak_flops(self.mesh.devices.flat[0])
         return peak * self.mesh_shape.devices if peak else None
 
-    @property
-    def batch_shapes(self) -> Batch:
-        """The global batch as abstract arrays with their shardings, of images of the size in the settings."""
-        return self.batch_shapes_at()
-
-    def batch_shapes_at(self, size: Size | None = None) -> Batch:
-        """The same for images of `size`."""
+    def batch_shapes(self, size: Size | None = None) -> Batch:
+        """The global batch as abstract arrays with their shardings, of images of `size`, by default the settings'."""
         cfg, data, sharding = self.model, self.settings.data, batch_sharding(self.mesh)
         text_dtype = STORED_TEXT_DTYPE if data.text_encoder == "stored" else jnp.float32
         rows = (
@@ -185,7 +176,7 @@ class Assembly:
         base = jax.tree.map(lambda x: x.astype(BASE_DTYPE), weights) if s.has_base else None
         scale = jnp.asarray(s.lora.scale, jnp.float32) if s.train == "lora" else None
         unconditional = None
-        if s.guide != "told":
+        if s.guidance_mode != "embedded":
             txt, vec = empty_caption(s, self.model)
             unconditional = Condition(jnp.asarray(txt)[None], jnp.asarray(vec)[None])
         # A copy: the student may start from the teacher's adapters, and donated buffers must not alias.
@@ -214,13 +205,13 @@ class Assembly:
     def train_step(self) -> Any:
         """The jitted train step (state, batch) -> (state, metrics); the state is donated."""
         state = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        batch = jax.tree.map(lambda x: x.sharding, self.batch_shapes)
+        batch = jax.tree.map(lambda x: x.sharding, self.batch_shapes())
         return jax.jit(
             make_train_step(step_settings(self.settings, self.model)),
             in_shardings=(state, batch),
             out_shardings=(state, replicated(self.mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(self.platform),
+            compiler_options=compiler_options(own_device(self.mesh)),
         )
 
 
@@ -233,7 +224,7 @@ def _random_weights(cfg: FluxConfig, mesh: Mesh, min_shard: int) -> Callable[[ja
 def mean_flops(assembly: Assembly, data: TrainingData) -> int:
     """Model FLOPs of a step, on average over the buckets of an epoch."""
     sizes = zip(data.buckets, data.epoch_sizes, strict=True)
-    return sum(n * assembly.flops_at(size) for size, n in sizes) // sum(data.epoch_sizes)
+    return sum(n * assembly.flops(size) for size, n in sizes) // sum(data.epoch_sizes)
 
 
 def empty_caption(settings: Settings, cfg: FluxConfig) -> tuple[Any, Any]:

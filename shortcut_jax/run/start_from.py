@@ -18,7 +18,7 @@ from shortcut_jax.models.lora import adapter_shapes
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.checkpoint import stored_meta
 from shortcut_jax.sources.models import Model, base_of, holds_lora, open_lora, open_models, param_shapes, sampling_of
-from shortcut_jax.steps.networks import GUIDES, Frozen
+from shortcut_jax.steps.networks import GUIDANCE_MODES, Frozen
 from shortcut_jax.steps.state import TrainState
 from shortcut_jax.weights.lora import Modules, record_of, scales, stack
 from shortcut_jax.weights.rescale import rescaled
@@ -104,10 +104,11 @@ def _open_network(assembly: Assembly, name: str, path: Path) -> Model:
     if not models:
         raise ConfigError(f"{given} holds no Flux transformer")
     (model,) = models
-    distilling = GUIDES[s.guide].distils
+    distilling = GUIDANCE_MODES[s.guidance_mode].distils
     if distilling and model.config.guidance:
         raise ConfigError(
-            f"{given} has a guidance embedding already, and guide={s.guide} would guide it once more: set guide=told"
+            f"{given} has a guidance embedding already, and guidance_mode={s.guidance_mode} would guide it once more: "
+            "set guidance_mode=embedded"
         )
     ignored = ("guidance",) if distilling else ()
     differences = _differences(model.config, assembly.model, ignored)

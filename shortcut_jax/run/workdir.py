@@ -10,7 +10,8 @@ import jax
 from shortcut_jax.cluster.distributed import say
 from shortcut_jax.config.derive import mesh_shape, objective_settings
 from shortcut_jax.config.resume import compare
-from shortcut_jax.config.schema import Settings, read_stored, to_dict
+from shortcut_jax.config.schema import Settings, to_dict
+from shortcut_jax.config.stored import read_stored
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.start_from import BaseRecord, Initial, freeze, open_initial, start
@@ -92,7 +93,7 @@ def keep_batch(settings: Settings, workdir: Path, num_devices: int) -> Settings:
     if rows % (shards * unit):
         fitting = ", ".join(str(n) for n in range(1, rows // unit + 1) if rows % (n * unit) == 0)
         raise ConfigError(
-            f"the workdir {workdir} goes on with its global batch of {rows} rows, which does not divide over {shards} "
+            f"the workdir {workdir} keeps its global batch of {rows} rows, which does not divide over {shards} "
             f"shards (data x fsdp) x {settings.accumulate} micro-batches x groups of {group} rows: "
             + (f"set --config.mesh.data x .fsdp to one of {fitting}" if fitting else "set --config.accumulate=1")
         )

@@ -20,7 +20,6 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -50,6 +49,13 @@ _KINDS: dict[str, Any] = {
 Result = TypeVar("Result")
 
 
+def _orbax() -> Any:
+    """Orbax, imported on first use: half of what `sample --help` would wait for."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -66,6 +72,7 @@ class Checkpoints:
         self._read_only, self._attempts = read_only, attempts
         self._writing: int | None = None
         self._why, self._stale = "", False
+        ocp = _orbax()
         with _quiet():  # Orbax warns that what is to be read only is read only.
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
@@ -115,9 +122,10 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.folder} in {self._attempts} attempts "
                 f"({self._why}); {left}: fix the storage and run the same command"
             )
-        say(f"no checkpoint of step {step} after {self._attempts} attempts; {left}; the run goes on to the next one")
+        say(f"no checkpoint of step {step} after {self._attempts} attempts; {left}; the run continues to the next one")
 
     def _start(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> bool:
+        ocp = _orbax()
         args = {name: ocp.args.StandardSave(items[name]) for name in ITEMS}
         meta = {**meta, "format_version": FORMAT_VERSION}
         if self._stale and jax.process_index() == 0:
@@ -174,11 +182,13 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON item of a step. Raises CheckpointError for another format than this version's."""
+        ocp = _orbax()
         meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
         return _checked(meta, self.folder / str(step))
 
     def restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """Reads the named items only, into the shapes, dtypes and shardings of the given abstract trees."""
+        ocp = _orbax()
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] for name in items}

@@ -12,10 +12,23 @@ from shortcut_jax.runtime.hlo import COMMENT, KINDS, Arrays, arrays_in
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _TRIPS = re.compile(r"known_trip_count\"?:\{\"n\":\"(\d+)\"")
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s8": 8, "u8": 8, "s64": 64}
+_BITS = {
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "f64": 64,
+    "s32": 32,
+    "u32": 32,
+    "s64": 64,
+    "u64": 64,
+    "s4": 4,
+    "u4": 4,
+    "token": 0,
+}
 _FUSED_ASYNC = "async_collective_fusion"  # how XLA:TPU names computations that a collective runs in beside other work
 _SCATTER = "all-reduce-scatter"  # and those of an all-reduce and a slice of it, which it runs as a reduce-scatter
-_MATMULS = ("dot", "convolution")
+MATMULS = ("dot", "convolution")
+"""Opcodes of matrix products that XLA compiles itself."""
 _ATTENTION = ("fmha", "tpu_custom_call")
 
 
@@ -41,6 +54,22 @@ class Instruction(NamedTuple):
         """The path of the JAX operation it was made from; empty where XLA kept none."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls; empty for other instructions."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is a kernel of attention."""
+        return any(word in self.target for word in _ATTENTION)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a matrix product: XLA's own, or of a library."""
+        return self.op in MATMULS or "gemm" in self.target or "matmul" in self.target
 
     def called(self, role: str = "calls") -> str:
         """The computation that it calls in a role, or an empty string."""
@@ -107,13 +136,35 @@ class Program:
         self._loop_bodies = {i.name: body for body in loops for i in self._bodies.get(body, []) if i.op == "parameter"}
         """Name of what a loop carries -> the loop's body."""
 
+    @property
+    def entry(self) -> str:
+        """The computation that the program begins with."""
+        return self._entry
+
+    def body(self, computation: str) -> Sequence[Instruction]:
+        """The instructions of a computation in the order of its schedule; none where it is not known."""
+        return self._bodies.get(computation, [])
+
+    def made_by(self, name: str) -> Instruction | None:
+        """The instruction of a name."""
+        return self._by_name.get(name)
+
+    def trips(self, loop: Instruction) -> int:
+        """How often the body of a loop runs: as XLA noted it, or the number that its condition compares with."""
+        noted = _TRIPS.search(loop.text)
+        if noted:
+            return int(noted[1])
+        bounds = [
+            re.search(r" constant\((\d+)\)", i.text) for i in self.body(loop.called("condition")) if i.op == "constant"
+        ]
+        return max((int(bound[1]) for bound in bounds if bound), default=1)
+
     def attention_kernels(self) -> dict[str, int]:
         """How many calls there are of each custom kernel that attends, by its name."""
         counts: dict[str, int] = {}
         for instruction in self._by_name.values():
-            found = re.search(r'custom_call_target="([^"]*)"', instruction.text)
-            if found and any(word in found[1] for word in _ATTENTION):
-                counts[found[1]] = counts.get(found[1], 0) + 1
+            if instruction.attends:
+                counts[instruction.target] = counts.get(instruction.target, 0) + 1
         return counts
 
     def transfers(self, mesh: Mapping[str, int]) -> list[Transfer]:
@@ -137,9 +188,9 @@ class Program:
         kind = instruction.op.removesuffix("-start")
         beside = _beside(body, place)
         for fused in (computation for computation, _ in places if computation.startswith(_FUSED_ASYNC)):
-            beside += [i for i in self._bodies[fused] if i.op in ("fusion", "custom-call", *_MATMULS)]
+            beside += [i for i in self._bodies[fused] if i.op in ("fusion", "custom-call", *MATMULS)]
         matmuls, attentions, others = self._work(beside)
-        arrays = _whole(kind, instruction)
+        arrays = whole_arrays(kind, instruction)
         reader = instruction
         if name.startswith(_SCATTER) and kind == "all-reduce":
             kind, reader = "reduce-scatter", self._call_of(name)
@@ -150,7 +201,7 @@ class Program:
             kind,
             arrays,
             tuple(sources),
-            _axes(instruction.text, mesh),
+            mesh_axes(instruction.text, mesh),
             max(self._times(computation) for computation, _ in places),
             bool(beside),
             matmuls,
@@ -163,7 +214,7 @@ class Program:
         callers: dict[str, list[tuple[str, int]]] = {}
         for name, body in self._bodies.items():
             for instruction in body:
-                times = self._trips(instruction) if instruction.op == "while" else 1
+                times = self.trips(instruction) if instruction.op == "while" else 1
                 roles = ("body",) if instruction.op == "while" else ("calls", "to_apply")
                 for called in filter(None, map(instruction.called, roles)):
                     callers.setdefault(called, []).append((name, times))
@@ -177,15 +228,6 @@ class Program:
         ((name, _),) = self._callers[computation]
         return next(i for i in self._bodies[name] if i.called() == computation)
 
-    def _trips(self, loop: Instruction) -> int:
-        """How often the body of a loop runs: as XLA noted it, or the number that its condition compares with."""
-        noted = _TRIPS.search(loop.text)
-        if noted:
-            return int(noted[1])
-        condition = self._bodies.get(loop.called("condition"), [])
-        bounds = [re.search(r" constant\((\d+)\)", i.text) for i in condition if i.op == "constant"]
-        return max((int(bound[1]) for bound in bounds if bound), default=1)
-
     @functools.cache  # noqa: B019  (a program lives as long as its report)
     def _times(self, computation: str) -> int:
         if computation == self._entry or computation not in self._callers:
@@ -196,10 +238,9 @@ class Program:
         """How many matrix products, attention kernels and other kernels these instructions are."""
         matmuls = attentions = others = 0
         for i in instructions:
-            target = re.search(r'custom_call_target="([^"]*)"', i.text)
-            if target and any(word in target[1] for word in _ATTENTION):
+            if i.attends:
                 attentions += 1
-            elif i.op in _MATMULS or (target and "gemm" in target[1]) or self._multiplies(i.called()):
+            elif i.multiplies or self._multiplies(i.called()):
                 matmuls += 1
             elif i.op == "fusion":
                 others += 1
@@ -208,7 +249,7 @@ class Program:
     @functools.cache  # noqa: B019
     def _multiplies(self, computation: str) -> bool:
         body = self._bodies.get(computation, [])
-        return any(i.op in _MATMULS or (i.op == "fusion" and self._multiplies(i.called())) for i in body)
+        return any(i.op in MATMULS or (i.op == "fusion" and self._multiplies(i.called())) for i in body)
 
     def _carried(self, instruction: Instruction) -> tuple[str, ...]:
         """Where an element of what a loop carries was made: in its body, an iteration before."""
@@ -252,7 +293,7 @@ def _parse(match: re.Match[str], line: str) -> Instruction:
     )
 
 
-def _whole(kind: str, instruction: Instruction) -> Arrays:
+def whole_arrays(kind: str, instruction: Instruction) -> Arrays:
     """The arrays of a collective at their full size: its result when gathered, its input when scattered."""
     arrays, num = tuple(a for a in instruction.arrays if a[1] or a[0] != "u32"), len(instruction.operands)
     if instruction.op.endswith("-start"):  # (inputs, results), but of all-reduce
@@ -261,7 +302,7 @@ def _whole(kind: str, instruction: Instruction) -> Arrays:
         return arrays[:num] if kind in ("reduce-scatter", "collective-permute") else arrays[num : 2 * num]
     if kind != "reduce-scatter":
         return arrays
-    factor = _group_size(instruction.text)
+    factor = group_size(instruction.text)
     return tuple((dtype, (*dims[:-1], dims[-1] * factor) if dims else dims) for dtype, dims in arrays)
 
 
@@ -307,11 +348,17 @@ def _groups(text: str) -> Iterator[list[int]]:
         yield from ids.reshape(-1, int(np.prod([sizes[name] for name in chosen]))).tolist()
 
 
-def _group_size(text: str) -> int:
-    return len(next(_groups(text), [0]))
+def span(text: str) -> int:
+    """How far apart the devices of a collective's groups are at most, by their numbers."""
+    return max((max(group) - min(group) for group in _groups(text)), default=0)
 
 
-def _axes(text: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
+def group_size(text: str) -> int:
+    """Devices of a collective's group; 1 where it names none."""
+    return max(len(next(_groups(text), [])), 1)
+
+
+def mesh_axes(text: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ."""
     varying: set[int] = set()
     for group in _groups(text):

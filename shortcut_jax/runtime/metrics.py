@@ -13,25 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from shortcut_jax.cluster.json_lines import append_line, read_lines
 from shortcut_jax.cluster.timing import Stopwatch
 
-PEAK_FLOPS = (
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA GH200", 989e12),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA GB200", 2500e12),
-    ("NVIDIA A100", 312e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-)
-"""Dense bfloat16 FLOP/s by the beginning of the device kind, from the vendors' data sheets."""
-
-
-def peak_flops(device: Any) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None where it is unknown (such as a CPU)."""
-    return next((peak for kind, peak in PEAK_FLOPS if device.device_kind.startswith(kind)), None)
-
 
 class Meter:
     """Time of training steps, and images and FLOPs a second in it; the first step of a process is left out."""

@@ -36,7 +36,7 @@ class Profiler:
     """
 
     def __init__(self, steps: range, folder: Path, start: int):
-        """Takes the steps, where to write, and the step that the run goes on from."""
+        """Takes the steps, where to write, and the step that the run continues from."""
         self._steps = range(max(steps.start, start + 1), steps.stop)
         self._folder = folder / f"process_{jax.process_index():05d}"
         self._running = False
@@ -70,7 +70,7 @@ class Profiler:
         try:
             act()
         except (OSError, RuntimeError, ValueError) as error:
-            LOGGER.warning("no profile, but the run goes on: %s", error)
+            LOGGER.warning("no profile, but the run continues: %s", error)
             return False
         self._running = running
         return True

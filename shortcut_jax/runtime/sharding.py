@@ -104,6 +104,11 @@ class MeshShape:
         return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the global batch is split into on a mesh of `make_mesh`."""
+    return MeshShape(**mesh.shape).batch_shards
+
+
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the given devices (all, by default), with axes that the partitioner propagates through.
 
@@ -202,6 +207,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())
+
+
+def own_device(mesh: Mesh) -> Any:
+    """A device of a mesh, one of this process where it has any (of those that are only compiled for it has none)."""
+    return next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of one device's shards of arrays, or of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def describe_shardings(tree: Any, min_shard: int = 0) -> str:

@@ -12,9 +12,12 @@ import pytest
 
 from shortcut_jax import bench, cli, train
 from shortcut_jax.config.checks import from_config
-from shortcut_jax.diagnostics import dry_run
+from shortcut_jax.config.vary import variants
+from shortcut_jax.diagnostics import compiled_step, dry_run
+from shortcut_jax.diagnostics.roofline import Efficiencies
 from shortcut_jax.diagnostics.sampling_times import Timed, share
 from shortcut_jax.errors import TargetError
+from shortcut_jax.runtime.device_table import DEVICES
 from tests.helpers import BOTH_BLOCKS, tiny_config
 
 TINY = [
@@ -114,7 +117,7 @@ def test_bench_refuses_in_one_line(extra, pattern, one_device, capfd):
 
 
 @pytest.mark.slow
-def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys):
+def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys, monkeypatch):
     settings = from_config(tiny_config(**BOTH_BLOCKS, mesh__fsdp=8, batch_size=64))
     assert dry_run.run(settings, None, 1.0) == 0
     out = capsys.readouterr().out
@@ -122,8 +125,34 @@ def test_a_dry_run_prints_what_a_run_needs_and_judges_memory(capsys):
         assert part in out
     assert re.search(r"collectives +\d+ all-gather, \d+ all-reduce.* \(right after partitioning\)", out)
     assert "fits" in out
-    assert dry_run.run(settings, None, 1e-6) == 1
-    assert "does not fit" in capsys.readouterr().out
+    assert "step time" not in out
+    # As if the program were of devices whose figures are known.
+    monkeypatch.setattr(compiled_step, "device_spec", lambda device: DEVICES[0])
+    assert dry_run.run(settings, None, 1e-6, explained=True) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and re.search(r"step time +[\d.]+ ms, MFU [\d.]+%, \S+ samples/s a device", out)
+    assert re.search(r"\n\| all  .*\n\nthe update reads and writes \d+ bytes a parameter\n\n\| collective ", out)
+    # Nothing is computed twice at this size, and each product is found: the program executes what the model has.
+    assert float(re.search(r"executed +([\d.]+) x the model FLOPs", out)[1]) == pytest.approx(1, abs=0.03)
+
+
+def test_programs_are_compared_side_by_side(capsys, monkeypatch, one_device):
+    config = tiny_config(objective="flow")
+    pair = variants(config, "compare", "batch_size=32,64")
+    assert dry_run.compare(pair, None, None, None) == 0
+    *lines, _, said = capsys.readouterr().out.splitlines()[2:]
+    assert said == "step times are not known: cpu is not in the table of devices (see --target)"
+    head, one, two = (re.split(r"  +", line) for line in lines)
+    assert (one[0], two[0]) == ("batch_size=32", "batch_size=64") and one[1:6] == ["-"] * 5 and len(one) == len(head)
+    monkeypatch.setattr(compiled_step, "device_spec", lambda device: DEVICES[0])
+    assert dry_run.compare(pair[:1], None, 1e-6, Efficiencies(gemm=0.1)) == 1
+    (line,) = capsys.readouterr().out.splitlines()[3:]
+    assert "%" in line and line.endswith("does not fit 1e-06 GB")
+    # Of a TPU nothing is said that is not known.
+    monkeypatch.setattr(compiled_step, "device_spec", lambda device: DEVICES[-1])
+    monkeypatch.setattr(compiled_step.CompiledStep, "kind", "TPU v6 lite")
+    assert dry_run.compare(pair[:1], None, None, None) == 0
+    assert "not known: programs of TPU v6 lite are not read that far" in capsys.readouterr().out
 
 
 def test_targets_are_checked(capfd):
@@ -189,7 +218,7 @@ def test_distillation_of_flux_is_the_published_recipe():
         assert (s.batch_size, s.lora.rank, s.lora.alpha, s.lora.paths) == (8, 64, 64.0, ".*")
         assert (s.teacher_share, s.teacher_grid, s.jumps, s.student_steps) == (0.4, 32, 2, (1, 2, 4, 8))
         assert (s.rows.self_rows, s.rows.flow_rows) == (1, 0)
-        assert (s.guidance, s.guide) == ((0.0, 7.5), "told")
+        assert (s.guidance, s.guidance_mode) == ((0.0, 7.5), "embedded")
         assert (s.shift.low, s.shift.high, s.shift.dynamic) == (2.5, 4.5, 0.1)
         assert (s.data.height, s.data.width, s.data.text_tokens, s.data.limit) == (512, 512, 256, limit)
         assert (s.ema.fast, s.ema.slow, s.ema.warmup) == (0.99, 0.999, warmup)

@@ -7,8 +7,7 @@ import pytest
 from shortcut_jax.diagnostics.collectives import describe, explain
 from shortcut_jax.errors import TargetError
 from shortcut_jax.runtime.aot_targets import GPUS, target_devices
-from shortcut_jax.runtime.hlo_schedule import Transfer
-from shortcut_jax.runtime.xla_options import compiler_options
+from shortcut_jax.runtime.hlo_schedule import Program, Transfer
 from tests.helpers import tiny_assembly
 
 SHAPES = {
@@ -58,8 +57,8 @@ def test_what_a_collective_moves(transfer, what):
 @pytest.mark.slow
 def test_every_collective_of_a_small_step_is_explained():
     assembly = tiny_assembly(8, mesh__data=2, mesh__fsdp=4, batch_size=64)
-    text = assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes).compile().as_text()
-    explanation = explain(assembly, text)
+    text = assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes()).compile().as_text()
+    explanation = explain(assembly, Program(text))
     assert explanation.lines and not explanation.unexplained
     assert {line.axes for line in explanation.lines} <= {"data", "fsdp", "data x fsdp"}
     assert "fsdp" in {line.axes for line in explanation.lines if line.kind == "all-gather"}
@@ -81,11 +80,6 @@ def test_gpus_of_four_kinds_are_described():
 def test_a_tpu_target_says_what_to_install():
     with pytest.raises(TargetError, match=r"pip install '\.\[tpu\]' \(no TPU is needed\)"):
         target_devices("tpu:v5p:2x2x2")
-
-
-def test_options_are_for_accelerators_only():
-    assert compiler_options("cpu") is None
-    assert "xla_enable_async_all_gather" in compiler_options("tpu")
 
 
 def _compiles(platform, only):

@@ -53,7 +53,7 @@ def test_meta_that_is_none_is_passed_over(text, tmp_path, meta):
 
 
 PLACES = ("config", "config.model", "config.lora", "config.steps", "config.batch_size", "config.model.preset")
-PLACES += ("config.data", "config.guide", "base", "batch_shards", "step", "counters")
+PLACES += ("config.data", "config.guidance_mode", "base", "batch_shards", "step", "counters")
 
 
 @pytest.mark.parametrize("place", PLACES)

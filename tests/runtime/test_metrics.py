@@ -4,7 +4,8 @@ import pytest
 
 from shortcut_jax.cluster import timing
 from shortcut_jax.cluster.timing import Stopwatch
-from shortcut_jax.runtime.metrics import Meter, MetricLog, peak_flops, read_metrics, save_curves
+from shortcut_jax.runtime.device_table import peak_flops
+from shortcut_jax.runtime.metrics import Meter, MetricLog, read_metrics, save_curves
 from tests.helpers import read_events
 
 
