@@ -3,7 +3,7 @@
 Each run is a training and an evaluation of its slow EMA, and leaves one JSON and a small image under
 `benchmarks/results/SET/`. The tables, the page and the image of a set are made from these files alone, so that runs
 can be added on any day and machine; a run that has its file is not made again, and one that was cut off goes on where
-it was. `--table` makes them without any run.
+it was. `--table` makes them without any run, `--image=FILE --rows=flow,scfm` an image of some rows alone.
 
 `--vary="FIELD=VALUE [FIELD=VALUE ...]"` is for tuning and ablations: each makes the methods' runs once more with those
 changes, as rows of their own. Methods are tuned on seed 100, which no other table has. `--equal_compute` gives each
@@ -81,6 +81,14 @@ DISTILLED = {
     "shift.low": 1.0,
     "shift.high": 1.0,
 }
+FEW = {
+    **DISTILLED,
+    "rows.self_rows": 1,
+    "rows.flow_rows": 0,
+    "timestep_range": "(0.0,1.0)",
+    "shift.low": 0.7,
+    "shift.high": 1.4,
+}
 ROLLED = {**DISTILLED, "rows.self_rows": 0, "rows.rolled_rows": 1, "rows.flow_rows": 0, "timestep_range": "(0.0,1.0)"}
 METHODS: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", **UNTOLD},
@@ -95,7 +103,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "shortcut-share": {"objective": "shortcut", **TUNED},
     "alpha": {"objective": "alpha", **UNTOLD},
-    "meanflow": {"objective": "meanflow", **UNTOLD},
+    "meanflow": {"objective": "meanflow", **UNTOLD, "adaptive_power": 1.0},
+    "meanflow-squared": {"objective": "meanflow", **UNTOLD},
     "scfm-former": {"objective": "scfm", **FORMER},
     "shortcut-former": {"objective": "shortcut", **FORMER},
     "scfm-without-weights": {**SCFM, "student_weights": "()"},
@@ -104,6 +113,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scfm-without-warmup-ratio": {**SCFM, "ema.warmup_ratio": 1.0},
     "scfm-without-dual": {**SCFM, "ema.warmup_ratio": 1.0, "ema.dual": False},
     "distill": DISTILLED,
+    "distill-few": FEW,
     "distill-rolled": ROLLED,
     "distill-former": {
         "student_weights": FORMER["student_weights"],
@@ -189,6 +199,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("teacher_steps", 1000, "Training steps of teachers.", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("table", False, "Only table, page and image.", flag_values=values)
     flags.DEFINE_string("out", "docs/objectives", "Folder of the page and the image.", flag_values=values)
+    flags.DEFINE_string("image", None, "Only this file: the images of --rows.", flag_values=values)
+    flags.DEFINE_list("rows", ["flow", "scfm", "shortcut"], "With --image: labels of rows.", flag_values=values)
     options = cli.parse(values, argv, USAGE)
     for method in options.methods:
         if method not in METHODS:
@@ -196,6 +208,9 @@ def main(argv: Sequence[str]) -> int:
     for change in options.vary:
         if not change.split() or not all("=" in one for one in change.split()):
             raise UsageError(f"--vary={change} is not FIELD=VALUE, such as --vary=optimizer.learning_rate=0.003")
+    if options.image:
+        write_image(options.set, options.steps, options.rows, Path(options.image))
+        return 0
     for seed in cli.whole_numbers("seeds", options.seeds, 0, 2**32 - 1):  # a seed of all methods, then the next
         for change in () if options.table else options.vary or [""]:
             for method in options.methods:
@@ -207,6 +222,18 @@ def main(argv: Sequence[str]) -> int:
     for path in objectives_page.write(records, list(METHODS), RESULTS / options.set, Path(options.out)):
         say(f"written  {path}")
     return 0
+
+
+def write_image(name: str, steps: int, labels: Sequence[str], path: Path) -> None:
+    """The images of some rows, one below the other. Raises UsageError for a row without runs."""
+    rows = {row.label: row for row in objectives_page.rows_of(read(name, steps), list(METHODS), tuning=False)}
+    if missing := [label for label in labels if label not in rows]:
+        raise UsageError(f"--rows={missing[0]} has no run of {steps} steps on {name}: choose of {', '.join(rows)}")
+    drawn = objectives_page.sheet([rows[label] for label in labels], RESULTS / name, steps)
+    if drawn is None:
+        raise UsageError(f"the runs of {', '.join(labels)} have no images")
+    drawn.save(path)
+    say(f"written  {path}")
 
 
 def make(run: Run, runs: Path) -> None:
@@ -275,7 +302,7 @@ def equal_steps(run: Run) -> int:
 
     def flops(one: Run) -> float:
         config = load_config(one.config, {key: str(value) for key, value in one.changes.items()})
-        return Assembly(from_config(config), jax.devices()[:1]).flops
+        return Assembly(from_config(config), jax.devices()[:1]).flops()
 
     return round(run.steps * flops(run._replace(method="scfm", change="")) / flops(run))
 

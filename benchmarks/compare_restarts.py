@@ -19,7 +19,10 @@ from shortcut_jax.inference.run_pipeline import Pipeline
 
 KINDS = {"distil": "configs/digits_distill.py", "pretrain": "configs/digits.py"}
 SETTINGS = {
-    "distil": (),
+    "distil": (  # and of configs/digits_distill.py
+        *("student_weights=1,1.25,1.7,1.6,1.9,1.8,2.3,2.3", "one_step_share=None", "jumps=2", "teacher_grid=32"),
+        *("rows.self_rows=1", "rows.flow_rows=0", "timestep_range=(0.0,1.0)", "shift.low=0.7", "shift.high=1.4"),
+    ),
     "pretrain": (  # those of configs/digits.py when its row of the table was made
         *("multistep_start=1.0", "ema.warmup_ratio=1.0", "student_weights=1,1.25,1.7,1.6,1.9,1.8,2.3,2.3", "jumps=2"),
         *("timestep_range=(0.0,1.0)", "optimizer.learning_rate=0.002"),

@@ -11,17 +11,16 @@ import argparse
 import math
 import runpy
 import sys
-import time
 
 import jax
 
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.diagnostics.collectives import SMALL, explain
-from shortcut_jax.diagnostics.dry_run import expected_temporaries
+from shortcut_jax.diagnostics.compiled_step import compile_step
 from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.run.step_memory import GB, expected_temporaries
 from shortcut_jax.runtime.aot_targets import target_devices
 
-GB = 1e9
 MESHES = {"FSDP": (1, -1, 1), "HSDP": (-1, 8, 1), "FSDP x TP": (-1, 4, 2)}
 POINTS = {
     "gpu": [
@@ -38,7 +37,7 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
     mesh = assembly.mesh_shape
     # 20 bytes a parameter of what a device holds: its shards, and what is too small to be split.
     expected = 20 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(assembly.network_shapes))
-    expected += sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in assembly.batch_shapes)
+    expected += sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in assembly.batch_shapes())
     if abs(argument_bytes / expected - 1) > 0.01:
         return f"{argument_bytes / GB:.2f} GB of arguments, not {expected / GB:.2f}"
     if total_bytes > limit_gb * GB:
@@ -74,14 +73,13 @@ def row(target, limit_gb, mesh_name, objective):
     """Compiles one point; its line of the table and what is wrong with it."""
     config = runpy.run_path("configs/flux_pretrain.py")["get_config"]()
     config.objective = objective
+    config.model.remat = "full"  # what moves does not depend on it
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = MESHES[mesh_name]
     assembly = Assembly(from_config(config), target_devices(target))
-    begin = time.perf_counter()
-    compiled = assembly.train_step.lower(assembly.state_shapes, assembly.batch_shapes).compile()
-    seconds = time.perf_counter() - begin
-    memory, explanation = compiled.memory_analysis(), explain(assembly, compiled.as_text())
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    wrong = check(assembly, explanation, arguments, arguments + temporaries, limit_gb)
+    step = compile_step(assembly)
+    explanation = explain(assembly, step.program)
+    arguments, temporaries = step.memory.argument_size_in_bytes, step.memory.temp_size_in_bytes
+    wrong = check(assembly, explanation, arguments, step.bytes, limit_gb)
     totals = {}
     for (kind, _, axes, hidden), size in explanation.moved().items():
         if size >= SMALL:
@@ -101,7 +99,7 @@ def row(target, limit_gb, mesh_name, objective):
         f"{arguments / GB:.2f}",
         f"{temporaries / GB:.2f} ({sum(expected_temporaries(assembly).values()) / GB:.2f})",
         moved,
-        f"{seconds:.0f} s",
+        f"{step.lowering + step.compiling:.0f} s",
     )
     return "| " + " | ".join(cells) + " |", wrong
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STEPS, EVERY = 12, 4
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS = "--xla_backend_optimization_level=0"
 CONFIG = {
     "model.preset": "tiny",
     "model.double_blocks": 0,
@@ -255,8 +255,8 @@ def main() -> int:
 HEAD = """# Faults that a run survives
 
 Two real processes on one machine, two simulated devices each; {steps} steps on the embedded digits, a checkpoint every
-{every}. Each fault strikes a run; then the same command runs once more. The last weights, EMAs and moments, and the
-loss of every step, are compared bit for bit with those of a run that nothing happened to: "none" means that all are the
+{every}. Each fault is injected into a run; then the same command is rerun. The last weights, EMAs and moments, and the
+loss of every step, are compared bit for bit with those of an undisturbed run: "none" means that all are the
 same, so no sample was lost or repeated.
 
 Written by `python -m benchmarks.faults --out=docs/faults.md`, {date}, {hardware}, in {minutes:.0f} minutes. The run had
