@@ -4,8 +4,8 @@ Command:  python -m shortcut_jax.prepare --source=emoji64 --out=~/tensorflow_dat
               --resolution=32 --where=variant=base --caption=subgroup --validation=0
           python -m shortcut_jax.train --config=configs/emoji32.py
 Hardware: two CPU cores; the source is a folder of 64 x 64 images with a metadata.jsonl.
-Time:     not measured yet.
-Expected: not measured yet.
+Time:     about 9 minutes for 1,000 steps of plain flow matching.
+Expected: after 1,000 steps colours and outlines follow the caption, faces do not come (docs/objectives.md).
 
 The caption is the subgroup ("face-smiling"): 98 captions of 1,905 images. A caption for each image would leave no
 distribution to learn, and few steps would be trivial.

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     c.max_skipped = 10
     c.model.preset = "flux-dev"
     c.model.compute_dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat = "auto"
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
     c.data.name = "flux_dev_512"
     c.data.store = "latents"

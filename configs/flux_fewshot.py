@@ -3,7 +3,8 @@
 Command:  python -m shortcut_jax.train --config=configs/flux_fewshot.py
 Hardware: one 80 GB GPU for 8 rows of 512 px, or any mesh.
 Time:     not measured.
-Expected: not measured. On the embedded digits ten images are nearly as good as all of them (docs/post-training.md).
+Expected: not measured. On the embedded digits ten images match all of them at 1 and 2 steps, not beyond
+          (Frechet distance, docs/post-training.md).
 Data:     the first ten records of a set prepared as for `flux_distill`: the teacher's field is what is learned, and the
           images only say where.
 """

@@ -4,8 +4,8 @@ Command:  python -m shortcut_jax.train --config=configs/flux_pretrain.py
           with the sets prepared before (below)
 Hardware: a pod of GPUs (or TPUs); 11.9 B parameters need 20 bytes each for weights, moments and EMAs, so at least
           8 x 80 GB.
-Time:     not measured. By arithmetic 23.8 TFLOP a row, so about 8 hours for 30,000 steps of 16 rows a device at 40% of
-          an H100's peak.
+Time:     not measured. 23.8 TFLOP a row; by its compiled program a step of 16 rows a device takes 1.03 s on 64 H100
+          (docs/performance.md), so 30,000 steps 9 hours.
 Expected: the recipe of plain flow matching reaches a validation loss of 0.586; a share of 0.25 self-distilled rows adds
           a sixth to the cost of a step. This config has been compiled for meshes, not yet trained on one.
 Data:     CC12M as WebDataset shards, prepared once as autoencoder latents and text states (2.07 MiB a record); the
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     c.max_skipped = 10
     c.model.preset = "flux-schnell"  # no guidance input from scratch
     c.model.compute_dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat = "auto"
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 8, 1  # FSDP inside a node of eight, data parallel across nodes
     c.data.name = "cc12m_latents_256"
     c.data.store = "latents"

@@ -14,7 +14,7 @@ from shortcut_jax.errors import ConfigError, one_of, require
 from shortcut_jax.models.attention import BACKENDS
 from shortcut_jax.models.flux import REMAT_POLICIES, FluxConfig
 from shortcut_jax.runtime.profiling import parse_steps
-from shortcut_jax.steps.networks import GUIDES, TEACHER, VIEWS
+from shortcut_jax.steps.networks import GUIDANCE_MODES, TEACHER, VIEWS
 from shortcut_jax.steps.objectives import OBJECTIVES
 from shortcut_jax.steps.optim import SCHEDULES
 from shortcut_jax.steps.validation_loss import RULES
@@ -44,7 +44,7 @@ def _check(s: Settings) -> None:
     check_values(values)
     one_of("objective", s.objective, OBJECTIVES)
     one_of("timestep", s.timestep, ("uniform", "logit_normal"))
-    one_of("model.remat", s.model.remat, REMAT_POLICIES)
+    one_of("model.remat", s.model.remat, (*REMAT_POLICIES, "auto"))
     one_of("model.attention", s.model.attention, BACKENDS)
     one_of("optimizer.schedule", s.optimizer.schedule, SCHEDULES)
     one_of("data.store", s.data.store, STORES)
@@ -54,7 +54,7 @@ def _check(s: Settings) -> None:
     one_of("eval.view", s.eval.view, VIEWS)
     one_of("init_view", s.init_view, VIEWS)
     one_of("train", s.train, ("all", "lora"))
-    one_of("guide", s.guide, GUIDES)
+    one_of("guidance_mode", s.guidance_mode, GUIDANCE_MODES)
     one_of("multistep_times", s.multistep_times, ("first", "all"))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         one_of(name, values[name], DTYPES)
@@ -132,9 +132,14 @@ def _check_post_training(s: Settings) -> None:
     if not s.teacher_share:
         return
     require(
-        OBJECTIVES[s.objective].takes_teacher and s.rows.distilled > 0,
-        f"teacher_share is {s.teacher_share}, but objective={s.objective} with rows.self_rows={s.rows.self_rows} has "
-        f"no rows to learn from a teacher: set objective={_TAKE_TEACHER} and rows.self_rows to at least 1",
+        OBJECTIVES[s.objective].takes_teacher,
+        f"teacher_share is {s.teacher_share}, but objective={s.objective} has no rows to learn from a teacher: set "
+        f"objective={_TAKE_TEACHER}, or teacher_share=0",
+    )
+    require(
+        s.rows.distilled > 0,
+        f"teacher_share is {s.teacher_share}, but a batch has no rows to learn from a teacher: set rows.self_rows or "
+        "rows.rolled_rows to at least 1",
     )
     grid, jumps, finest = s.teacher_grid, s.jumps, max(s.student_steps)
     require(
@@ -153,28 +158,29 @@ def _check_guidance(s: Settings, model: FluxConfig) -> None:
         len(s.guidance) in (0, 2) and list(s.guidance) == sorted(s.guidance),
         f"guidance is {s.guidance}, but must be (low, high) with low <= high",
     )
-    if s.guide == "told":
+    if s.guidance_mode == "embedded":
         require(
             model.guidance or not s.guidance,
             f"guidance is {s.guidance}, but {s.model.preset} has no guidance embedding to take it: set guidance=(), "
-            f"or guide=both for classifier-free guidance in student and targets, or guide=teacher with "
+            f"or guidance_mode=cfg for classifier-free guidance in student and targets, or guidance_mode=distill with "
             f"model.guidance=true to distil it into an embedding",
         )
         return
-    require(bool(s.guidance), f"guide={s.guide} needs a range of scales: set guidance=(low, high)")
+    require(bool(s.guidance), f"guidance_mode={s.guidance_mode} needs a range of scales: set guidance=(low, high)")
     require(
         OBJECTIVES[s.objective].takes_teacher,
-        f"guide={s.guide} needs objective={_TAKE_TEACHER}, not {s.objective}",
+        f"guidance_mode={s.guidance_mode} guides the targets of objective={_TAKE_TEACHER}, not those of {s.objective}: "
+        "set guidance_mode=embedded",
     )
-    needs = GUIDES[s.guide].distils
+    needs = GUIDANCE_MODES[s.guidance_mode].distils
     require(
         model.guidance == needs,
-        f"guide={s.guide} {'needs a' if needs else 'goes with a model without'} guidance embedding: set "
-        f"model.guidance={'false' if model.guidance else 'true'}",
+        f"guidance_mode={s.guidance_mode} {'needs a' if needs else 'goes with a model without'} guidance embedding: "
+        f"set model.guidance={'false' if model.guidance else 'true'}",
     )
     require(
-        s.guide != "teacher" or s.teacher_share > 0,
-        "guide=teacher needs a teacher: set teacher_share above 0",
+        s.guidance_mode != "distill" or s.teacher_share > 0,
+        "guidance_mode=distill needs a teacher: set teacher_share above 0",
     )
 
 

@@ -39,7 +39,7 @@ def model_config(s: Settings, platform: str, check_backend: bool = True) -> Flux
         compute_dtype=m.compute_dtype,
         param_dtype=m.param_dtype,
         grad_reduce_dtype=s.grad_reduce_dtype,
-        remat=m.remat,
+        remat="full" if m.remat == "auto" else m.remat,  # until one is chosen (run/step_memory.py)
         scan_unroll=m.scan_unroll,
     )
     require(
@@ -146,11 +146,12 @@ def objective_settings(s: Settings) -> ObjectiveSettings:
         s.timestep,
         (low, high),
         times,
-        s.guide,
+        s.guidance_mode,
         s.teacher_share,
         s.teacher_grid,
         s.rolled_steps,
         s.alpha,
+        s.adaptive_power,
     )
 
 

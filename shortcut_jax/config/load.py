@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from shortcut_jax.config import schema
-from shortcut_jax.config.fields import unknown
-from shortcut_jax.config.schema import complete, known_fields, parse_field
+from shortcut_jax.config.schema import parse_field, unknown_key
+from shortcut_jax.config.stored import complete, renamed
 from shortcut_jax.errors import ConfigError, UserError
 
 _LOCKED = re.compile(r"Key \\*\"(\w+)\\*\" does not exist and cannot be added")
@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: Mapping[str, str]) -> ConfigDict:
     Raises:
       ConfigError: the file is absent, fails or gives no config, or an override is no value of its field.
     """
-    changes = {name: parse_field(name, text) for name, text in overrides.items()}
+    changes = {name: parse_field(name, text) for name, text in renamed(dict(overrides)).items()}
     _check_file(path)
     config = _read_json(path) if path.suffix == ".json" else _call(path, "get_config")
     for name, value in changes.items():
@@ -122,7 +122,7 @@ def _reason(error: BaseException) -> str:
     text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
     locked = _LOCKED.search(text)
     if locked:
-        return unknown(locked[1], tuple(known_fields()))
+        return unknown_key(locked[1])
     text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
     if isinstance(error, UserError | ConfigError):
         return text

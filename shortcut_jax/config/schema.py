@@ -23,7 +23,6 @@ from shortcut_jax.core.schedules import AlphaSchedule, ShiftRange, StudentSteps
 from shortcut_jax.core.setting import AT_LEAST_ONE, FREE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SCHEDULE, setting
 from shortcut_jax.data.records import DataSettings
 from shortcut_jax.errors import ConfigError
-from shortcut_jax.models.presets import preset
 from shortcut_jax.steps.optim import OptimizerSettings
 
 
@@ -41,7 +40,8 @@ class ModelSettings:
       guidance: whether there is a guidance embedding; see `FluxConfig`.
       compute_dtype: dtype of activations and matrix products.
       param_dtype: dtype of the weights.
-      remat: rematerialisation policy: none, full, selective or dots.
+      remat: rematerialisation policy: none, full, branch, branch_mlp, selective, dots, or auto: the fastest that fits
+        the memory of a device (see `docs/performance.md`).
       attention: auto, xla, cudnn or pallas.
       scan_unroll: blocks an iteration of the compiled loop holds.
     """
@@ -136,7 +136,7 @@ class ValidationSettings:
       every: steps between validations, the last step included; 0 means never.
       every_samples: the same in samples (MLPerf's benchmark: 262,144); give this or `every`.
       name: the set; that of the training data by default.
-      split: of it.
+      split: split of that set.
       rule: which times, a key of `steps.validation_loss.RULES`: mlperf or midpoints.
       images: records that are used, from the beginning of the split; 0 means all.
       views: weights that are validated.
@@ -168,7 +168,7 @@ class Settings:
       train: all, or lora: adapters on a frozen base, which stays bfloat16.
       lora: the adapters.
       init_from: checkpoint to start from instead of random weights: whatever `sources.open_models` reads. With lora it
-        is the base, or adapters (a workdir of ours, a PEFT or kohya file) that training goes on from.
+        is the base, or adapters (a workdir of ours, a PEFT or kohya file) that training continues from.
       init_view: weights of it, where it is a training workdir: online, fast or slow.
       base: the frozen base and teacher, where it is not `init_from` or has moved; its content is what counts.
       teacher_lora: adapters that make the base the teacher (it was fine-tuned); lora starts from a copy of them.
@@ -184,16 +184,18 @@ class Settings:
       one_step_share: instead of the weights, the share of one step among self rows that begin at pure noise.
       multistep_start: the time near 1 at which samplers of many steps begin, in training and afterwards; those of few
         begin later, one step at 1, so that each has a first step of its own (scfm). 1 for all alike.
-      multistep_times: which of their times are earlier: first, or all, each scaled by its sampler's start, so that
-        different step counts never meet.
+      multistep_times: which times of a sampler `multistep_start` moves: first, or all, each scaled by the sampler's
+        start, so that different step counts never share a time.
       jumps: grid steps of a student step, an even number.
       alpha: the curriculum of objective=alpha.
+      adaptive_power: p of the weight of a row in the loss, (|error|^2 + 0.001)^-p: 0 weighs all alike, 1 is what the
+        authors of MeanFlow and alpha-Flow take. The loss that is reported is unweighted.
       shift: timestep shift of self rows.
       timestep: how flow rows draw t, and alpha and meanflow the ends of an interval: uniform or logit_normal.
       timestep_range: the least and the greatest t that flow rows draw beside self rows (all objectives but flow).
       guidance: range (low, high) of the guidance scale in training; empty means none, or FLUX.1's (0, 7.5) for models
         with a guidance embedding.
-      guide: where it enters: told, both, teacher or targets (see `steps.networks.GUIDES`).
+      guidance_mode: where it enters: embedded, cfg, distill or cfg_targets (see `steps.networks.GUIDANCE_MODES`).
       max_skipped: skipped steps (not finite, or spikes) in a row that are tolerated; one more stops the run.
       grad_reduce_dtype: dtype in which weight gradients are added up between devices.
       log_every: steps between lines of metrics.
@@ -230,11 +232,12 @@ class Settings:
     multistep_times: str = "first"
     jumps: int = 2
     alpha: AlphaSchedule = setting(AlphaSchedule)
+    adaptive_power: float = setting(0.0, NOT_NEGATIVE)
     shift: ShiftRange = setting(ShiftRange)
     timestep: str = "uniform"
     timestep_range: tuple[float, ...] = (0.0, 1.0)
     guidance: tuple[float, ...] = ()
-    guide: str = "told"
+    guidance_mode: str = "embedded"
     max_skipped: int = setting(0, NOT_NEGATIVE, resume=SCHEDULE)
     grad_reduce_dtype: str = "float32"
     log_every: int = setting(10, AT_LEAST_ONE, resume=FREE)
@@ -299,7 +302,7 @@ def _build(cls: type, config: Any, prefix: str) -> Any:
     given = dict(config.items())
     for key in given:
         if key not in hints:
-            raise ConfigError(unknown(f"{prefix}{key}", tuple(known_fields())))
+            raise ConfigError(unknown_key(f"{prefix}{key}"))
     for key in hints:
         if key not in given:
             raise ConfigError(f"config key {prefix + key!r} is missing: start from config.default_config()")
@@ -330,6 +333,13 @@ def known_fields() -> dict[str, Any]:
     return field_types(Settings)
 
 
+def unknown_key(name: str) -> str:
+    """What to say of a name that is no config key."""
+    if name == "guide":
+        return "guide is called guidance_mode now, with the values embedded, cfg, distill and cfg_targets"
+    return unknown(name, tuple(known_fields()))
+
+
 def parse_field(name: str, text: str) -> Any:
     """The value that a text on a command line means for a config key.
 
@@ -337,7 +347,7 @@ def parse_field(name: str, text: str) -> Any:
       ConfigError: there is no such key, or it is not of that type.
     """
     if name not in known_fields():
-        raise ConfigError(unknown(name, tuple(known_fields())))
+        raise ConfigError(unknown_key(name))
     try:
         return parse_text(text, known_fields()[name])
     except FieldError as error:
@@ -358,43 +368,3 @@ def check_paths(settings: Settings) -> None:
     for name, path in (*((name, getattr(settings, name)) for name in PATHS), ("data.dir", settings.data.dir)):
         if path is not None:
             local_path(path, name)
-
-
-def complete(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config with the defaults of fields that are newer than it: a default means what was done before.
-
-    Raises:
-      ConfigError: a value stands where there have to be several.
-    """
-    _check_tables(stored, to_dict(Settings()), "")
-    if "ema" in stored:  # a rule of former versions that restarted the EMAs by itself
-        kept = {k: v for k, v in stored["ema"].items() if k not in ("restart_auto", "restart_ratio")}
-        stored = {**stored, "ema": kept}
-    if "guide" not in stored:  # Older than post-training: no rows had a teacher, and all configs had a guidance range.
-        if missing := [name for name in ("rows", "model") if name not in stored]:
-            raise ConfigError(f"config key {missing[0]!r} is missing in what is stored")
-        stored = {**stored, "rows": {k: v for k, v in stored["rows"].items() if k != "teacher_rows"}}
-        if not preset(str(stored["model"].get("preset"))).guidance:
-            stored["guidance"] = ()
-    return _complete(stored, to_dict(Settings()))
-
-
-def read_stored(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored config as `to_dict` gives one now, of all fields."""
-    return to_dict(build(complete(stored)))
-
-
-def _check_tables(stored: Any, defaults: dict[str, Any], name: str) -> None:
-    if not isinstance(stored, dict):
-        raise ConfigError(f"{name or 'the config'} is {str(stored)[:40]!r}, but must hold {', '.join(defaults)}")
-    for key, value in defaults.items():
-        if isinstance(value, dict) and key in stored:
-            _check_tables(stored[key], value, f"{name}.{key}".strip("."))
-
-
-def _complete(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    added = {
-        key: _complete(stored.get(key, {}), value) if isinstance(value, dict) else stored.get(key, value)
-        for key, value in defaults.items()
-    }
-    return {**stored, **added}

@@ -5,8 +5,7 @@ import pytest
 
 from shortcut_jax.config.bounds import check_prompts, check_seed, check_whole, is_unguided
 from shortcut_jax.errors import BoundsError, UserError
-from shortcut_jax.inference.backends import SampleRequest
-from shortcut_jax.inference.generator import numbered
+from shortcut_jax.inference.request import SampleRequest, numbered
 
 HUGE = 10**5000  # longer than what Python prints
 

@@ -13,12 +13,15 @@ from shortcut_jax.config.derive import (
     sampling_spacing,
     step_settings,
 )
+from shortcut_jax.config.load import load_config
 from shortcut_jax.config.resume import compare, flatten
-from shortcut_jax.config.schema import Settings, ValidationSettings, complete, default_config, to_dict
+from shortcut_jax.config.schema import Settings, ValidationSettings, default_config, to_dict
+from shortcut_jax.config.stored import FORMER_MODES, complete
 from shortcut_jax.core.batch_split import RowGroup
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.run.assembly import Assembly
 from tests.helpers import tiny_assembly, tiny_config
+from tests.readme_commands import ROOT
 
 
 def test_a_config_survives_json():
@@ -207,31 +210,31 @@ def test_forward_mode_takes_attention_that_has_it():
 
 def test_flops_of_a_step_count_the_jumps_of_self_rows():
     flow, scfm = tiny_assembly(objective="flow"), tiny_assembly()
-    assert scfm.flops / flow.flops == pytest.approx(3.5 / 3)
-    told = tiny_assembly(objective="shortcut").flops / 3.5
-    assert tiny_assembly(objective="alpha").flops / told == pytest.approx(3.25)
-    assert tiny_assembly(objective="meanflow").flops / told == pytest.approx(3.5)
+    assert scfm.flops() / flow.flops() == pytest.approx(3.5 / 3)
+    told = tiny_assembly(objective="shortcut").flops() / 3.5
+    assert tiny_assembly(objective="alpha").flops() / told == pytest.approx(3.25)
+    assert tiny_assembly(objective="meanflow").flops() / told == pytest.approx(3.5)
     rolled = tiny_assembly(rows__rolled_rows=1, rows__flow_rows=2, rolled_steps=6)
-    assert rolled.flops / flow.flops == pytest.approx((3 + 0.25 * 2 + 0.25 * (2 + 6)) / 3)
+    assert rolled.flops() / flow.flops() == pytest.approx((3 + 0.25 * 2 + 0.25 * (2 + 6)) / 3)
     rows = RowGroup(self_rows=3, flow_rows=1)
     taught = Assembly(dataclasses.replace(scfm.settings, rows=rows, jumps=4), jax.devices()[:1])
-    assert taught.flops / flow.flops == pytest.approx((3 + 0.75 * 4) / 3)
+    assert taught.flops() / flow.flops() == pytest.approx((3 + 0.75 * 4) / 3)
 
 
 def test_flops_of_post_training_are_those_of_a_frozen_base_and_of_every_evaluation():
     rows = {"rows__self_rows": 1, "rows__flow_rows": 0, "init_from": "x"}
     forwards = lambda **changes: (
-        tiny_assembly(**{**rows, **changes}).flops / (tiny_assembly(objective="flow").flops / 3)
+        tiny_assembly(**{**rows, **changes}).flops() / (tiny_assembly(objective="flow").flops() / 3)
     )
     lora = {"train": "lora", "teacher_share": 0.4}
     assert forwards(train="lora", objective="flow") == pytest.approx(2)
     assert forwards(**lora) == pytest.approx(4)
     assert forwards(teacher_share=0.4) == pytest.approx(3 + 2 + 1)
-    assert forwards(**lora, guide="both", guidance=(1.0, 4.0)) == pytest.approx(2 * 4)
+    assert forwards(**lora, guidance_mode="cfg", guidance=(1.0, 4.0)) == pytest.approx(2 * 4)
     embedded = {**lora, "guidance": (1.0, 4.0), "model__guidance": True}
     plain = forwards(**lora, model__guidance=True)
-    assert forwards(**embedded, guide="teacher") == pytest.approx(plain * 5 / 4)
-    assert forwards(**embedded, guide="targets") == pytest.approx(plain * 6 / 4)
+    assert forwards(**embedded, guidance_mode="distill") == pytest.approx(plain * 5 / 4)
+    assert forwards(**embedded, guidance_mode="cfg_targets") == pytest.approx(plain * 6 / 4)
 
 
 def test_a_stored_config_older_than_a_field_has_its_default():
@@ -240,10 +243,16 @@ def test_a_stored_config_older_than_a_field_has_its_default():
     older["ema"] = {**config["ema"], "slow": 0.5}
     assert complete(older) == {**config, "ema": {**config["ema"], "slow": 0.5}}
     assert not any(compare(complete(older | {"ema": config["ema"]}), config).values())
-    before_teachers = {k: v for k, v in older.items() if k != "guide"} | {"guidance": [0.0, 7.5]}
+    before_teachers = {k: v for k, v in older.items() if k != "guidance_mode"} | {"guidance": [0.0, 7.5]}
     before_teachers["rows"] = {**config["rows"], "teacher_rows": 0}
     assert from_config(complete(before_teachers)).guidance == ()
     assert complete({**before_teachers, "model": {**config["model"], "preset": "flux-dev"}})["guidance"] == [0.0, 7.5]
+    named = {k: v for k, v in older.items() if k != "guidance_mode"}
+    for before, now in FORMER_MODES.items():  # the name and the values until 2026-11-27
+        assert complete({**named, "guide": before})["guidance_mode"] == now
+        assert load_config(ROOT / "configs/digits.py", {"guide": before}).guidance_mode == now
+    with pytest.raises(ConfigError, match="guide is the former name of guidance_mode"):
+        load_config(ROOT / "configs/digits.py", {"guide": "both", "guidance_mode": "cfg"})
     restarted = {**older, "ema": {**older["ema"], "restart_auto": True, "restart_ratio": 1.0}}  # a rule that has gone
     assert complete(restarted) == complete(older)
     with pytest.raises(ConfigError, match="unknown config key 'gone'"):
