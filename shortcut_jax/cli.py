@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import re
+import select
 import sys
 import textwrap
 import time
@@ -11,7 +12,6 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -61,9 +61,9 @@ def define_place(values: flags.FlagValues) -> None:
     from shortcut_jax.cluster.bootstrap import JOIN_TIMEOUT
 
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
-    flags.DEFINE_float("join_timeout", JOIN_TIMEOUT, "Seconds to wait for the others.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Number of processes.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", flag_values=values)
+    flags.DEFINE_float("join_timeout", JOIN_TIMEOUT, "Seconds to wait for other processes.", flag_values=values)
 
 
 def which_model(options: types.SimpleNamespace, only_with: Mapping[str, Iterable[str]], usage: str) -> str:
@@ -117,25 +117,6 @@ def whole_numbers(name: str, texts: Sequence[str], least: int, most: int | None 
             f"--{name}={given if len(given) <= 80 else given[:77] + '...'}, but must be whole numbers {bounds}"
         )
     return [int(t) for t in texts]
-
-
-def read_prompts(name: str, path: str) -> list[str]:
-    """The lines of an option's UTF-8 file that are not blank.
-
-    Raises:
-      UsageError: it is not found, not UTF-8, or has none.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UsageError(f"--{name}={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} is {error.object[error.start]:#x}"
-        raise UsageError(f"--{name}={path} is not UTF-8: {found}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"--{name}={path} has no prompt: write one a line")
-    return prompts
 
 
 def parse(
@@ -264,6 +245,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def _reader_has_left() -> bool:
+    """Whether nobody reads the output any more, as after `| head`; what is still printed then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> Any:
     """Runs a main and exits with its code; with 1, or the error's `exit_code`, and one line for a UserError.
 
@@ -281,6 +272,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         failures.fail("interrupted", code, failures.LOST)
         print("interrupted", file=sys.stderr, flush=True)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            sys.exit(1)
         if failures.of_another(wait=failures.INTERVAL):  # this error is its consequence
             time.sleep(failures.LINGER)  # the watching thread ends this process, with a line that says so
         failures.fail(f"{type(error).__name__}: {_one_line(error)}", 1, failures.LOST, traceback.format_exc())

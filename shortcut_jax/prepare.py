@@ -42,6 +42,10 @@ def main(argv: Sequence[str]) -> int:
     processes = join("latents" if options.from_teacher else options.store)
     with claim(Path(options.out), processes):
         pass  # a set that another command makes is refused before anything is opened
+    if options.from_teacher or options.store != "pixels":
+        from shortcut_jax.runtime.compilation_cache import keep_programs
+
+        keep_programs()
     if options.from_teacher:
         return prepare_from_teacher(options, processes)
     return (prepare_captions if options.store == "captions" else prepare)(options, processes)
@@ -62,7 +66,7 @@ def define_flags() -> Any:
     flags.DEFINE_boolean("enlarge", True, "Enlarge images smaller than their bucket.", flag_values=values)
     flags.DEFINE_float("validation", 0.01, "Share of the validation split.", flag_values=values)
     flags.DEFINE_float("max_skipped", 0.01, "Largest share that may be left out.", flag_values=values)
-    flags.DEFINE_string("eval_prompts", None, "File of captions to draw, one a line.", flag_values=values)
+    flags.DEFINE_string("eval_prompts", None, "File of prompts for sample grids, one a line.", flag_values=values)
     several("where", None, "field=value that a row of a table must have.", flag_values=values)
     flags.DEFINE_string("caption_field", None, "Field of the caption.", flag_values=values)
     flags.DEFINE_alias("caption", "caption_field", flag_values=values)
@@ -75,14 +79,14 @@ def define_flags() -> Any:
     flags.DEFINE_integer("text_tokens", 256, "Tokens of a caption for T5.", flag_values=values)
     flags.DEFINE_integer("batch", None, "Images that a device encodes (8) or samples (1).", flag_values=values)
     flags.DEFINE_string("from_teacher", None, "Converted pipeline that samples the set.", flag_values=values)
-    flags.DEFINE_string("prompts", None, "Its prompts, one a line.", flag_values=values)
-    flags.DEFINE_integer("per_bucket", None, "Images that it samples of each size.", flag_values=values)
-    flags.DEFINE_integer("steps", 32, "Its sampling steps.", flag_values=values)
-    flags.DEFINE_float("guidance", 3.5, "Its guidance scale.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of its noise.", flag_values=values)
-    several("lora", None, "Adapters that are merged into it.", flag_values=values)
-    flags.DEFINE_multi_float("lora_scale", None, "Strength of each of them.", flag_values=values)
-    flags.DEFINE_string("inspect", None, "Set to look at; its images go to --out.", flag_values=values)
+    flags.DEFINE_string("prompts", None, "File of prompts or captions, one a line.", flag_values=values)
+    flags.DEFINE_integer("per_bucket", None, "With --from_teacher: images of each size.", flag_values=values)
+    flags.DEFINE_integer("steps", 32, "With --from_teacher: sampling steps.", flag_values=values)
+    flags.DEFINE_float("guidance", 3.5, "With --from_teacher: guidance scale.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "With --from_teacher: seed of the noise.", flag_values=values)
+    several("lora", None, "With --from_teacher: adapters to merge into it.", flag_values=values)
+    flags.DEFINE_multi_float("lora_scale", None, "Strength of each --lora.", flag_values=values)
+    flags.DEFINE_string("inspect", None, "Set to inspect; a sheet of its images goes to --out.", flag_values=values)
     return values
 
 

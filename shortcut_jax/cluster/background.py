@@ -1,7 +1,7 @@
 """What the threads of libraries report when storage fails: into the log, with tracebacks, in place of the terminal.
 
-Orbax, TensorStore and asyncio write while training goes on. A save that fails is reported in one line by whoever waits
-for it; each of their threads would print the same error once more, with its traceback.
+Orbax, TensorStore and asyncio write while training continues. A save that fails is reported in one line by whoever
+waits for it; each of their threads would print the same error once more, with its traceback.
 """
 
 import contextlib

@@ -78,7 +78,7 @@ def find_place(
             missing = " and ".join(flag for flag, part in parts.items() if part is None)
             raise JoinError(
                 f"{missing} must be given too (or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-                f"JAX_PROCESS_ID): no cluster was detected that tells"
+                f"JAX_PROCESS_ID): no cluster was detected that provides them"
             )
         address, num, index, local = _ask(cluster, address, num, index, timeout)
         if num == 1:

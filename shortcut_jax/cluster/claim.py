@@ -133,7 +133,7 @@ class Claim:
             found = _read(path)
             if found not in (seen, None):
                 silent, holder = 0.0, _parse(found)
-                if not (holder.get("ending") or (group is not None and holder.get("group") == group)):
+                if holder and not (holder.get("ending") or (group is not None and holder.get("group") == group)):
                     remedy = f"wait until it has ended, stop it, or give another {self._flag}"
                     raise ClaimError(f"{self._in_use(holder)}: {remedy}")
             seen = found
@@ -214,7 +214,7 @@ class Claim:
                         continue
             except OSError as error:
                 if not told:
-                    LOGGER.warning("the claim %s cannot be renewed, but the run goes on: %s", self.path, error)
+                    LOGGER.warning("the claim %s cannot be renewed, but the run continues: %s", self.path, error)
                 told = True
                 continue
             self._over.set()
@@ -290,7 +290,7 @@ def _read(path: Path) -> str | None:
 def _parse(text: str | None) -> dict[str, Any]:
     try:
         fields = json.loads(text or "")
-    except (ValueError, RecursionError):  # being written, or somebody's own file
+    except (ValueError, RecursionError):  # being written just now, or somebody's own file
         return {}
     return fields if isinstance(fields, dict) else {}
 

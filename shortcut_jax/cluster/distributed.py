@@ -72,6 +72,20 @@ def tell(notes: Iterable[str]) -> None:
         say(f"note: {note}")
 
 
+class SaidOnce:
+    """Says lines, each of them once."""
+
+    def __init__(self) -> None:
+        self._said = set[str]()
+
+    def __call__(self, lines: Iterable[str]) -> None:
+        """Says those that it has not said before."""
+        for line in lines:
+            if line not in self._said:
+                say(line)
+                self._said.add(line)
+
+
 EXIT_CODES = {signal.SIGTERM: LOST, signal.SIGINT: 130}
 """Exit codes of a run that was interrupted and saved: EX_TEMPFAIL, and the shell's code for Ctrl-C."""
 

@@ -111,7 +111,7 @@ def leave(code: int, line: str, failed: str = "") -> None:
                 break
             time.sleep(0.1)
     except Exception as error:
-        print(f"the other processes could not be told: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"the other processes could not be notified: {str(error).splitlines()[0]}", file=sys.stderr)
     end(code)
 
 

@@ -64,7 +64,7 @@ class Progress:
         self._write()
 
     def begin(self, step: int) -> None:
-        """The session goes on from `step`."""
+        """The session continues from `step`."""
         self._step = step
         self.note()
 
@@ -154,7 +154,7 @@ class Progress:
             write()
         except OSError as error:
             if what not in self._broken:
-                LOGGER.warning("%s cannot be written, but the run goes on: %s", what, error)
+                LOGGER.warning("%s cannot be written, but the run continues: %s", what, error)
             self._broken.add(what)
 
     def _adopt(self) -> None:

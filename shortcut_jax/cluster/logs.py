@@ -79,7 +79,7 @@ def process_log() -> Iterator[Callable[[Path], None]]:
 
     Nothing is written before that, and what was logged until then comes first. Everything of ours is logged, and
     warnings of libraries, and with its traceback whatever leaves the block. Where the file cannot be opened or written,
-    that is said and the run goes on.
+    that is said and the run continues.
     """
     index, root = jax.process_index(), logging.getLogger()
     buffer = logging.handlers.MemoryHandler(capacity=1)  # keeps everything as long as it has no target

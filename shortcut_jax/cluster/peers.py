@@ -55,7 +55,7 @@ class Peers:
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if self._num == 1 or error is not None:
-            return  # after an error the thread goes on: the rest may wait for processes that wait for this one
+            return  # after an error the thread continues: the rest may wait for processes that wait for this one
         self._over.set()
         self._thread.join(self._timeout)
         self._put(_ALIVE, "done")
@@ -153,7 +153,7 @@ def _on_abort(explain: Any) -> None:
 
     def handle(number: int) -> None:
         explain()
-        signal_of_c(number, None)  # the default: the abort goes on
+        signal_of_c(number, None)  # the default: the abort continues
 
     signal_of_c = ctypes.CDLL(None).signal
     signal_of_c.argtypes, signal_of_c.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

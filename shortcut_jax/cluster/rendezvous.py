@@ -88,7 +88,7 @@ def _hear(caller: socket.socket) -> tuple[int, int] | None:
 
 def _misfit(index: int, total: int, num: int, callers: dict[int, socket.socket], where: str) -> str:
     if total != num:
-        return f"process {index} ({where}) was told of {total} processes, but process 0 of {num}"
+        return f"process {index} ({where}) expects {total} processes, but process 0 of {num}"
     if index in callers or index == 0:
         return f"two processes have the id {index}; one of them is at {where}: each needs its own --process_id"
     return "" if 0 < index < num else f"process {index} ({where}) is not one of {num}: ids are 0 to {num - 1}"

@@ -43,7 +43,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
-        """The block is work of `kind`; afterwards it goes on as before."""
+        """The block is work of `kind`; afterwards it continues as before."""
         before = self.switch(kind)
         try:
             yield

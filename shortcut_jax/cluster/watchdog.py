@@ -20,8 +20,9 @@ class WatchdogSettings:
     """How long work may take before it counts as hung.
 
     Attributes:
-      seconds: a step, its compilation included; 0 turns the watchdog off.
-      slow_seconds: everything else: start, first step, checkpoint, validation, sample grid, each line of the report.
+      seconds: limit for a step, its compilation included; 0 turns the watchdog off.
+      slow_seconds: limit for everything else: start, first step, checkpoint, validation, sample grid, each line of the
+        report.
       grace_seconds: from the dump to the exit: the other processes, which hang on the same, dump theirs as well.
     """
 
@@ -59,7 +60,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def slow(self, doing: str) -> Iterator[None]:
-        """Work of another kind, after which the former goes on with all of its time."""
+        """Work of another kind, after which the former continues with all of its time."""
         _, before, limit = self._last
         self.beat(doing, slow=True)
         yield

@@ -129,7 +129,7 @@ def _gather_lora(sources: Sequence[Path], adapters: Sequence[Path], options: Any
         raise ConversionError(f"{error}{hint}") from error
     if options.format != "orbax" and needs_fresh_embedding(source):
         raise UsageError(
-            f"{source} was trained with a guidance embedding that its base has not, so its adapters alone are of no "
+            f"{source} was trained with a guidance embedding that its base lacks, so its adapters alone are of no "
             f"use elsewhere: write the merged weights, with --merged"
         )
     ranks = sorted({f.rank for f in modules.values()})
@@ -187,7 +187,7 @@ def check_format(job: Job, form: str) -> None:
     network = job.models.get("flux")
     if network and network.config.step_size and form != "orbax":
         raise UsageError(
-            "this model was trained with objective=shortcut and has a step-size embedding, which Flux has not: "
+            "this model was trained with objective=shortcut and has a step-size embedding, which Flux lacks: "
             "only --format=orbax can hold it"
         )
     if form == "bfl" and not {"flux", "vae"} & job.models.keys() and not job.lora:

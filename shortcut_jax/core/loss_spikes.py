@@ -16,9 +16,9 @@ class SpikeSettings:
     It is off by default: the rule is no part of the published recipes, and it would change them.
 
     Attributes:
-      factor: see above; 0 means that no step is one.
-      after: accepted steps before which no step is one; the first gradients of a run tell little.
-      decay: of the running mean; 0.99 looks back over about a hundred steps.
+      factor: a step is a spike if its gradient norm exceeds this many times the running mean; 0 turns the rule off.
+      after: accepted steps before which no step is a spike; the first gradients of a run say little.
+      decay: decay of the running mean; 0.99 looks back over about a hundred steps.
     """
 
     factor: float = setting(0.0, NOT_NEGATIVE)

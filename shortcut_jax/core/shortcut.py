@@ -105,3 +105,16 @@ def squared_error(prediction_BNC: Array, target_BNC: Array) -> Array:
     chex.assert_equal_shape([prediction_BNC, target_BNC])  # subtraction alone would broadcast them
     error_BNC = prediction_BNC.astype(jnp.float32) - target_BNC.astype(jnp.float32)
     return jnp.mean(jnp.square(error_BNC), axis=tuple(range(1, error_BNC.ndim)))
+
+
+def adaptive_weight(error_B: Array, size: int, power: float) -> Array:
+    """MeanFlow's weight of each row, (|error|^2 + 0.001)^-power, through which no gradient flows.
+
+    At power 1 a row's gradient no longer grows with its error.
+
+    Args:
+      error_B: mean squared error of each row.
+      size: values of a row, so that |error|^2 is their sum.
+      power: at least 0; 0 weighs all rows alike.
+    """
+    return jax.lax.stop_gradient((size * error_B + 1e-3) ** -power)

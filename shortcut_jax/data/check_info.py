@@ -74,7 +74,7 @@ _OPTIONAL = {"unused"}
 
 
 def check_info(stored: Any) -> None:
-    """Raises ValueError, in one line, where the JSON of a set has not the fields of one."""
+    """Raises ValueError, in one line, where the JSON of a set lacks the fields of one."""
     if not isinstance(stored, dict):
         raise ValueError(f"it holds a {type(stored).__name__}, not an object")
     if missing := sorted(_FIELDS.keys() - stored.keys() - _OPTIONAL):

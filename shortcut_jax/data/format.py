@@ -321,7 +321,7 @@ class PreparedSet:
         try:
             header = read_headers(path).get(split)
             if header is None or header.shape != (sum(counts),) or header.dtype.kind != "u":
-                raise ValueError(f"it has not the buckets of {sum(counts):,} records of {split!r}")
+                raise ValueError(f"it lacks the buckets of {sum(counts):,} records of {split!r}")
             index = read_arrays(path, [split])[split]
             if np.bincount(index, minlength=len(counts)).tolist() != list(counts):
                 raise ValueError(f"its buckets of {split!r} are not those that {INFO} counts")
@@ -340,7 +340,7 @@ class PreparedSet:
             stored = load_file(path)
             shapes = {name: array.shape for name, array in stored.items()}
             if text and shapes != {"txt": (num, text.tokens, text.width), "vec": (num, text.pooled_width)}:
-                raise ValueError(f"it has not the states of {num} captions: {shapes}")
+                raise ValueError(f"it lacks the states of {num} captions: {shapes}")
         except Exception as error:  # safetensors has errors of its own
             raise DataError(
                 f"{path} is damaged ({first_line(error)}): copy the set again, or prepare it again"

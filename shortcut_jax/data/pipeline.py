@@ -18,14 +18,12 @@ import numpy as np
 from shortcut_jax.core.types import Batch
 from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.format import LatentInfo, unpack_text
-from shortcut_jax.data.records import fold, latent_size, stride_of, to_latents
+from shortcut_jax.data.records import EncodeText, fold, latent_size, stride_of, to_latents
 from shortcut_jax.data.schedule import BatchSchedule
 from shortcut_jax.data.stored import Records
 from shortcut_jax.data.training import TrainingData
 from shortcut_jax.errors import DataError
 
-EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
-"""caption -> txt [M, T], vec [V]."""
 T = TypeVar("T")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -1,7 +1,7 @@
 """What a run reads: its settings, where the sets lie, and images as latents and back."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from shortcut_jax.data.arrays import first_line
 from shortcut_jax.data.datasets import EMBEDDED, register
 from shortcut_jax.data.format import INFO, PreparedSet, Size
 from shortcut_jax.data.stored import open_records
+from shortcut_jax.data.text_file import read_lines
 from shortcut_jax.errors import DataError
+
+EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
+"""caption -> txt [M, T], vec [V]."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def check_present(settings: DataSettings, name: str) -> None:
     unfinished = folder.with_name(f".{folder.name}.partial").exists()
     raise DataError(
         f"the data set {name!r} is not prepared: {folder} "
-        + ("is not finished: the same prepare command goes on with it. " if unfinished else "is not found. ")
+        + ("is not finished: rerun the same prepare command to resume. " if unfinished else "is not found. ")
         + (
             "Write a text file with a caption a line, or prepare a set (of --store=captions, or of images); "
             if settings.store == "captions"
@@ -148,14 +152,7 @@ def read_captions(settings: DataSettings, name: str) -> list[dict[str, Any]]:
       DataError: it cannot be read, or has no caption.
     """
     path = data_folder(settings, name)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the captions {path} cannot be read: {first_line(error)}") from error
-    records = [{"caption": line.strip().encode()} for line in lines if line.strip()]
-    if not records:
-        raise DataError(f"the captions {path} are none: write one a line")
-    return records
+    return [{"caption": line.encode()} for line in read_lines(path, f"the captions {path}", "caption")]
 
 
 def open_source(settings: DataSettings, name: str | None = None) -> Sequence[dict[str, Any]]:

@@ -67,7 +67,7 @@ def open_set(settings: DataSettings, name: str) -> OpenSet:
     buckets = prepared.buckets(settings.split)
     if len(buckets) != len(records):
         raise DataError(
-            f"{folder} has {len(records)} records of {settings.split!r}, but tells of {len(buckets)}: prepare it again"
+            f"{folder} has {len(records)} records of {settings.split!r}, but sizes of {len(buckets)}: prepare it again"
         )
     return OpenSet(name, records, info.buckets, buckets[: settings.limit or None], prepared)
 

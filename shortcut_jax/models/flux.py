@@ -22,10 +22,13 @@ from shortcut_jax.models.linear import Constrain, Initializer, Linear, no_constr
 TIME_FEATURES = 256
 """Sinusoidal features of a timestep, guidance scale or step size."""
 
-ATTENTION, MLP_IN = "attention", "mlp_in"
+ATTENTION, MLP_IN, BRANCH = "attention", "mlp_in", "branch"
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Keeps what a gate multiplies, whose gradient alone would need the last product of a branch again.
+    "branch": jax.checkpoint_policies.save_only_these_names(BRANCH),
+    "branch_mlp": jax.checkpoint_policies.save_only_these_names(BRANCH, MLP_IN),
     # Keeps what is dear to compute and small to hold: attention's output and the hidden MLP activation's input.
     "selective": jax.checkpoint_policies.save_only_these_names(ATTENTION, MLP_IN),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -220,10 +223,10 @@ class DoubleBlock(nn.Module):
 
         def finish(x: Array, attn: Array, mod: list[Array], prefix: str) -> Array:
             _, _, gate, shift, scale, mlp_gate = mod
-            x = x + gate[:, None] * _attn_out(cfg, f"{prefix}attn_out", cfg.width, use_bias=True)(attn)
-            x = cfg.constrain(x, stream)
-            hidden = _mlp(cfg, prefix, modulate(x, shift, scale), cfg.hidden, cfg.hidden)
-            return cfg.constrain(x + mlp_gate[:, None] * hidden, stream)
+            out = _attn_out(cfg, f"{prefix}attn_out", cfg.width, use_bias=True)(attn)
+            x = cfg.constrain(x + gate[:, None] * checkpoint_name(out, BRANCH), stream)
+            out = _mlp(cfg, prefix, modulate(x, shift, scale), cfg.hidden, cfg.hidden)
+            return cfg.constrain(x + mlp_gate[:, None] * checkpoint_name(out, BRANCH), stream)
 
         img_BND = finish(img_BND, attn_BLHK[:, num_txt:], img_mod, "img_")
         txt_BMD = finish(txt_BMD, attn_BLHK[:, :num_txt], txt_mod, "txt_")
@@ -247,7 +250,7 @@ class SingleBlock(nn.Module):
         attn_out = _attn_out(cfg, "attn_out", fan_in, use_bias=False)
         # The one output bias, and the b of an adapter, live with mlp_out.
         out_BLD = attn_out(attn_BLHK) + _mlp(cfg, "", normed_BLD, fan_out, fan_in, attn_out.low(attn_BLHK))
-        return cfg.constrain(x_BLD + gate[:, None] * out_BLD, ("batch", None, None)), None
+        return cfg.constrain(x_BLD + gate[:, None] * checkpoint_name(out_BLD, BRANCH), ("batch", None, None)), None
 
 
 def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str, initializing: bool) -> nn.Module:

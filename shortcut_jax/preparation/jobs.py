@@ -16,6 +16,7 @@ from shortcut_jax.cluster import distributed
 from shortcut_jax.cluster.claim import Claim, Member, Times
 from shortcut_jax.data.buckets import parse_buckets
 from shortcut_jax.data.format import Size
+from shortcut_jax.data.text_file import read_lines
 from shortcut_jax.errors import UsageError
 from shortcut_jax.preparation.images import Encode, PixelEncoder, make_pool, producer
 from shortcut_jax.preparation.inputs import Source, SourceOptions, open_source
@@ -238,21 +239,8 @@ def request_of(
 
 
 def read_prompts(name: str, path: str | None) -> tuple[str, ...] | None:
-    """The captions in a file, or None without one.
-
-    Raises:
-      UsageError: it cannot be read, or has none.
-    """
-    if path is None:
-        return None
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{name}={path} cannot be read: {error}") from error
-    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise UsageError(f"--{name}={path} has no captions: write one a line")
-    return prompts
+    """The captions in the file of an option, each once; None without a file. Raises DataError, see `read_lines`."""
+    return None if path is None else tuple(dict.fromkeys(read_lines(path, f"--{name}={path}", "caption")))
 
 
 def _say(line: str) -> None:

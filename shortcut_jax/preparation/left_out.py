@@ -4,11 +4,12 @@ import json
 import os
 from pathlib import Path
 
+from shortcut_jax.core.text import write_text
 from shortcut_jax.data.format import SKIPPED
 from shortcut_jax.errors import DataError
 from shortcut_jax.preparation.job import Job
 from shortcut_jax.preparation.progress import Tally, remedies, skipped_text
-from shortcut_jax.preparation.units import Skip, as_json, done_units, has_changed, read_done, write_json, write_text
+from shortcut_jax.preparation.units import Skip, as_json, done_units, has_changed, read_done, write_json
 
 REFUSED = "refused.json"
 """Says that too much was left out, and how much was tolerated: units that are older are not the last word."""

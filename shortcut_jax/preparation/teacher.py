@@ -13,6 +13,7 @@ from shortcut_jax.core.fingerprint import fingerprint
 from shortcut_jax.data.format import Size
 from shortcut_jax.errors import UsageError
 from shortcut_jax.inference.converted_pipeline import TextToImage
+from shortcut_jax.inference.request import SampleRequest
 from shortcut_jax.preparation.latents import SetMaker, as_half, padded
 from shortcut_jax.preparation.units import Record, Unit
 from shortcut_jax.preparation.writing import captions_hash
@@ -70,7 +71,8 @@ class TeacherData(SetMaker):
                 raise UsageError(f"--{name} is {getattr(s, name)}, but must be at least 1")
         for height, width in s.buckets:
             try:
-                self.pipeline.check(s.prompts, s.steps, s.guidance, height, width, text_tokens=s.text_tokens)
+                how: dict[str, Any] = {"height": height, "width": width, "text_tokens": s.text_tokens}
+                self.pipeline.check(SampleRequest(s.prompts, steps=s.steps, guidance=s.guidance, **how))
             except ValueError as error:
                 raise UsageError(str(error)) from error
         shared = self.pipeline.text, self.pipeline.vae_codec
@@ -114,8 +116,8 @@ class TeacherData(SetMaker):
         s, pipeline, size = self._settings, self.pipeline, self.batch_size
         scale = pipeline.guidance(s.guidance).scale
         condition = pipeline.encode(padded(prompts, size), s.guidance, s.text_tokens)
-        negative = pipeline.encode([""] * size, s.guidance, s.text_tokens) if scale != 1.0 else None
+        negative = (pipeline.encode([""] * size, s.guidance, s.text_tokens), scale) if scale != 1.0 else None
         noise_BNC = pipeline.draw_noise(s.seed, first, size, height, width)
-        latents = pipeline.denoise(noise_BNC, condition, height, width, s.steps, None, negative, scale)
+        latents = pipeline.denoise(noise_BNC, condition, (height, width), s.steps, None, negative)
         num = len(prompts)
         return np.asarray(latents, np.float32)[:num], condition.txt_BMT[:num], condition.vec_BV[:num]

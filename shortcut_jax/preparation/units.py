@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shortcut_jax.core.text import write_text
 from shortcut_jax.data.format import SPLITS
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -313,19 +313,6 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text that is there as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def counts(buckets: Iterable[int], num: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.config.derive import model_config, sampling_spacing
-from shortcut_jax.config.schema import Settings, build, complete
+from shortcut_jax.config.schema import Settings, build
+from shortcut_jax.config.stored import complete
 from shortcut_jax.core.local_path import download_hint
 from shortcut_jax.core.schedules import ShiftRule
 from shortcut_jax.core.tree import flat_paths
@@ -27,7 +28,7 @@ from shortcut_jax.models.t5 import T5Encoder
 from shortcut_jax.models.vae import Autoencoder
 from shortcut_jax.runtime.checkpoint import step_folders, stored_meta
 from shortcut_jax.sources.frozen_base import Completed
-from shortcut_jax.steps.networks import GUIDES
+from shortcut_jax.steps.networks import GUIDANCE_MODES
 from shortcut_jax.weights import schedulers
 from shortcut_jax.weights.foreign import refuse_adapters
 from shortcut_jax.weights.lora import Merged, Modules, added, check_values, expand, unstack
@@ -212,7 +213,9 @@ def network_of(workdir: Path) -> FluxConfig:
 
 def needs_fresh_embedding(path: Path) -> bool:
     """Whether adapters are those of a run that gave its base a guidance embedding."""
-    return (path / "checkpoints").is_dir() and GUIDES[_read_workdir(path, "slow").settings.guide].distils
+    if not (path / "checkpoints").is_dir():
+        return False
+    return GUIDANCE_MODES[_read_workdir(path, "slow").settings.guidance_mode].distils
 
 
 def bases_of(path: Path) -> list[Path]:

@@ -69,7 +69,7 @@ def flow_edit(
 
     Args:
       source: the velocity that describes the image.
-      target: the velocity that describes what it shall become.
+      target: the velocity that describes what it is to become.
       x_BNC: the image.
       noise: a draw for each step and average.
       times: decreasing times, shape [S + 1], S at least `plan.steps`.
@@ -105,45 +105,42 @@ def flow_edit(
 
 def make_editor(
     cfg: FluxConfig,
-    height: int,
-    width: int,
+    size: tuple[int, int],
     max_steps: int,
     shift: Array | float = 1.0,
     finest: int = 0,
     spacing: Spacing | None = None,
 ) -> Callable[..., Array]:
-    """A function (params, latents_BhwC, seed_B, index_B, source, target, plan) -> edited latents [B, height, width, c].
+    """A function (params, latents_BhwC, draws, source, target, plan) -> edited latents [B, h, w, c].
 
-    `source` and `target` are conditions. With an unconditional one both are guided away from it, by `source_scale` and
-    `target_scale`. The other arguments are those of `make_sampler`.
+    `draws` are seed_B and index_B of the noise, `source` and `target` conditions. With an unconditional one both are
+    guided away from it, by the two `scales`. The other arguments are those of `make_sampler`.
     """
-    velocity_of = make_velocity(cfg, height, width)
+    velocity_of = make_velocity(cfg, *size)
 
     def edit(
         params: Any,
         latents_BhwC: Array,
-        seed_B: Array,
-        index_B: Array,
+        draws: tuple[Array, Array],
         source: Condition,
         target: Condition,
         plan: EditPlan,
         unconditional: Condition | None = None,
-        source_scale: Array | float = 1.0,
-        target_scale: Array | float = 1.0,
+        scales: tuple[Array | float, Array | float] = (1.0, 1.0),
     ) -> Array:
         x_BNC = patchify(latents_BhwC)
         before, after = velocity_of(params, source), velocity_of(params, target)
         if unconditional is not None:
             empty = velocity_of(params, unconditional)
-            before, after = guided(before, empty, source_scale), guided(after, empty, target_scale)
+            before, after = (guided(v, empty, scale) for v, scale in zip((before, after), scales, strict=True))
 
         def noise(k: Array, j: Array) -> Array:
             fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, k), j)
             draw = lambda seed, index: jax.random.normal(fold(sample_key(seed, index)), x_BNC.shape[1:])
-            return jax.vmap(draw)(seed_B, index_B)
+            return jax.vmap(draw)(*draws)
 
         times = sampling_grid(plan.steps, max_steps, shift, spacing)
         sizes = step_size_inputs(cfg, times, jnp.asarray(plan.steps), finest)
-        return unpatchify(flow_edit(before, after, x_BNC, noise, times, plan, sizes), height, width)
+        return unpatchify(flow_edit(before, after, x_BNC, noise, times, plan, sizes), *size)
 
     return edit

@@ -21,8 +21,8 @@ VIEWS = ("online", "fast", "slow")
 TEACHER = "teacher"
 
 
-class Guide(NamedTuple):
-    """Where the guidance scale of a row enters training: a row of `GUIDES`.
+class GuidanceMode(NamedTuple):
+    """Where the guidance scale of a row enters training: a row of `GUIDANCE_MODES`.
 
     Attributes:
       student: whether the student is guided (classifier-free, two evaluations).
@@ -37,11 +37,12 @@ class Guide(NamedTuple):
     distils: bool = False
 
 
-GUIDES = {
-    "told": Guide(),  # fed to the guidance embedding of all networks, if there is one; nothing is computed with it
-    "both": Guide(student=True, jumps=True, teacher=True),
-    "teacher": Guide(teacher=True, distils=True),
-    "targets": Guide(jumps=True, teacher=True, distils=True),  # compounds; kept to show that
+GUIDANCE_MODES = {
+    # Fed to the guidance embedding of all networks, if there is one; nothing is computed with it.
+    "embedded": GuidanceMode(),
+    "cfg": GuidanceMode(student=True, jumps=True, teacher=True),
+    "distill": GuidanceMode(teacher=True, distils=True),
+    "cfg_targets": GuidanceMode(jumps=True, teacher=True, distils=True),  # compounds; kept to show that
 }
 
 
@@ -180,7 +181,7 @@ def unconditional_rows(frozen: Frozen, condition: Condition) -> Condition:
 
 
 class Networks:
-    """The networks of a step as functions of the condition, guided as `guide` (one of `GUIDES`) says.
+    """The networks of a step as functions of the condition, guided as `guidance_mode` (of `GUIDANCE_MODES`) says.
 
     `networks.slow(condition)` is a v(x, t, d).
     """
@@ -191,20 +192,20 @@ class Networks:
         frozen: Frozen,
         fast: Any,
         slow: Any,
-        guide: str,
+        guidance_mode: str,
         online: Any = None,
     ):
         """Takes both EMAs of what is trained, what is frozen, and for `forward` what is trained itself."""
-        self._velocity_of, self._frozen, self._guide = velocity_of, frozen, GUIDES[guide]
+        self._velocity_of, self._frozen, self._mode = velocity_of, frozen, GUIDANCE_MODES[guidance_mode]
         self._fast, self._slow, self._online = fast, slow, online
 
     def student(self, train: Any, condition: Condition) -> StepVelocity:
         """The network that learns; gradients flow through both branches of its guidance."""
-        return self._guided(bind_adapters(train, self._frozen), condition, self._guide.student)
+        return self._guided(bind_adapters(train, self._frozen), condition, self._mode.student)
 
     def slow(self, condition: Condition) -> StepVelocity:
         """The slow EMA."""
-        return self._guided(bind_adapters(self._slow, self._frozen), condition, self._guide.jumps)
+        return self._guided(bind_adapters(self._slow, self._frozen), condition, self._mode.jumps)
 
     def forward(self, condition: Condition) -> StepVelocity:
         """The network that learns, for `jax.jvp`."""
@@ -213,12 +214,12 @@ class Networks:
     def first(self, condition: Condition, teacher_B: Array | None) -> StepVelocity:
         """The teacher for the rows of `teacher_B` and the fast EMA for the others; the latter for all if None."""
         if teacher_B is None:
-            return self._guided(bind_adapters(self._fast, self._frozen), condition, self._guide.jumps)
+            return self._guided(bind_adapters(self._fast, self._frozen), condition, self._mode.jumps)
         velocity = self._first(condition, teacher_B)
-        if not self._guide.teacher:
+        if not self._mode.teacher:
             return velocity
         empty = self._first(unconditional_rows(self._frozen, condition), teacher_B)
-        return guided(velocity, empty, _scale(condition), None if self._guide.jumps else teacher_B)
+        return guided(velocity, empty, _scale(condition), None if self._mode.jumps else teacher_B)
 
     def _first(self, condition: Condition, teacher_B: Array) -> StepVelocity:
         frozen = self._frozen
@@ -243,7 +244,7 @@ def _scale(condition: Condition) -> Array:
     return cast(Array, condition.guidance_B)
 
 
-def evaluations(guide: str, adapters: bool, teacher: bool) -> tuple[int, int, int]:
+def evaluations(guidance_mode: str, adapters: bool, teacher: bool) -> tuple[int, int, int]:
     """Forward passes of a row: in the student, in one of the first jumps, in one of the slow EMA's."""
-    row, networks = GUIDES[guide], 2 if teacher and not adapters else 1
+    row, networks = GUIDANCE_MODES[guidance_mode], 2 if teacher and not adapters else 1
     return 1 + row.student, networks * (1 + (row.teacher if teacher else row.jumps)), 1 + row.jumps

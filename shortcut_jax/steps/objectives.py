@@ -26,7 +26,7 @@ from shortcut_jax.core.schedules import (
     teacher_steps,
 )
 from shortcut_jax.core.shortcut import alpha_target, meanflow_target, scfm_target, shortcut_target
-from shortcut_jax.core.types import Array, Condition
+from shortcut_jax.core.types import Array, Condition, StepVelocity
 from shortcut_jax.steps.networks import Networks
 
 
@@ -42,11 +42,12 @@ class ObjectiveSettings:
       timestep: how flow rows draw t, `uniform` or `logit_normal`.
       timestep_range: the least and the greatest t of flow rows.
       guidance: range of the guidance scale of a row.
-      guide: where it enters, one of `views.GUIDES`.
+      guidance_mode: where it enters, one of `networks.GUIDANCE_MODES`.
       teacher_share: probability that a self row learns from the teacher instead.
       teacher_grid: steps of the grid that teacher rows walk on, a multiple of the jumps.
       rolled_steps: steps of the slow EMA from noise to where a rolled row begins.
       alpha: alpha-Flow's curriculum.
+      adaptive_power: of `core.shortcut.adaptive_weight`.
     """
 
     name: str
@@ -56,11 +57,12 @@ class ObjectiveSettings:
     timestep: str
     guidance: tuple[float, float]
     timestep_range: tuple[float, float] = (0.0, 1.0)
-    guide: str = "told"
+    guidance_mode: str = "embedded"
     teacher_share: float = 0.0
     teacher_grid: int = 32
     rolled_steps: int = 4
     alpha: AlphaSchedule = field(default_factory=AlphaSchedule)
+    adaptive_power: float = 0.0
 
     @property
     def unsupervised_counts(self) -> tuple[int, ...]:
@@ -149,7 +151,7 @@ def draw(
         fine = draw_intervals(key_interval, num_rows, steps, settings.shift, shape_NC[0])
         choose = lambda a, b: jnp.where(per_row(teacher_B, a), a, b)
         intervals = jax.tree.map(choose, fine, intervals)
-    if settings.guide != "told":
+    if settings.guidance_mode != "embedded":
         # A flow row learns the velocity of its caption as it is.
         group = row_group(settings)
         is_flow_B = jnp.arange(num_rows) % group.size >= group.distilled
@@ -179,12 +181,25 @@ def interval_start(rows: Rows) -> tuple[Array, Array, Array]:
     return interpolate(rows.x0_BNC, rows.draws.noise_BNC, t_B), t_B, t_B - times_BJ[:, -1]
 
 
+def at_jump_times(velocity: StepVelocity, rows: Rows, settings: ObjectiveSettings) -> Callable[[Array, Array], Array]:
+    """A velocity without a step-size input, v(x, t), as the jumps of rows take it.
+
+    A jump is a step of the sampler with J times as many steps. With a `multistep_start` below 1 that one begins
+    earlier, or has earlier times throughout, than the sampler of the row's own step count, whose times `times_BJ` are.
+    """
+    student, count_B = settings.student, rows.draws.intervals.count_B
+    own_B, finer_B = (start_of(count, student.start) for count in (count_B, count_B * student.jumps))
+    at_finer = lambda t_B: t_B * (finer_B / own_B) if student.scaled else jnp.minimum(t_B, finer_B)
+    return lambda x_BNC, t_B: velocity(x_BNC, at_finer(t_B), None)
+
+
 def scfm_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """Self-distillation without a step-size input (arXiv 2510.17858).
 
-    From x at t the fast EMA (or the teacher) makes the first half of the jumps of a student step and the slow
-    average the others; the student learns the mean velocity over all of them, (x - x') / (t - t'), at (x, t). A jump
-    is a step of the sampler with as many steps more, at the times that this one has (`schedules.earlier`).
+    From x at t the fast EMA (or the teacher) makes the first half of the J jumps of a student step from t to t', and
+    the slow EMA the others: x_{j+1} = x_j - (t_j - t_{j+1}) v_j(x_j, t_j), x_0 = x. The student learns the mean
+    velocity over all of them, (x - x_J) / (t - t'), at (x, t); for J = 2 that is (v_fast(x, t) + v_slow(x_1, t_1)) / 2.
+    A jump is a step of the sampler with J times as many steps, at the times that this one has (`at_jump_times`).
     """
     return _scfm_from(interval_start(rows)[0], rows, networks, settings)
 
@@ -208,18 +223,19 @@ def rolled_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings)
 
 
 def _scfm_from(x_BNC: Array, rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-    times_BJ, count_B = rows.draws.intervals
-    student = settings.student
-    own_B, finer_B = (start_of(count, student.start) for count in (count_B, count_B * student.jumps))
-    at_finer = lambda t_B: t_B * (finer_B / own_B) if student.scaled else jnp.minimum(t_B, finer_B)
-    from_start = lambda velocity: lambda x_BNC, t_B: velocity(x_BNC, at_finer(t_B), None)
-    first, slow = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
-    target_BNC = scfm_target(x_BNC, times_BJ, from_start(first), from_start(slow))
+    times_BJ = rows.draws.intervals.times_BJ
+    velocities = networks.first(rows.condition, rows.draws.teacher_B), networks.slow(rows.condition)
+    first, slow = (at_jump_times(velocity, rows, settings) for velocity in velocities)
+    target_BNC = scfm_target(x_BNC, times_BJ, first, slow)
     return Examples(x_BNC, times_BJ[:, 0], times_BJ[:, 0] - times_BJ[:, -1], target_BNC)
 
 
 def shortcut_examples(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-    """Shortcut models (arXiv 2410.12557): the slow EMA, with the size of each jump as its input, makes all of them."""
+    """Shortcut models (arXiv 2410.12557): the slow EMA, with the size of each jump as its input, makes all of them.
+
+    For J = 2 jumps of size d from t to t - 2 d, the target of v(x, t, 2 d) is (v(x, t, d) + v(x_1, t - d, d)) / 2,
+    where x_1 = x - d v(x, t, d).
+    """
     times_BJ, count_B = rows.draws.intervals
     x_BNC, t_B, length_B = interval_start(rows)
     slow = networks.slow(rows.condition)
@@ -256,8 +272,8 @@ class Objective:
     """A row of the table of objectives.
 
     Attributes:
-      of_self_rows: what self rows are asked; None where a batch has flow rows alone.
-      of_rolled_rows: what rolled rows are asked; None where there can be none.
+      of_self_rows: makes the examples of self rows; None where a batch has flow rows alone.
+      of_rolled_rows: makes those of rolled rows; None where there can be none.
       needs_step_size: whether the network is conditioned on its step size.
       takes_teacher: whether self rows may learn from a teacher, and their targets be guided.
       takes_alpha: whether `ObjectiveSettings.alpha` is for it.
@@ -281,17 +297,17 @@ class Objective:
         return self.of_self_rows is not None
 
     def examples(self, rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
-        """What each row is asked, by its kind."""
+        """Input and target of each row, by its kind."""
         if self.of_self_rows is None:
             return flow_examples(rows, networks, settings)
         of_kinds = self.of_self_rows, self.of_rolled_rows, flow_examples  # in the order of `rows.KINDS`
         parts = zip(of_kinds, split_kinds(rows, settings.rows), settings.rows.counts, strict=True)
-        asked = [ask(part, networks, settings) if ask and count else None for ask, part, count in parts]
-        if any(examples is not None and examples.weight_B is not None for examples in asked):
-            asked = [
-                e if e is None or e.weight_B is not None else e._replace(weight_B=jnp.ones_like(e.t_B)) for e in asked
+        made = [make(part, networks, settings) if make and count else None for make, part, count in parts]
+        if any(examples is not None and examples.weight_B is not None for examples in made):
+            made = [
+                e if e is None or e.weight_B is not None else e._replace(weight_B=jnp.ones_like(e.t_B)) for e in made
             ]
-        return merge_kinds(asked, settings.rows)
+        return merge_kinds(made, settings.rows)
 
 
 OBJECTIVES: dict[str, Objective] = {

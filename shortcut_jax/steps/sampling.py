@@ -20,8 +20,7 @@ Sampler = Callable[..., Array]
 
 def make_sampler(
     cfg: FluxConfig,
-    height: int,
-    width: int,
+    size: tuple[int, int],
     max_steps: int,
     shift: Array | float = 1.0,
     finest: int = 0,
@@ -29,22 +28,22 @@ def make_sampler(
     trajectory: bool = False,
     spacing: Spacing | None = None,
 ) -> Sampler:
-    """A function (params, noise_BNC, condition, num_steps) -> latents [B, height, width, c].
+    """A function (params, noise_BNC, condition, num_steps) -> latents [B, h, w, c].
 
     Args:
       cfg: the network.
-      height: rows of the latents.
-      width: columns of the latents.
+      size: rows and columns of the latents.
       max_steps: the most steps it will be asked for; `num_steps` is traced.
       shift: timestep shift of the grid.
       finest: for models with a step-size input, the largest step count they were trained for; finer grids tell them
         d = 0, the instantaneous velocity.
       method: `euler` or `heun`, which averages instantaneous velocities and always conditions on d = 0.
-      trajectory: whether it returns the clean images that it aims at on its way, [max_steps + 1, B, height, width, c];
+      trajectory: whether it returns the clean images that it aims at on its way, [max_steps + 1, B, h, w, c];
         see `core.flow.predictions`.
       spacing: of the grid's times.
     """
-    velocity_of = make_velocity(cfg, height, width)
+    velocity_of = make_velocity(cfg, *size)
+    tokens = size[0] // PATCH * (size[1] // PATCH)
 
     def sample(
         params: Any,
@@ -54,16 +53,16 @@ def make_sampler(
         unconditional: Condition | None = None,
         scale: Array | float = 1.0,
     ) -> Array:
-        chex.assert_shape(noise_BNC, (len(condition.txt_BMT), height // PATCH * (width // PATCH), cfg.channels))
+        chex.assert_shape(noise_BNC, (len(condition.txt_BMT), tokens, cfg.channels))
         velocity = velocity_of(params, condition)
         if unconditional is not None:
             velocity = guided(velocity, velocity_of(params, unconditional), scale)
         times = sampling_grid(num_steps, max_steps, shift, spacing)
         sizes = step_size_inputs(cfg, times, num_steps, finest if method == "euler" else 0)
         if not trajectory:
-            return unpatchify(integrate(velocity, noise_BNC, times, num_steps, sizes, method), height, width)
+            return unpatchify(integrate(velocity, noise_BNC, times, num_steps, sizes, method), *size)
         kept = predictions(velocity, noise_BNC, times, num_steps, sizes, method)
-        return jax.vmap(lambda x_BNC: unpatchify(x_BNC, height, width))(kept)
+        return jax.vmap(lambda x_BNC: unpatchify(x_BNC, *size))(kept)
 
     return sample
 

@@ -15,7 +15,7 @@ from shortcut_jax.core.batch_split import KINDS, RowGroup, micro_batches
 from shortcut_jax.core.ema import EmaSettings, num_restarts, update_ema
 from shortcut_jax.core.latents import patchify
 from shortcut_jax.core.loss_spikes import SpikeSettings, is_spike, observe
-from shortcut_jax.core.shortcut import squared_error
+from shortcut_jax.core.shortcut import adaptive_weight, squared_error
 from shortcut_jax.core.tree import distance, global_norm
 from shortcut_jax.core.types import Array, Batch, Condition
 from shortcut_jax.models.flux import FluxConfig
@@ -108,7 +108,7 @@ def make_rows(settings: StepSettings, key: Array, batch: Batch, progress: Array 
     x0_BNC = patchify(batch.latents_BhwC.astype(jnp.float32))
     draws = draw(key, x0_BNC.shape[0], x0_BNC.shape[1:], settings.objective, progress)
     draws = jax.tree.map(lambda x: constrain(x, ("batch",) + (None,) * (x.ndim - 1)), draws)
-    scaled = settings.model.guidance or settings.objective.guide != "told"
+    scaled = settings.model.guidance or settings.objective.guidance_mode != "embedded"
     guidance_B = draws.guidance_B if scaled else None
     return Rows(x0_BNC, Condition(batch.txt_BMT, batch.vec_BV, guidance_B), draws)
 
@@ -139,7 +139,7 @@ def loss_and_gradients(
 ) -> tuple[Array, Parts, Any]:
     """Targets first, outside the differentiated function; then the student's loss on the online weights."""
     objective = settings.objective
-    networks = Networks(velocity_of, state.frozen, *state.ema, objective.guide, online=state.params)
+    networks = Networks(velocity_of, state.frozen, *state.ema, objective.guidance_mode, online=state.params)
     examples = OBJECTIVES[objective.name].examples(rows, networks, objective)
     chex.assert_equal_shape([examples.x_BNC, examples.target_BNC])
     chex.assert_shape([examples.t_B, examples.step_B], examples.x_BNC.shape[:1])
@@ -150,9 +150,14 @@ def loss_and_gradients(
         error_B = squared_error(student(examples.x_BNC, examples.t_B, examples.step_B), target_BNC)
         if examples.weight_B is not None:
             error_B = error_B * examples.weight_B
-        return jnp.mean(error_B), error_B
+        if not objective.adaptive_power:
+            return jnp.mean(error_B), error_B
+        weight_B = adaptive_weight(error_B, target_BNC[0].size, objective.adaptive_power)
+        return jnp.mean(weight_B * error_B), error_B
 
     (loss, error_B), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    if objective.adaptive_power:
+        loss = jnp.mean(error_B)
     return loss, loss_parts(error_B, rows.draws.teacher_B, row_group(objective)), grads
 
 

@@ -27,6 +27,7 @@ from shortcut_jax.run.assembly import Assembly, mean_flops, text_encoder
 from shortcut_jax.run.start_from import BaseRecord
 from shortcut_jax.run.workdir import meta_of, remedy
 from shortcut_jax.runtime.checkpoint import Checkpoints
+from shortcut_jax.runtime.compilation_cache import CompileClock
 from shortcut_jax.runtime.metrics import Meter, MetricLog
 from shortcut_jax.runtime.profiling import Profiler, parse_steps
 from shortcut_jax.runtime.sharding import batch_sharding, process_rows, to_global
@@ -170,13 +171,18 @@ def busy(outputs: Outputs, state: str, step: int) -> Iterator[None]:
 def advance(
     assembly: Assembly, state: TrainState, placed: Iterator[Any], compiled: set[tuple[int, ...]], progress: Progress
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Dispatches the next step. The first one of each shape is compiled, and `compiled` notes that."""
+    """Dispatches the next step. The first one of each shape is compiled, which is printed, and `compiled` notes it."""
     with progress.watch("data"):
         batch = next(placed)
     shape = batch.latents_BhwC.shape
-    with contextlib.nullcontext() if shape in compiled else progress.doing("compiling"):
-        compiled.add(shape)
+    if shape in compiled:
         return assembly.train_step(state, batch)
+    compiled.add(shape)
+    with progress.doing("compiling"), CompileClock() as clock:
+        state_and_metrics = assembly.train_step(state, batch)
+    if clock.programs:  # another run of this process may have compiled it
+        tell(f"the step for images of {' x '.join(map(str, shape[1:]))}: {clock}", sys.stderr)
+    return state_and_metrics
 
 
 def await_step(metrics: Any, progress: Progress) -> None:

@@ -35,6 +35,7 @@ from shortcut_jax.inference.sheets import grid_captions, sample_grid
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.check_data import check_data, check_grid
 from shortcut_jax.run.check_training import assemble_training
+from shortcut_jax.run.step_memory import choose_remat
 from shortcut_jax.run.workdir import check_workdir, open_start, record_of, restore_or_init, write_record
 from shortcut_jax.runtime.checkpoint import Checkpoints, step_folders
 from shortcut_jax.runtime.metrics import MetricLog, read_metrics, save_curves
@@ -75,15 +76,15 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
         progress = Progress(workdir, start, settings.steps, watch, settings.heartbeat_every)
         ending = "failed"
         try:
+            assembly = _with_remat(assembly, progress, watchdog)
             with progress.doing("restoring" if start else "starting"):
                 state, start, base = restore_or_init(assembly, checkpoints, initial)
             progress.begin(start)
             write_record(workdir, assembly)
             log.config(start, record_of(assembly))
             announce(assembly, workdir, start)
-            announce_data(assembly, data)
-            sample_to_files = grid_painter(assembly, data)
-            outputs = Outputs(workdir, checkpoints, log, sample_to_files, progress, watchdog, base, validation)
+            paint = grid_painter(assembly, data)
+            outputs = Outputs(workdir, checkpoints, log, paint, progress, watchdog, base, validation)
             stop = min(stop_at or settings.steps, settings.steps)
             _to_the_end(assembly, data, outputs, state, start, stop, interruptions)
             ending = "finished" if stop == settings.steps else "stopped"
@@ -105,6 +106,14 @@ def train(assembly: Assembly, workdir: Path, stop_at: int | None = None) -> int:
     return 0
 
 
+def _with_remat(assembly: Assembly, progress: Progress, watchdog: Watchdog) -> Assembly:
+    """Once all else is known to be right: to choose a policy takes a compilation or several."""
+    if assembly.settings.model.remat != "auto":
+        return assembly
+    with progress.doing("compiling"), watchdog.slow("choosing model.remat"):
+        return choose_remat(assembly)
+
+
 def _to_the_end(
     assembly: Assembly,
     data: TrainingData,
@@ -115,6 +124,7 @@ def _to_the_end(
     interruptions: distributed.Interruptions,
 ) -> None:
     """Steps `start` ... `stop - 1`, and the end of the run where that is its last one."""
+    announce_data(assembly, data)
     interruptions.check()
     if start < stop:
         state = loop(assembly, data, outputs, state, start, stop, interruptions)
@@ -185,7 +195,7 @@ def report(
         tell(f"no table: {reference}")
     else:
         tell("judging the samples")
-        generator = Generator(assembly, e.batch_size, max(e.steps), e.shift)
+        generator = Generator(assembly.settings, assembly.model, assembly.mesh, e.batch_size, max(e.steps), e.shift)
         views = {view: choose_view(state, view) for view in e.views}
         scores = judge(generator, views, e.images, e.steps, e.seeds, e.guidance, reference, tell)
     if jax.process_index() != 0:
@@ -220,8 +230,8 @@ def report(
 
 def grid_painter(assembly: Assembly, data: TrainingData) -> Callable[[Any], Image.Image]:
     """Weights -> the sample grid of `settings.eval`: a row a step count, a column a caption."""
-    e = assembly.settings.eval
-    generator = Generator(assembly, e.columns, max(e.steps), e.shift, training_codec(assembly, data))
+    e, network = assembly.settings.eval, (assembly.settings, assembly.model)
+    generator = Generator(*network, assembly.mesh, e.columns, max(e.steps), e.shift, training_codec(*network, data))
     captions = grid_captions(e.captions, data.captions(256), e.columns)
     return lambda params: sample_grid(generator, params, captions, e.steps, e.guidance)
 

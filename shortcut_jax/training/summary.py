@@ -28,16 +28,16 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     say(
         f"{s.objective} · {s.model.preset}, {millions(assembly.network_shapes)} parameters{trained}, "
         f"computing in {cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows a step, "
-        f"{assembly.flops / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
+        f"{assembly.flops() / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
         + (f", resuming at step {start}" if start else "")
         + ("; all steps are done" if start >= s.steps else "; compiling the first step")
     )
     tell([*unused(s), *decay_notice(assembly)])
-    if s.guide != "told":
+    if s.guidance_mode != "embedded":
         student, first, slow = assembly.evaluations
         say(
-            f"guide={s.guide}: a self row is evaluated {student} times with a gradient, and {first} + {slow} times "
-            f"without for each pair of jumps"
+            f"guidance_mode={s.guidance_mode}: a self row is evaluated {student} times with a gradient, and {first} + "
+            f"{slow} times without for each pair of jumps"
         )
     asked = objective_settings(s)
     self_rows, row = row_group(asked).distilled, OBJECTIVES[s.objective]
@@ -51,6 +51,8 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
             say(f"one step begins at t = 1, two at {two:g}, many at {asked.student.start:g}{scaled}")
         else:
             say(f"of the self rows that begin at pure noise, {share:.0%} learn one step{hint}")
+    if row.any_interval and not s.adaptive_power:
+        say(f"objective={s.objective} has errors of very different sizes: its authors weigh them, adaptive_power=1")
     high = s.timestep_range[1]
     if high < 1 and row.distils and not self_rows:  # flow alone draws all times
         say(f"timestep_range ends at {high:g}: nothing trains the times above, where sampling begins")

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
 """Every argument of the class, and its default."""
 
 UNSUPPORTED = {
-    "num_train_timesteps": "the network would be told other times",
+    "num_train_timesteps": "the network would be conditioned on other times",
     "invert_sigmas": "data and noise change places",
     "use_beta_sigmas": "the times follow a beta distribution",
     "stochastic_sampling": "fresh noise is added at each step",

@@ -157,7 +157,7 @@ def _find(name: str, tfds_dir: Path) -> Path:
     found = [p for p in found if not version or p.name == version]
     if len({p.parent for p in found}) > 1:
         configs = ", ".join(sorted({str(p.parent.relative_to(tfds_dir)) for p in found}))
-        raise DataError(f"the TFDS set {name!r} is there as {configs}: name one of them")
+        raise DataError(f"the TFDS set {name!r} has several configs, {configs}: name one of them")
     if not found:
         raise DataError(
             f"the TFDS set {name!r} is not prepared: {path} is not found or holds none. Generate it (TensorFlow is "
