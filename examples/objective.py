@@ -15,7 +15,16 @@ from shortcut_jax.config import default_config
 from shortcut_jax.config.checks import from_config
 from shortcut_jax.core.shortcut import scfm_target
 from shortcut_jax.run.check_training import assemble_training
-from shortcut_jax.steps.objectives import OBJECTIVES, Examples, Objective, interval_start
+from shortcut_jax.steps.networks import Networks
+from shortcut_jax.steps.objectives import (
+    OBJECTIVES,
+    Examples,
+    Objective,
+    ObjectiveSettings,
+    Rows,
+    at_jump_times,
+    interval_start,
+)
 from shortcut_jax.training.session import train
 
 # %% [markdown]
@@ -24,12 +33,11 @@ from shortcut_jax.training.session import train
 
 
 # %%
-def slow_alone(rows, networks, settings):
+def slow_alone(rows: Rows, networks: Networks, settings: ObjectiveSettings) -> Examples:
     """The mean velocity of the slow EMA over a student step."""
     x_BNC, t_B, length_B = interval_start(rows)
-    slow = networks.slow(rows.condition)
-    velocity = lambda x_BNC, t_B: slow(x_BNC, t_B, None)
-    return Examples(x_BNC, t_B, length_B, scfm_target(x_BNC, rows.draws.intervals.times_BJ, velocity, velocity))
+    slow = at_jump_times(networks.slow(rows.condition), rows, settings)
+    return Examples(x_BNC, t_B, length_B, scfm_target(x_BNC, rows.draws.intervals.times_BJ, slow, slow))
 
 
 OBJECTIVES["slow_alone"] = Objective(of_self_rows=slow_alone)

@@ -3,14 +3,16 @@
 import collections
 import gc
 import os
+from importlib.metadata import version
 
 # Programs here run for milliseconds and compile for seconds: the cheapest code generation is the fastest suite.
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",  # half the time of compiling a train step
     "--xla_cpu_parallel_codegen_split_count=1",  # the workers keep the cores busy
     "--xla_cpu_multi_thread_eigen=false",
+    # Half the time of compiling a train step; later versions of XLA do not know it, and end where they do not.
+    *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib") < "0.11" else []),
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,10 +46,45 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def decoded_once():
+    """The digits are decoded for a hundred runs; files that have changed are decoded again."""
+    from shortcut_jax.data import records, training
+
+    in_memory, kept = training.in_memory, {}  # whose own name for it stays, for prepared sets
+
+    def once(source, num_bytes):
+        stored = tuple((piece, piece.path.stat().st_mtime_ns) for piece in source._pieces)
+        if stored not in kept:
+            kept[stored] = in_memory(source, num_bytes)
+        return kept[stored]
+
+    records.in_memory = once
+
+
 @pytest.fixture
 def highest_precision():
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def exact_frequencies(monkeypatch):
+    """diffusers' embedding of a time with exact exponentials, as ours has: those of torch depend on the processor.
+
+    Their last digit, times a phase of 1000 t, is what a comparison at 1e-5 would see.
+    """
+    import torch
+    from diffusers.models import embeddings
+
+    embed, exp = embeddings.get_timestep_embedding, torch.exp
+
+    def exactly(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "exp", lambda x: exp(x.double()).to(x.dtype))
+            return embed(*args, **options)
+
+    monkeypatch.setattr(embeddings, "get_timestep_embedding", exactly)
 
 
 @pytest.fixture(scope="session")
@@ -103,12 +140,20 @@ SMALL_RUN = {
 @pytest.fixture
 def own_programs():
     """Samplers are compiled anew, for tests that count them; others take what an earlier test has compiled."""
-    from shortcut_jax.inference import converted_editor, converted_pipeline, generator
+    from shortcut_jax.inference import converted_editor, converted_models, generator
 
-    for module in (generator, converted_editor, converted_pipeline):
-        for name in ("_sample_program", "_edit_program"):
+    for module in (generator, converted_editor, converted_models):
+        for name in ("_sample_program", "_edit_program", "edit_program"):
             if program := getattr(module, name, None):
                 program.cache_clear()
+
+
+@pytest.fixture
+def no_end(monkeypatch):
+    """No sample grid and no report at the end of a run: they take most of the time of a short one."""
+    from shortcut_jax.training import session
+
+    monkeypatch.setattr(session, "finish", lambda *args: None)
 
 
 @pytest.fixture

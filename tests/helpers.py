@@ -76,12 +76,6 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-def random_batch(assembly, seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda s: jax.device_put(rng.standard_normal(s.shape, np.float32).astype(s.dtype), s.sharding)
-    return jax.tree.map(draw, assembly.batch_shapes)
-
-
 @functools.cache
 def _first_state(settings):
     """The state before the first step, on one device: its programs are compiled once for all meshes."""
@@ -109,6 +103,10 @@ def host_copy(tree):
 def moved(before, after):
     """Whether each leaf differs, by path."""
     return {k: not np.array_equal(v, flat_paths(after)[k]) for k, v in flat_paths(before).items()}
+
+
+# JAX lets go of a host array at some later call: these few may be alive at once where only one is held.
+LET_GO = 5
 
 
 class Watched(Params):

@@ -11,7 +11,7 @@ import numpy as np
 
 from shortcut_jax.cluster import distributed
 from shortcut_jax.config.checks import from_config
-from shortcut_jax.config.schema import complete
+from shortcut_jax.config.stored import complete
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.workdir import meta_of, open_start, restore_or_init
@@ -34,7 +34,7 @@ def batch_of(assembly, step):
     sharding, num_rows = batch_sharding(assembly.mesh), assembly.batch_size
     rows = process_rows(sharding, num_rows)
     draw = lambda s: rng.standard_normal(s.shape, np.float32).astype(s.dtype)[rows]
-    return to_global(jax.tree.map(draw, assembly.batch_shapes), rows, sharding, num_rows)
+    return to_global(jax.tree.map(draw, assembly.batch_shapes()), rows, sharding, num_rows)
 
 
 def continue_run(assembly, workdir, steps, out=None):

@@ -16,8 +16,9 @@ PAGES = {
             "docs/sampling.md",
             "docs/web-page.md",
         ),
-        *("docs/post-training.md", "docs/averages.md", "docs/data.md", "docs/pods.md", "docs/launch.md"),
-        *("docs/evaluation.md", "docs/weights.md", "docs/objectives.md", "docs/faults.md", "CONTRIBUTING.md"),
+        *("docs/post-training.md", "docs/averages.md", "docs/data.md", "docs/pods.md", "docs/performance.md"),
+        *("docs/launch.md", "docs/evaluation.md", "docs/weights.md", "docs/objectives.md", "docs/faults.md"),
+        "CONTRIBUTING.md",
     )
 }
 """The text of each, in the order of reading."""

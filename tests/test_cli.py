@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
 import types
 import typing
 
@@ -322,6 +325,10 @@ def test_the_second_config_of_bench_is_loaded_alike(tmp_path):
         ),
         (train.main, ["--target=cpu:8"], "--target can only go with --dry_run"),
         (train.main, ["--explain"], "--explain can only go with --dry_run"),
+        (train.main, ["--compare=jumps=2,4"], "--compare can only go with --dry_run"),
+        (train.main, ["--dry_run", "--efficiency=gemm=2"], "--efficiency=gemm=2, but must be NAME=SHARE of"),
+        (train.main, ["--dry_run", "--compare=remat=full"], "'remat' cannot be set to 'full'"),
+        (train.main, ["--dry_run", "--compare=jumps"], "--compare=jumps names no value: jumps=A,B"),
         (train.main, ["--base=/a", "--config.base=/b"], "give --base or --config.base, not both"),
         (train.main, ["--stop_at=0"], "--stop_at is 0"),
     ],
@@ -438,3 +445,12 @@ def test_the_config_json_of_a_workdir_is_the_same_run(trained, one_device):
     check_workdir(trained, record_of(Assembly(settings)))
     with pytest.raises(ConfigError, match=r"holds a different run; .*seed: 0 -> 1"):
         check_workdir(trained, record_of(Assembly(dataclasses.replace(settings, seed=1))))
+
+
+def test_a_reader_who_leaves_ends_a_command_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = "from shortcut_jax import cli; cli.run(lambda argv: print('x' * 100_000))"
+    done = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

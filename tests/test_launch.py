@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from shortcut_jax.runtime.checkpoint import Checkpoints
-from shortcut_jax.runtime.xla_options import compiler_options
+from shortcut_jax.runtime.device_table import USABLE
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -60,14 +60,16 @@ def test_xla_knows_every_flag_for_gpus():
     """XLA aborts where it does not; it reads the flags of all platforms on any of them."""
     variables = _flags()
     names = re.findall(r"--(\w+)=", variables["XLA_FLAGS"])
-    compiled_in = [f"--{name}={str(value).lower()}" for name, value in compiler_options("gpu").items()]
-    assert len(names) == len(set(names)) >= 3 and compiled_in
+    assert len(names) == len(set(names)) >= 3
     program = [sys.executable, "-c", "import jax; jax.devices()"]
-    flags = " ".join([variables["XLA_FLAGS"], *compiled_in])
-    known = _run(program, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+    known = _run(program, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": variables["XLA_FLAGS"]})
     assert known.returncode == 0, known.stderr
     unknown = _run(program, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_no_such_flag=1"})
     assert unknown.returncode != 0 and "Unknown flag" in unknown.stderr
+
+
+def test_what_a_step_may_need_is_judged_by_the_memory_that_jax_gets():
+    assert float(_flags()["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == USABLE
 
 
 def test_what_is_set_already_stays():
@@ -350,4 +352,5 @@ def test_two_local_processes_save_at_sigterm_and_go_on(tmp_path, arguments):
     _, err = second.communicate(timeout=400)
     assert second.returncode == 0 and err.count(": exit code 0") == 2, err
     assert f"resuming at step {step}" in err
+    assert re.search("1 program compiled in .* s, 1 of them kept from before", err)
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps()[-1] == step + 1

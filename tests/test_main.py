@@ -29,3 +29,18 @@ def test_a_command_takes_its_arguments_and_configs_of_the_package_from_any_folde
     argv = ["train", "--config=digits", "--config.nonsense=1"]
     done = _run(*argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 1 and "error: unknown config key 'nonsense'" in done.stderr
+
+
+def test_bash_completes_commands_and_their_flags():
+    complete = "COMP_WORDS=({}); COMP_CWORD={}; _shortcut_jax; echo ${{COMPREPLY[@]}}"
+    script = [f'shortcut-jax() {{ "{sys.executable}" -m shortcut_jax "$@"; }}', 'eval "$(shortcut-jax --completion)"']
+    script += [complete.format("shortcut-jax co", 1), complete.format("shortcut-jax sample --se", 2)]
+    done = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["convert compare", "--seed --seeds"], done.stderr
+
+
+def test_help_of_sample_needs_no_library_that_reads_or_writes():
+    heavy = ("orbax", "grain", "tensorflow", "pandas", "pyarrow", "gradio", "transformers", "torch", "sklearn")
+    code = f"import sys, shortcut_jax.sample; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

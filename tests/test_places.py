@@ -21,7 +21,7 @@ CASES = {
         ["--reference=somewhere", "--features=random", "--save_reference={place}/x.npz"],
     ),
     "convert": (convert, "gather", ["--from=configs", "--to={place}"]),
-    "compare": (compare, "Pipeline", ["--workdir=somewhere", "--out={place}/x"]),
+    "compare": (compare, "RunSubject", ["--workdir=somewhere", "--out={place}/x"]),
     "sample": (sample, "_open", ["--workdir=somewhere", "--prompt=seven", "--out={place}.png"]),
     "sample, folder": (sample, "_open", ["--workdir=somewhere", "--prompt=seven", "--out={place}/"]),
 }

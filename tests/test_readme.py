@@ -30,7 +30,7 @@ def test_the_config_it_shows_can_be_trained(data_dir):
     config.data.dir = data_dir
     assembly = Assembly(from_config(config), jax.devices()[:1])
     check_data(assembly.settings, assembly.model, TrainingData(assembly.settings.data))
-    loss = jax.eval_shape(assembly.train_step, assembly.state_shapes, assembly.batch_shapes)[1]["loss"]
+    loss = jax.eval_shape(assembly.train_step, assembly.state_shapes, assembly.batch_shapes())[1]["loss"]
     assert loss.shape == ()
 
 
@@ -79,7 +79,8 @@ def _small(module, arguments, data_dir):
             values |= {key.replace("__", "."): value for key, value in LORA.items()}
         return {f"--config.{key}": value for key, value in values.items()}
     if module == "evaluate" and "runs/digits" in text:
-        return {"--images": 20, "--steps": 1, "--other_steps": 1, "--other_images": 20, "--data_dir": data_dir}
+        small = {"--images": 20, "--steps": 1, "--other_steps": 1, "--other_images": 20}
+        return small | {"--extras": "grid,latency", "--data_dir": data_dir}
     if module in ("sample", "convert") and re.search("runs/(digits|mine)", text) and "--interactive" not in text:
         return {}
     return None

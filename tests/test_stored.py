@@ -32,6 +32,7 @@ def test_a_run_is_sampled_and_gives_the_images_that_it_gave(stored, tmp_path):
         assert np.abs(np.asarray(now, int) - np.asarray(then, int)).max() <= 2  # other processors round otherwise
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_its_own_config(stored, data_dir, tmp_path, capfd):
     workdir = shutil.copytree(stored / "run", tmp_path / "run")
     longer = ["--config.steps=6", "--stop_at=5", f"--config.data.dir={data_dir}"]

@@ -17,6 +17,9 @@ INSTEAD = {
     r"mend(s|ed|ing)?": "fix",
     r"borne": "tolerated",
     r"lessens?": "reduce",
+    r"(run|training|command|session) goes on": "continues, resumes",
+    r"has not (the|a|an)": "lacks",
+    r"shall": "should",
 }
 """Pattern of a word -> what to say."""
 

@@ -29,7 +29,15 @@ def held(tmp_path):
 
 
 def _fields(folder):
-    return json.loads((folder / CLAIM).read_text())
+    """What a claim says, read until it is whole: its holder may be writing it at this moment."""
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return json.loads((folder / CLAIM).read_text())
+        except (FileNotFoundError, ValueError):
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.005)
 
 
 def _write(folder, **fields):
@@ -129,6 +137,18 @@ def test_a_holder_that_is_ending_is_waited_for_while_it_lives(tmp_path, capfd):
     assert "is ending" in capfd.readouterr().err
 
 
+def test_a_claim_that_is_being_written_is_read_again(tmp_path):
+    """Half a claim does not say whether its holder is ending."""
+    _write(tmp_path)
+    whole = (tmp_path / CLAIM).read_text()
+    looks = iter([whole, whole[:20], "", whole.replace("}", ', "ending": true}'), None])
+    mine = Claim(tmp_path, times=FAST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claim, "_read", lambda _: next(looks))
+        mine.__enter__()
+    assert next(looks, "all read") == "all read"
+
+
 def test_a_holder_that_never_ends_is_waited_for_within_bounds(tmp_path, held):
     held.ending()
     while not _fields(tmp_path)["ending"]:
@@ -183,9 +203,6 @@ def test_a_holder_whose_claim_was_taken_over_ends_and_leaves_the_other_one_alone
 
 def test_a_claim_that_somebody_deleted_is_made_again(tmp_path, held):
     os.remove(held.path)
-    until = time.monotonic() + 5
-    while not held.path.exists() and time.monotonic() < until:
-        time.sleep(0.005)
     assert _fields(tmp_path)["session"] == held._session
 
 

@@ -91,8 +91,10 @@ def test_convert_writes_the_adapters_for_peft_and_comfyui_and_merged(distilled, 
 
 
 @pytest.mark.slow
-def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path, post_arguments, one_device, capfd):
-    changes = {"guide": "teacher", "guidance": "(1.0,4.0)", "model__guidance": True}
+def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(
+    tmp_path, post_arguments, one_device, no_end, capfd
+):
+    changes = {"guidance_mode": "distill", "guidance": "(1.0,4.0)", "model__guidance": True}
     assert train.main(post_arguments(tmp_path / "run", **changes)) == 0
     told = capfd.readouterr().err
     assert "guidance_in start from scratch: the checkpoint has no such embedding" in told
@@ -108,7 +110,7 @@ def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path,
     student = Pipeline(tmp_path / "run")
     height, width = student.assembly.latent_size
     noise = draw_noise(0, 0, 2, student.assembly.model, height, width)
-    sampler = jax.jit(make_sampler(student.assembly.model, height, width, 2))
+    sampler = jax.jit(make_sampler(student.assembly.model, (height, width), 2))
     condition = student.generate.condition(["a handwritten digit two"] * 2, 3.0)
     whole = nest({k: jnp.asarray(merged.params[k]) for k in merged.params})
     with jax.default_matmul_precision("highest"):
@@ -116,7 +118,7 @@ def test_guidance_is_distilled_into_an_embedding_that_the_base_has_not(tmp_path,
     # The base is bfloat16 in training, and merged as it is stored.
     assert relative(one, two) <= 0.02
     # Adapters alone are of no use to a base without the embedding.
-    with pytest.raises(UsageError, match="guidance embedding that its base has not"):
+    with pytest.raises(UsageError, match="guidance embedding that its base lacks"):
         convert.main(["convert", f"--from={tmp_path}/run", f"--to={tmp_path}/x.safetensors", "--format=diffusers"])
     # Its merged weights have the embedding, which must not be guided once more.
     with pytest.raises(ConfigError, match="has a guidance embedding already"):
@@ -141,7 +143,7 @@ def reference(distilled, trained, tmp_path):
 
 @pytest.mark.slow
 def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffusers(
-    distilled, reference, one_device, highest_precision
+    distilled, reference, one_device, highest_precision, exact_frequencies
 ):
     import torch
 
@@ -164,7 +166,7 @@ def test_exported_adapters_on_the_exported_teacher_give_the_same_images_in_diffu
                 return_dict=False,
             )
             x = x - float(t - after) * v
-    sampler = jax.jit(make_sampler(pipeline.assembly.model, height, width, steps))
+    sampler = jax.jit(make_sampler(pipeline.assembly.model, (height, width), steps))
     sampled = lambda weights: patchify(sampler(weights, jnp.asarray(noise), condition, steps))
     ours = sampled(pipeline.params)
     assert relative(ours, x.numpy()) <= 1e-4

@@ -89,7 +89,9 @@ def test_there_and_back_through_every_format_is_the_identity(bfl, tmp_path, capf
     assert all(np.array_equal(one[k].view("u2"), two[k].view("u2")) for k in one)
 
 
-def test_diffusers_loads_what_we_write_with_the_same_output(bfl, params, tmp_path, monkeypatch, highest_precision):
+def test_diffusers_loads_what_we_write_with_the_same_output(
+    bfl, params, tmp_path, monkeypatch, highest_precision, exact_frequencies
+):
     import torch
     from diffusers import FluxTransformer2DModel
 
@@ -350,7 +352,7 @@ def test_bad_input_is_one_clear_line_and_harms_nothing(bfl, shapes, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, capfd, monkeypatch):
+def test_a_step_size_embedding_has_no_place_in_flux(tmp_path, arguments, no_end, capfd, monkeypatch):
     from shortcut_jax import train
 
     device = jax.devices()[:1]

@@ -46,7 +46,21 @@ def test_what_no_file_can_have_is_refused_in_one_line(given, reason):
 
 
 NO_PATHS = {
-    *("coordinator", "target", "vary", "format", "view", "views", "dtype", "method", "features", "resize", "extras"),
+    *(
+        "coordinator",
+        "target",
+        "vary",
+        "compare",
+        "efficiency",
+        "format",
+        "view",
+        "views",
+        "dtype",
+        "method",
+        "features",
+        "resize",
+        "extras",
+    ),
     *("prompt", "source_prompt", "store", "buckets", "where", "caption_field", "template", "layout", "text_states"),
     *("text_dtype", "host", "allow_host", "steps", "seeds", "other_steps", "batches", "counts"),
 }

@@ -5,6 +5,7 @@ import pytest
 
 from shortcut_jax.core.schedules import ShiftRange, StudentSteps, draw_intervals, interval_times
 from shortcut_jax.core.shortcut import (
+    adaptive_weight,
     alpha_target,
     jump_target,
     meanflow_target,
@@ -210,3 +211,11 @@ def test_no_gradient_reaches_the_average_velocity_of_a_target(x):
         lambda k: meanflow_target(x, t, SPANS, k * x, scaled(k)),
     ):
         assert float(jax.grad(lambda k, target=target: jnp.sum(target(k)))(0.7)) == 0.0
+
+
+def test_the_adaptive_weight_undoes_the_size_of_an_error_and_passes_no_gradient():
+    error = jnp.array([0.0, 0.5, 200.0])
+    np.testing.assert_allclose(adaptive_weight(error, 4, 0.5), (4 * error + 1e-3) ** -0.5, rtol=1e-6)
+    np.testing.assert_array_equal(adaptive_weight(error, 4, 0.0), 1.0)
+    slope = jax.grad(lambda scale: jnp.sum(adaptive_weight(scale * error[1:], 4, 1.0) * scale * error[1:]))(1.0)
+    np.testing.assert_allclose(slope, 2 / 4, rtol=1e-3)  # each row's error over itself, and over its values

@@ -17,7 +17,8 @@ from shortcut_jax.core.stats import (
     no_reservoir,
     precision_recall,
 )
-from tests.references import published
+from tests import published
+from tests.published import features as _features
 
 
 def _random_gaussian(seed, size=5):
@@ -88,18 +89,10 @@ def test_fewer_samples_than_features_is_fine():
     assert np.isclose(frechet_distance(a, fit_gaussian(features + 0.5)), 32 * 0.25, atol=1e-5)
 
 
-def _features(seed, count=400, size=48, shift=0.0):
-    """Correlated features of unequal scales, all positive as pooled ones are."""
-    rng = np.random.default_rng(seed)
-    mix = np.random.default_rng(99).standard_normal((size, size)) / size**0.5
-    return np.abs(rng.standard_normal((count, size)) @ mix + shift).astype(np.float32)
-
-
-@pytest.mark.parametrize("count", [20, 400])  # fewer samples than features, and more
+@pytest.mark.parametrize("count", published.COUNTS)
 def test_frechet_distance_equals_that_of_pytorch_fid(count):
-    reference = published("pytorch_fid.fid_score").calculate_frechet_distance
-    a, b = fit_gaussian(_features(0, count)), fit_gaussian(_features(1, count, shift=0.3))
-    expected = reference(a.mean, a.covariance, b.mean, b.covariance)
+    a, b = (fit_gaussian(x) for x in published.pair(count))
+    expected = published.given(f"frechet/{count}")
     assert expected > 0.1 and abs(frechet_distance(a, b) - expected) < 1e-3
 
 
@@ -148,17 +141,10 @@ def test_a_covariance_needs_two_samples():
 
 
 def test_kernel_distance_equals_that_of_torch_fidelity():
-    import torch
-
-    published("torch_fidelity")
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    a, b = _features(4, 300), _features(5, 350, shift=0.2)
-    given = dict(kid_subsets=12, kid_subset_size=90, verbose=False)
-    expected = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **given, rng_seed=2020)
+    (a, b), expected = published.kid_pair(), published.given("kid")
     actual = kernel_distance(a, b, subsets=12, subset_size=90)
-    assert expected[KEY_METRIC_KID_MEAN] > 1e-2
-    np.testing.assert_allclose(actual, [expected[KEY_METRIC_KID_MEAN], expected[KEY_METRIC_KID_STD]], rtol=1e-4)
+    assert expected[0] > 1e-2
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
     assert kernel_distance(a, b, 12, 90) == actual != kernel_distance(a, b, 12, 90, seed=1)
 
 

@@ -50,8 +50,8 @@ def test_a_text_file_has_a_caption_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "changes", "line"),
     [
-        (b"\n \n", {}, r"prompts\.txt are none: write one a line"),
-        (b"\xff\xfe\x00", {}, "cannot be read: 'utf-8'"),
+        (b"\n \n", {}, r"prompts\.txt has no caption: write one a line"),
+        (b"\xff\xfe\x00", {}, "is not UTF-8: byte 0 is 0xff"),
         (b"a", {"text_encoder": "stored"}, "no stored text states: set data.text_encoder=words"),
     ],
 )

@@ -70,7 +70,7 @@ DAMAGES = {
     "index missing": (lambda f: (f / "index.npz").unlink(), ("index.npz is damaged", "No such file")),
     "index short": (
         lambda f: np.savez(f / "index.npz", train=np.zeros(3, np.uint16)),
-        ("index.npz is damaged", "not the buckets of 15 records"),
+        ("index.npz is damaged", "lacks the buckets of 15 records"),
     ),
     "index of others": (
         lambda f: np.savez(f / "index.npz", train=np.full(15, 7, np.uint16)),
@@ -140,7 +140,7 @@ def test_a_record_of_another_size_than_its_bucket_is_named(tmp_path):
     [
         (lambda f: (f / "prompts.safetensors").write_bytes(b"x"), "prompts.safetensors is damaged"),
         (lambda f: (f / "prompts.safetensors").unlink(), "prompts.safetensors is damaged"),
-        (lambda f: _change(f, eval_prompts=["a cat"]), "it has not the states of 2 captions"),
+        (lambda f: _change(f, eval_prompts=["a cat"]), "it lacks the states of 2 captions"),
     ],
 )
 def test_damaged_prompts_are_told(tmp_path, damage, told):

@@ -111,19 +111,21 @@ def test_image_tokens_are_known_by_their_ids_and_text_tokens_are_a_set(initial, 
 
 
 @pytest.mark.parametrize("scan_unroll", [1, 2])
-@pytest.mark.parametrize("remat", ["none", "full", "selective", "dots"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_remat_and_unrolling_leave_parameter_paths_and_shapes_as_they_are(remat, scan_unroll):
     assert _shapes(dataclasses.replace(FULL, remat=remat, scan_unroll=scan_unroll)) == _shapes(FULL)
 
 
+@pytest.mark.slow
 def test_remat_and_unrolling_leave_gradients_as_they_are(initial, run):
     args = _noisy(initial), _inputs(FULL)
     _, grads = run(*args)
-    _, others = _output_and_gradients(dataclasses.replace(FULL, remat="selective", scan_unroll=2))(*args)
-    for path, grad in flat_paths(grads).items():
-        assert np.any(grad), path
-        other, size = flat_paths(others)[path], np.abs(grad).max()
-        np.testing.assert_allclose(other, grad, rtol=1e-3, atol=1e-4 * size, err_msg=path)
+    for changes in (dict(remat="selective", scan_unroll=2), dict(remat="branch")):
+        _, others = _output_and_gradients(dataclasses.replace(FULL, **changes))(*args)
+        for path, grad in flat_paths(grads).items():
+            assert np.any(grad), path
+            other, size = flat_paths(others)[path], np.abs(grad).max()
+            np.testing.assert_allclose(other, grad, rtol=1e-3, atol=1e-4 * size, err_msg=path)
 
 
 def test_a_stricter_remat_policy_computes_more_products_again():
@@ -132,9 +134,11 @@ def test_a_stricter_remat_policy_computes_more_products_again():
         loss = lambda params: jnp.sum(_apply(cfg)(params, _inputs(TINY)))
         return str(jax.make_jaxpr(jax.grad(loss))(_shapes(cfg))).count("= dot_general")
 
-    assert set(REMAT_POLICIES) == {"none", "full", "selective", "dots"}
+    assert set(REMAT_POLICIES) == {"none", "full", "branch", "branch_mlp", "selective", "dots"}
     assert dots("none") < dots("selective") < dots("full")
     assert dots("none") < dots("dots") < dots("full")
+    # A single block's branch is attention's output layer and the MLP's second one: neither is computed again.
+    assert dots("full") - dots("branch") == 2 and dots("branch") - dots("branch_mlp") == 1
 
 
 @pytest.mark.parametrize("name", OPTIONAL)

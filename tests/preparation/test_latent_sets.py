@@ -217,9 +217,9 @@ def test_sampling_with_trimmed_states_is_that_with_zeros(converted_folder, pipel
         row[length:] = 0
     np.testing.assert_allclose(cut.txt_BMT, zeroed, atol=1e-6)
     noise = pipeline.draw_noise(0, 0, 2, 16, 16)
-    sampled = trimmed.denoise(noise, cut, 16, 16, 2)
-    assert relative(sampled, pipeline.denoise(noise, full._replace(txt_BMT=zeroed), 16, 16, 2)) < 1e-5
-    assert relative(sampled, pipeline.denoise(noise, full, 16, 16, 2)) > 1e-3
+    sampled = trimmed.denoise(noise, cut, (16, 16), 2)
+    assert relative(sampled, pipeline.denoise(noise, full._replace(txt_BMT=zeroed), (16, 16), 2)) < 1e-5
+    assert relative(sampled, pipeline.denoise(noise, full, (16, 16), 2)) > 1e-3
     load = load_text_encoder(folder, TOKENS, "trimmed")(CAPTIONS[0])[0]
     length = pipeline.text.t5_tokens([CAPTIONS[0]]).length_B[0]
     assert length < TOKENS and not np.any(load[length:]) and np.all(np.any(load[:length] != 0, axis=1))
@@ -273,7 +273,7 @@ def test_a_teachers_records_are_what_it_samples(converted_folder, pipeline, tmp_
         caption = captions[i % 2].strip()
         assert record["caption"].decode() == caption and not record["std"].any()
         condition = pipeline.encode([caption], 3.5, TOKENS)
-        expected = pipeline.denoise(pipeline.draw_noise(0, i, 1, height, width), condition, height, width, 2)
+        expected = pipeline.denoise(pipeline.draw_noise(0, i, 1, height, width), condition, (height, width), 2)
         latents = (record["mean"].astype(np.float32) - info.latents.shift) * info.latents.scale
         assert relative(latents, expected[0]) < 2e-3
         assert relative(unpatchify(patchify(latents[None]), height // 2, width // 2)[0], latents) == 0
@@ -329,8 +329,8 @@ def test_bad_input_is_one_clear_line_before_weights_are_read(source, converted_f
         assert stop.value.code == 1 and text in line, line
 
     fails(_teacher(converted_folder, out, tmp_path / "no.txt"), "no.txt cannot be read")
-    fails(_teacher(converted_folder, out, prompts), "has no captions: write one a line")
-    fails(_teacher(converted_folder, out, latin), "latin.txt cannot be read: 'utf-8' codec")
+    fails(_teacher(converted_folder, out, prompts), "has no caption: write one a line")
+    fails(_teacher(converted_folder, out, latin), "latin.txt is not UTF-8: byte 3 is 0xe9")
     prompts.write_text("a cat\n")
     fails(_teacher(converted_folder, out, prompts, buckets="18x16"), "18 x 16, but both must be multiples of 4")
     fails(_teacher(converted_folder, out, prompts, steps=0), "steps is 0")

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from shortcut_jax import cli, prepare
 from shortcut_jax.data.format import PreparedSet
-from shortcut_jax.errors import DataError, UsageError
+from shortcut_jax.errors import DataError, UsageError, UserError
 from shortcut_jax.preparation import jobs
 from shortcut_jax.preparation.inputs.folder import FolderSource
 from tests.data.images import encoded, noise_image, simple_folder, write_folder
@@ -284,7 +284,7 @@ def test_the_digits_of_tfds(data_dir, tmp_path):
     ],
 )
 def test_unfit_options_are_told(source, tmp_path, changes, told):
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UserError, match=told):
         prepare.main(_arguments(source, tmp_path / "set", **changes))
     assert not list(tmp_path.iterdir())
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from shortcut_jax import cli, convert, evaluate, sample
+from shortcut_jax import app, cli, convert, evaluate, sample
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConversionError
 from shortcut_jax.evaluation.subjects import ConvertedSubject
@@ -15,7 +16,6 @@ from shortcut_jax.inference.converted_pipeline import TextToImage
 from shortcut_jax.models.presets import preset
 from shortcut_jax.run.start_from import open_initial
 from shortcut_jax.sources.models import abstract_params, open_lora, open_loras, open_models
-from shortcut_jax.webapp.models import ConvertedPipeline
 from shortcut_jax.weights import flux_bfl
 from shortcut_jax.weights.lora import Merged
 from shortcut_jax.weights.lora_files import to_peft
@@ -72,6 +72,12 @@ def test_adapters_of_text_encoders_alone_are_refused(tmp_path, capfd):
 
 
 @pytest.mark.slow
+def _served(folder, loras):
+    """As the web page opens it."""
+    return app.open_studio(SimpleNamespace(checkpoint=folder, loras=loras, max_size=1024))
+
+
+@pytest.mark.slow
 def test_sampling_tells_what_is_left_out_of_an_adapter(converted_folder, tmp_path, capfd, monkeypatch):
     (flux,) = [m for m in open_models(converted_folder) if m.kind == "flux"]
     tensors, _ = to_peft(random_modules({k: s.shape for k, s in flux.specs.items()}))
@@ -87,7 +93,7 @@ def test_sampling_tells_what_is_left_out_of_an_adapter(converted_folder, tmp_pat
     # So do judging and the page.
     for open_pipeline in (
         lambda loras: ConvertedSubject(converted_folder, ["a cat"], 8, {"height": 16, "width": 16}, loras),
-        lambda loras: ConvertedPipeline(converted_folder, loras),
+        lambda loras: _served(converted_folder, loras),
     ):
         open_pipeline([(tmp_path / "lora.safetensors", 1.0)])
         err = capfd.readouterr().err
@@ -113,7 +119,7 @@ def test_every_command_refuses_an_adapter_that_is_not_finite_in_one_line(convert
         assert f"{name} has {size} of {size} values that are NaN or infinite" in line, argv
         assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["lora.safetensors", "prompts.txt"]
     with pytest.raises(ConversionError, match=f"^{name} has"):
-        ConvertedPipeline(converted_folder, [(lora, 1.0)])
+        _served(converted_folder, [(lora, 1.0)])
 
 
 @pytest.mark.parametrize("name", ["init_from", "teacher_lora"])

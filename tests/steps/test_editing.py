@@ -64,12 +64,12 @@ def test_the_editor_guides_both_sides_away_from_the_unconditional_velocity(monke
     monkeypatch.setattr(editing, "make_velocity", made)
     latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     says = lambda value: Condition(jnp.zeros((2, 1, 1)), jnp.full((2, 1), value))
-    seed_B, index_B = np.array([5, 5], np.uint32), np.array([0, 1], np.int32)
-    editor = make_editor(tiny_assembly().model, 4, 4, 8, shift=3.0)
-    edit = lambda *scales: editor(None, latents, seed_B, index_B, says(0.5), says(2.0), EditPlan(2, 1), *scales)
+    draws = np.array([5, 5], np.uint32), np.array([0, 1], np.int32)
+    editor = make_editor(tiny_assembly().model, (4, 4), 8, shift=3.0)
+    edit = lambda *guidance: editor(None, latents, draws, says(0.5), says(2.0), EditPlan(2, 1), *guidance)
     np.testing.assert_allclose(edit(), latents - 0.75 * 1.5, atol=1e-6)  # t = 1/2 is shifted to 3/4
     guided = (0.25 + 3.0 * 1.75) - (0.25 + 2.0 * 0.25)
-    np.testing.assert_allclose(edit(says(0.25), 2.0, 3.0), latents - 0.75 * guided, atol=1e-5)
+    np.testing.assert_allclose(edit(says(0.25), (2.0, 3.0)), latents - 0.75 * guided, atol=1e-5)
 
 
 @pytest.mark.parametrize("numbers", [(0,), (4, -1), (4, 4), (4, 2, 2), (4, 0, -1), (4, 0, 0, 0)])

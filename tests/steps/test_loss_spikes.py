@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shortcut_jax.diagnostics.compiled_step import random_batch
 from shortcut_jax.steps.state import from_items, to_counters, to_items
-from tests.helpers import host_copy, moved, noisy_state, random_batch, tiny_assembly
+from tests.helpers import host_copy, moved, noisy_state, tiny_assembly
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,9 @@ def test_the_share_of_teacher_rows_is_drawn_anew_each_step():
 
 
 def test_flow_rows_are_not_guided():
-    told, guided = (draw(jax.random.key(2), BATCH, SHAPE, _settings("scfm", guide=g)) for g in ("told", "both"))
+    told, guided = (
+        draw(jax.random.key(2), BATCH, SHAPE, _settings("scfm", guidance_mode=g)) for g in ("embedded", "cfg")
+    )
     np.testing.assert_array_equal(guided.guidance_B[_places(1, 2, 3)], 1.0)
     np.testing.assert_array_equal(guided.guidance_B[_places(0)], told.guidance_B[_places(0)])
 

@@ -27,7 +27,7 @@ NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4)), jnp.flo
 
 
 def _sample(cfg, num_steps, **kwargs):
-    sampler = jax.jit(make_sampler(cfg, 4, 4, 8, **kwargs))
+    sampler = jax.jit(make_sampler(cfg, (4, 4), 8, **kwargs))
     return np.asarray(sampler(None, NOISE, CONDITION, num_steps)).sum(-1).sum()
 
 
@@ -58,7 +58,7 @@ def test_step_sizes_are_told_up_to_the_finest_trained_grid_and_zero_beyond(fake)
 def test_classifier_free_guidance_extrapolates_from_the_unconditional_velocity(fake):
     cfg = tiny_assembly().model
     fake(lambda condition, x, t, d: jnp.broadcast_to(condition.vec_BV[:, :1, None], x.shape))
-    sampler = jax.jit(make_sampler(cfg, 4, 4, 8))
+    sampler = jax.jit(make_sampler(cfg, (4, 4), 8))
     unconditional = CONDITION._replace(vec_BV=jnp.full((2, 1), 0.25))
     out = sampler(None, NOISE, CONDITION, 2, unconditional, 3.0)
     assert np.isclose(float(out.sum()), float(NOISE.sum()) - (0.25 + 3.0 * 0.75) * NOISE.size, rtol=1e-4)
@@ -78,7 +78,7 @@ def test_guidance_reaches_the_embedding_of_a_model_that_has_one():
 
     cfg = dataclasses.replace(tiny_assembly().model, guidance=True)
     params = jax.tree.map(lambda x: x + 0.05, init_params(cfg, jax.random.key(0)))
-    sampler = jax.jit(make_sampler(cfg, 4, 4, 2))
+    sampler = jax.jit(make_sampler(cfg, (4, 4), 2))
     noise = jnp.ones((1, 4, cfg.channels))
     outs = []
     for scale in (1.0, 4.0):

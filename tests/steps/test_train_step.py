@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from shortcut_jax.core.tree import flat_paths
+from shortcut_jax.diagnostics.compiled_step import random_batch
 from shortcut_jax.steps.objectives import OBJECTIVES
-from tests.helpers import host_copy, moved, noisy_state, random_batch, relative, tiny_assembly
+from tests.helpers import host_copy, moved, noisy_state, relative, tiny_assembly
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,17 @@ def test_a_model_that_is_told_its_step_size_learns_that_input(objective):
     after, metrics = assembly.train_step(state, random_batch(assembly))
     assert all(moved(before, after.params["step_in"]).values())
     assert np.isfinite(metrics["loss/self"])
+
+
+def test_an_adaptive_weight_changes_what_is_learned_and_not_the_loss_that_is_told():
+    plain, adaptive = (tiny_assembly(objective="flow", adaptive_power=power) for power in (0.0, 1.0))
+    batch = random_batch(plain)
+    (one, told), (two, same) = (a.train_step(noisy_state(a), batch) for a in (plain, adaptive))
+    assert float(told["loss"]) == pytest.approx(float(same["loss"]), rel=1e-6)
+    # All rows have about the same error: the weight divides by its sum over the values of a row.
+    size = batch.latents_BhwC[0].size * float(told["loss"])
+    assert float(told["grad_norm"]) / float(same["grad_norm"]) == pytest.approx(size, rel=0.3)
+    assert any(moved(one.params, two.params).values())
 
 
 def test_rolled_rows_need_no_images():

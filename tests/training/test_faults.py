@@ -26,15 +26,9 @@ from tests.helpers import BOTH_BLOCKS, tiny_assembly
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-@pytest.fixture
-def no_end(monkeypatch):
-    """The sample grid at the end takes most of the time of a short run."""
-    monkeypatch.setattr(session, "finish", lambda *args: None)
-
-
 NO_REPORT = {"eval.views": "()", "eval.images": "()"}
 TWO = {**NO_REPORT, "objective": "flow", "mesh.data": 2, "mesh.fsdp": 2, "steps": 1_000_000, "peer_timeout": 4}
-TERM, KILL = signal.SIGTERM, signal.SIGKILL
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 
 
 def _state(workdir, step):
@@ -47,22 +41,32 @@ def _steps(workdir):
     return Checkpoints(workdir / "checkpoints", read_only=True).steps()
 
 
+def _second_is_refused(argv, workdir, pid, capfd):
+    with pytest.raises(SystemExit):
+        cli.run(train.main, argv)
+    assert f"error: {workdir} is in use by process {pid} on " in capfd.readouterr().err
+    assert account(read_lines(workdir / "goodput.jsonl")).sessions == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "codes", "limit"),
     [
         ((None, TERM), (75, 75), 60),
+        ((INT, None), (130, 75), 60),
         ((None, KILL), (75, -9), 30),
         ((KILL, None), (-9, 75), 20),
     ],
-    ids=["SIGTERM to 1", "kill of 1", "kill of 0"],
+    ids=["SIGTERM to 1", "Ctrl-C to 0", "kill of 1", "kill of 0"],
 )
-def test_a_signal_to_one_process_ends_both_in_time(signals, codes, limit, tmp_path, arguments):
-    """Ctrl-C to the first is tried in test_train, SIGTERM to both in test_launch."""
+def test_a_signal_to_one_process_ends_both_in_time(signals, codes, limit, tmp_path, arguments, capfd):
+    """SIGTERM to both is tried in test_launch. A second run in their workdir is refused meanwhile."""
     workdir = tmp_path / "run"
     pair = start_two(arguments(workdir, **TWO), tmp_path)
     try:
         wait_for((workdir / "metrics.jsonl").exists)
+        if TERM in signals:
+            _second_is_refused(arguments(workdir, **NO_REPORT), workdir, pair[0].pid, capfd)
         for process, number in zip(pair, signals, strict=True):
             if number:
                 process.send_signal(number)
@@ -73,9 +77,11 @@ def test_a_signal_to_one_process_ends_both_in_time(signals, codes, limit, tmp_pa
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert ended == codes, said
     assert seconds < limit
-    if TERM in signals:
+    if KILL not in signals:
         (step,) = _steps(workdir)
-        assert f"SIGTERM: saved step {step} in {workdir}" in said[0]
+        name = "SIGTERM" if TERM in signals else "SIGINT"
+        assert step > 1 and f"{name}: saved step {step} in {workdir / 'checkpoints'}" in said[0]
+        assert json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["step"] == step
     else:
         reason = "process 1 of 2 gave no sign of life for 4 s" if codes[0] == 75 else "process 0 of 2, which coordinate"
         other = codes.index(75)
@@ -126,27 +132,6 @@ def test_a_spike_is_skipped_counted_and_bounded(tmp_path, arguments, monkeypatch
 
 
 @pytest.mark.slow
-def test_of_two_runs_in_one_workdir_the_second_is_refused_in_one_line(tmp_path, arguments):
-    workdir = tmp_path / "run"
-    argv = arguments(workdir, **NO_REPORT, objective="flow", steps=1_000_000)
-    line = [sys.executable, "-m", "shortcut_jax.train", *argv[1:]]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
-    told = dict(env={**os.environ, "XLA_FLAGS": flags}, text=True)
-    with (tmp_path / "first.txt").open("w") as errors:
-        first = subprocess.Popen(line, stderr=errors, **told)
-    try:
-        wait_for(lambda: (workdir / "metrics.jsonl").exists() or first.poll() is not None)
-        second = subprocess.run(line, capture_output=True, timeout=120, **told)
-        first.send_signal(TERM)
-        assert first.wait(60) == 75, (tmp_path / "first.txt").read_text()
-    finally:
-        first.kill()
-    (said,) = second.stderr.splitlines()
-    assert second.returncode == 1 and f"error: {workdir} is in use by process {first.pid} on " in said
-    assert account(read_lines(workdir / "goodput.jsonl")).sessions == 1
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_end")
 def test_a_run_outlives_a_save_that_fails_and_an_unsaved_end_is_an_error(tmp_path, arguments, monkeypatch, capfd):
     monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.01)
@@ -190,6 +175,7 @@ def test_what_a_run_does_is_watched(tmp_path, arguments, monkeypatch):
             seen.append((doing, slow))
 
     monkeypatch.setattr(session, "Watchdog", Noting)
-    assert train.main(arguments(tmp_path / "run", steps=3, checkpoint_every=2)) == 0
+    assert train.main(arguments(tmp_path / "run", steps=3, checkpoint_every=2, model__remat="auto")) == 0
+    start = [("the start", True), ("choosing model.remat", True)]
     named = [("step 1", True), ("step 2", False), ("saving at step 2", True), ("step 3", False)]
-    assert seen == [("the start", True), *named, ("saving at step 3", True)]
+    assert seen == [*start, *named, ("saving at step 3", True)]

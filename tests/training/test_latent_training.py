@@ -58,7 +58,9 @@ def _settings(prepared, **changes):
 @pytest.fixture(scope="module")
 def trained_on_latents(folder, prepared):
     workdir = folder / "run"
-    assert session.train(Assembly(_settings(prepared, validation__every=4, log_every=1)), workdir) == 0
+    assert (
+        session.train(Assembly(_settings(prepared, validation__every=4, log_every=1, objective="flow")), workdir) == 0
+    )
     return workdir
 
 
@@ -74,7 +76,7 @@ def test_the_run_learns_validates_and_draws_its_grid_with_the_sets_own_decoder(t
 
 def test_training_decodes_latents_with_the_autoencoder_of_the_set(prepared):
     settings = _settings(prepared)
-    codec = training_codec(Assembly(settings), TrainingData(settings.data))
+    codec = training_codec(settings, Assembly(settings).model, TrainingData(settings.data))
     latents = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
     np.testing.assert_array_equal(codec.decode(latents), load_decoder(prepared / VAE)(latents))
     with pytest.raises(ConfigError, match="no text states of 'a whale': choose among its"):
@@ -126,7 +128,8 @@ def test_a_run_goes_on_from_stored_captions_alone(trained_on_latents, converted_
 def test_encoders_give_the_states_that_the_set_has_stored(prepared, converted_folder):
     settings = _settings(prepared)
     assembly, data = Assembly(settings), TrainingData(settings.data)
-    stored, now = training_codec(assembly, data), sampling_codec(assembly, converted_folder)
+    network = assembly.settings, assembly.model
+    stored, now = training_codec(*network, data), sampling_codec(*network, converted_folder)
     prompt, other = data.info.eval_prompts[0], "a whale with green"
     for a, b, c in zip(stored.encode(prompt), now.encode(prompt), now.encode(other), strict=True):
         a, b, c = (np.asarray(x, np.float32) for x in (a, b, c))

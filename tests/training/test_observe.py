@@ -56,7 +56,7 @@ def test_a_finished_run_says_so_and_where_its_time_went(trained):
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_step_are_its_wall_time_and_slow_data_are_seen(tmp_path, arguments, monkeypatch):
+def test_the_parts_of_a_step_are_its_wall_time_and_slow_data_are_seen(tmp_path, arguments, no_end, monkeypatch):
     to_global, record, read = loop.to_global, loop.record, {}
 
     def slow(*args):
@@ -89,7 +89,7 @@ def _unless_stopped(save):
 
 
 @pytest.mark.slow
-def test_a_run_that_failed_and_was_resumed_tells_what_it_lost(tmp_path, arguments, monkeypatch, capfd):
+def test_a_run_that_failed_and_was_resumed_tells_what_it_lost(tmp_path, arguments, no_end, monkeypatch, capfd):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         _with_nan_at(patch, {4})
@@ -115,7 +115,9 @@ def test_a_run_that_was_stopped_is_not_finished(tmp_path, arguments, capfd):
 
 
 @pytest.mark.slow
-def test_a_window_of_a_resumed_run_is_profiled_for_tensorboard_and_perfetto(trained, tmp_path, arguments, capfd):
+def test_a_window_of_a_resumed_run_is_profiled_for_tensorboard_and_perfetto(
+    trained, tmp_path, arguments, no_end, capfd
+):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     assert train.main(arguments(workdir, steps=8, profile_steps="6:8", **NO_REPORT, **BOTH_BLOCKS)) == 0

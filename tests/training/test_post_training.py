@@ -54,7 +54,7 @@ def test_a_checkpoint_holds_the_adapters_and_says_where_the_base_is(distilled, t
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"train": "all"}], ids=["lora", "all"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    distilled, begun, tmp_path, post_arguments, one_device, changes
+    distilled, begun, tmp_path, post_arguments, one_device, no_end, changes
 ):
     expected = distilled
     if changes:
@@ -99,6 +99,7 @@ def test_a_base_that_moved_is_named_by_base_in_whatever_format(copied, post_argu
     assert stored_meta(workdir / "checkpoints")["base"]["path"] == str(tmp_path / "converted")
 
 
+@pytest.mark.slow
 def test_a_changed_base_is_refused_when_resumed_or_sampled(begun, other, tmp_path, post_arguments, one_device):
     with pytest.raises(
         ConfigError, match=r"has content [0-9a-f]{16}, but this run was trained on [0-9a-f]{16} \(then at"
@@ -165,9 +166,12 @@ def lora_files(distilled, tmp_path_factory):
         ({"jumps": 6}, "teacher_grid is 32, but must be a multiple of jumps=6"),
         ({"student_steps": "(1,2,32)"}, "student_steps has 32, whose targets take 64 steps"),
         ({"guidance": "(0.0,7.5)"}, "tiny has no guidance embedding to take it"),
-        ({"guide": "both"}, "guide=both needs a range of scales"),
-        ({"guide": "teacher", "guidance": "(1.0,4.0)"}, "guide=teacher needs a guidance embedding: set model.guidance"),
-        ({"guide": "both", "guidance": "(1.0,4.0)", "model__guidance": True}, "set model.guidance=false"),
+        ({"guidance_mode": "cfg"}, "guidance_mode=cfg needs a range of scales"),
+        (
+            {"guidance_mode": "distill", "guidance": "(1.0,4.0)"},
+            "guidance_mode=distill needs a guidance embedding: set model.guidance",
+        ),
+        ({"guidance_mode": "cfg", "guidance": "(1.0,4.0)", "model__guidance": True}, "set model.guidance=false"),
         ({"lora__paths": "*"}, r"lora\.paths is '\*', which is not a regular expression"),
         ({"lora__rank": 0}, r"lora\.rank is 0, but must be at least 1"),
         ({"objective": "shortcut", "teacher_share": 0.0}, "objective=shortcut has a step-size embedding"),
@@ -193,7 +197,7 @@ def test_few_images_are_repeated_and_said(tmp_path, post_arguments, one_device, 
 
 
 @pytest.mark.slow
-def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one_device, capfd):
+def test_the_teacher_is_trained_first_where_it_is_absent(tmp_path, data_dir, one_device, no_end, capfd):
     config = tmp_path / "config.py"
     config.write_text(
         "from tests.helpers import BOTH_BLOCKS, POST_TRAINING, tiny_config\n\n\n"

@@ -64,7 +64,7 @@ def _settings(folder, name="pixels", **changes):
 def run(folder, tmp_path_factory):
     """24 steps on four buckets with a validation at the end, on one device; the assembly and its workdir."""
     judged = dict(eval__views=("slow",), eval__images=(6,), eval__batch_size=4, eval__steps=(1,))
-    settings = _settings(folder, validation__every=24, log_every=1, **judged)
+    settings = _settings(folder, validation__every=24, log_every=1, objective="flow", **judged)
     assembly = Assembly(settings, jax.devices()[:1])
     workdir = tmp_path_factory.mktemp("runs") / "run"
     assert session.train(assembly, workdir) == 0
@@ -92,7 +92,7 @@ def test_a_run_on_images_without_labels_leaves_a_report(run):
 def test_all_micro_batches_of_a_step_are_of_one_bucket(folder):
     assembly = Assembly(_settings(folder, accumulate=2), jax.devices()[:1])
     for size in TrainingData(assembly.settings.data).buckets:
-        jax.eval_shape(assembly.train_step, assembly.state_shapes, assembly.batch_shapes_at(size))
+        jax.eval_shape(assembly.train_step, assembly.state_shapes, assembly.batch_shapes(size))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run, folder, tmp_path):
@@ -168,7 +168,7 @@ def test_stored_states_reach_the_step(folder):
     check_data(settings, assembly.model, data)
     reader = BatchReader(data, None, np.arange(8), 8, 0)
     batch, size = reader(0), data.buckets[reader.schedule.entry(0).bucket]
-    shapes = assembly.batch_shapes_at(size)
+    shapes = assembly.batch_shapes(size)
     for leaf, shape in zip(batch, shapes, strict=True):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
     _, metrics = assembly.train_step(assembly.init_state(), batch)
@@ -176,7 +176,7 @@ def test_stored_states_reach_the_step(folder):
 
 
 def test_guidance_in_training_uses_the_stored_empty_caption(folder):
-    settings = _settings(folder, "latents", guide="both", guidance=(1.0, 3.0))
+    settings = _settings(folder, "latents", guidance_mode="cfg", guidance=(1.0, 3.0))
     frozen = Assembly(settings, jax.devices()[:1]).init_state().frozen
     txt, vec = TrainingData(settings.data).prompts[""]
     np.testing.assert_array_equal(frozen.unconditional.txt_BMT[0], txt)

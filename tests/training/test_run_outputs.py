@@ -78,6 +78,12 @@ def test_flow_alone_trains_all_times_and_says_nothing_else(tmp_path, capfd):
     assert "unused with objective=flow: student_steps, timestep_range" in err and "nothing trains" not in err
 
 
+@pytest.mark.parametrize(("power", "said"), [(0.0, True), (1.0, False)])
+def test_meanflow_without_the_weights_of_its_authors_is_told(power, said, tmp_path, capfd):
+    session.announce(tiny_assembly(objective="meanflow", adaptive_power=power), tmp_path, 0)
+    assert ("its authors weigh them, adaptive_power=1" in capfd.readouterr().err) == said
+
+
 def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
     from shortcut_jax.runtime.checkpoint import Checkpoints
 

@@ -58,7 +58,7 @@ def _weights(model):
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("size", [(4, 8), (6, 2)])
-def test_output_equals_diffusers_on_non_square_images(name, size, highest_precision):
+def test_output_equals_diffusers_on_non_square_images(name, size, highest_precision, exact_frequencies):
     import torch
 
     cfg = _config(**GEOMETRIES[name])

@@ -75,7 +75,7 @@ def test_a_peft_file_goes_out_as_it_came(name, shapes):
 
 @pytest.mark.parametrize("name", ["all", "several ranks"])
 def test_diffusers_loads_what_we_write_with_the_same_output(
-    name, params, shapes, highest_precision, caplog, monkeypatch, tmp_path
+    name, params, shapes, highest_precision, exact_frequencies, caplog, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # else nothing reaches `caplog`
     # PEFT finds a module by the end of its name, so the last layer would take the blocks' `proj_out` with it.
