@@ -60,8 +60,8 @@ def check(assembly, explanation, argument_bytes, total_bytes, limit_gb):
         if "gradients" in line.what and line.dtype != "f32":
             return f"{line.kind} in {line.dtype} of {line.what}"
         # Under tensor parallelism and on TPUs those of modulations and the ends may be added up whole (docs/pods.md).
-        codec = "blocks/" not in line.what
-        scattered = (mesh.tensor == 1 and not on_tpu) or not ("modulation" in line.what or codec)
+        ends = "blocks/" not in line.what
+        scattered = (mesh.tensor == 1 and not on_tpu) or not ("modulation" in line.what or ends)
         if line.kind == "all-reduce" and "gradients" in line.what and "fsdp" in line.axes and scattered:
             return f"gradients are not scattered: {line.what}"
     names = " ".join(explanation.attention)

@@ -57,10 +57,10 @@ def account(records: Sequence[dict[str, Any]]) -> Account:
         sessions.setdefault(record["session"], []).append(record)
     runs = list(sessions.values())
     lasts = [run[-1] for run in runs]
-    codec = [last["session"] + sum(last["seconds"].values()) for last in lasts]
+    ends = [last["session"] + sum(last["seconds"].values()) for last in lasts]
     down = sum(
         max(after["session"] - end, 0.0)
-        for before, end, after in zip(lasts, codec, lasts[1:], strict=False)
+        for before, end, after in zip(lasts, ends, lasts[1:], strict=False)
         if before["state"] != FINISHED
     )
     lost = 0.0

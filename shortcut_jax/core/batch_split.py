@@ -63,8 +63,8 @@ def split_kinds(tree: Any, group: RowGroup) -> tuple[Any, ...]:
 
         return jax.tree.map(take, tree)
 
-    codec = list(itertools.accumulate(group.counts, initial=0))
-    return tuple(part(start, stop) for start, stop in itertools.pairwise(codec))
+    bounds = list(itertools.accumulate(group.counts, initial=0))
+    return tuple(part(start, stop) for start, stop in itertools.pairwise(bounds))
 
 
 def merge_kinds(parts: Sequence[Any], group: RowGroup) -> Any:

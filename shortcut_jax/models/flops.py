@@ -11,8 +11,8 @@ def forward_flops(cfg: FluxConfig, num_img: int, num_txt: int) -> int:
     double = stream + attention + 12 * d * d
     single = stream + attention + 3 * d * d
     embedders = (1 + cfg.guidance + cfg.step_size) * (TIME_FEATURES * d + d * d) + cfg.pooled_width * d + d * d
-    codec = num_img * 2 * cfg.channels * d + num_txt * cfg.text_width * d + 2 * d * d
-    return 2 * (cfg.double_blocks * double + cfg.single_blocks * single + embedders + codec)
+    ends = num_img * 2 * cfg.channels * d + num_txt * cfg.text_width * d + 2 * d * d
+    return 2 * (cfg.double_blocks * double + cfg.single_blocks * single + embedders + ends)
 
 
 def step_flops(cfg: FluxConfig, num_img: int, num_txt: int, student_rows: int, forward_rows: int, frozen: bool) -> int:

@@ -98,7 +98,7 @@ def test_a_range_cuts_the_distribution_of_timesteps(kind):
 
 def test_the_whole_range_draws_what_no_range_does():
     for kind in ("uniform", "logit_normal"):
-        whole, none = (draw_timesteps(jax.random.key(4), 8, kind, *codec) for codec in ((0.0, 1.0), ()))
+        whole, none = (draw_timesteps(jax.random.key(4), 8, kind, *bounds) for bounds in ((0.0, 1.0), ()))
         np.testing.assert_array_equal(whole, none)
 
 

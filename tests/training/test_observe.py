@@ -42,14 +42,13 @@ def test_a_finished_run_says_so_and_where_its_time_went(trained):
         "INFO finished at step 4",
     ):
         assert words in log
-    told = re.search(r"goodput (\d+\.\d)%: .* in training steps that were kept, 1 session", log)
     report = (trained / "report.md").read_text()
+    line = r"goodput (\d+\.\d)%: (.*) of .* in training steps that were kept, 1 session"
+    (told, kept), (reported, kept_by_then) = (re.search(line, text).groups() for text in (log, report))
     for text in (log, report):
         for row in ("compiling steps", "judging and reporting", "all steps: "):
             assert row in text
-    # The report is written a moment before the end.
-    reported = re.search(r"goodput (\d+\.\d)%", report)
-    assert float(reported[1]) == pytest.approx(float(told[1]), abs=0.5)
+    assert kept == kept_by_then and 0 < float(told) <= float(reported)  # the report is written a moment before the end
     whole = account(read_lines(trained / "goodput.jsonl"))
     assert whole.sessions == 1 and whole.others["compiling"] > 0 and 0 < whole.goodput < 0.9
     assert whole.wall == pytest.approx(sum(beat["seconds"].values()), abs=0.1)

@@ -85,11 +85,11 @@ def four(source, two, tmp_path_factory):
 
 def _whole(shards):
     """Whole arrays from the shards of all processes, by path; copies of a shard have to be equal."""
-    codec = {}
+    shapes = {}
     for path, index, value in shards:
         stops = [n if part.stop is None else part.stop for part, n in zip(index, value.shape, strict=True)]
-        codec[path] = np.maximum(codec.get(path, stops), stops).astype(int)
-    made = {path: (np.zeros(codec[path], value.dtype), np.zeros(codec[path], bool)) for path, _, value in shards}
+        shapes[path] = np.maximum(shapes.get(path, stops), stops).astype(int)
+    made = {path: (np.zeros(shapes[path], value.dtype), np.zeros(shapes[path], bool)) for path, _, value in shards}
     for path, index, value in shards:
         array, filled = made[path]
         assert not filled[index].any() or np.array_equal(array[index], value), path
