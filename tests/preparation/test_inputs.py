@@ -157,13 +157,13 @@ def test_what_precedes_a_cut_in_a_tar_is_kept(tmp_path):
     pairs = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", PNG), ("txt", b"a caption"))]
     whole = _write_tar(tmp_path / "w.tar", pairs).read_bytes()
     with tarfile.open(tmp_path / "w.tar") as tar:
-        offsets = [member.offset_data for member in tar.getmembers()]
-    last = offsets[-1] + 512
-    for keep, kept in ((offsets[4] + 10, 2), (offsets[4] - 100, 2), (offsets[5] - 512, 2), (offsets[2] + 5, 1), (last, 3)):
+        starts = [member.offset_data for member in tar.getmembers()]
+    last = starts[-1] + 512
+    for keep, kept in ((starts[4] + 10, 2), (starts[4] - 100, 2), (starts[5] - 512, 2), (starts[2] + 5, 1), (last, 3)):
         (tmp_path / "w.tar").write_bytes(whole[:keep])
         source = open_source(str(tmp_path / "w.tar"), SourceOptions())
         assert _reasons(source.items(source.units[0])) == {"kept": kept, "truncated tar": 1}, keep
-    garbage = whole[: offsets[3] + 512] + b"x" * 5000
+    garbage = whole[: starts[3] + 512] + b"x" * 5000
     (tmp_path / "w.tar").write_bytes(garbage)
     assert _reasons(source.items(source.units[0])) == {"kept": 2, "truncated tar": 1}
     (tmp_path / "w.tar").write_bytes(b"")
