@@ -101,15 +101,15 @@ def read(config: Mapping[str, Any], where: str) -> Schedule:
     if (form := given.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
         raise ConversionError(f"{where} says time_shift_type {form!r}, but it must be exponential or linear")
     dynamic = entry("use_dynamic_shifting", FLAG)
-    tokens = [entry(name, WHOLE) for name in ("base_image_seq_len", "max_image_seq_len")]
-    if dynamic and tokens[0] == tokens[1]:
-        raise ConversionError(f"{where} says base_image_seq_len and max_image_seq_len {tokens[0]}, but they must differ")
+    few, many = (entry(name, WHOLE) for name in ("base_image_seq_len", "max_image_seq_len"))
+    if dynamic and few == many:
+        raise ConversionError(f"{where} says base_image_seq_len and max_image_seq_len {few}, but they must differ")
     fixed, base, most = (entry(name, NUMBER) for name in ("shift", "base_shift", "max_shift"))
     terminal = told(given, "shift_terminal", NUMBER, 0.0, where)
     unknown = sorted(given.keys() - DEFAULTS.keys() - _READ_BY_DIFFUSERS.keys())
     notes = [f"{where}: {', '.join(unknown)} has no meaning for {CLASS} and is left out"] if unknown else []
     try:
-        shift = ShiftRule(dynamic, fixed, base, most, tokens[0], tokens[1], form == "linear")
+        shift = ShiftRule(dynamic, fixed, base, most, few, many, form == "linear")
         return Schedule(shift, Spacing(kinds[0] if kinds else "uniform", terminal), tuple(notes))
     except ValueError as error:
         raise ConversionError(f"{where}: {error}") from error
