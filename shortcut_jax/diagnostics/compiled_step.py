@@ -8,6 +8,7 @@ import numpy as np
 
 from shortcut_jax.diagnostics.roofline import Efficiencies, Roofline, roofline
 from shortcut_jax.run.assembly import Assembly
+from shortcut_jax.run.step_memory import total_bytes
 from shortcut_jax.runtime.device_table import device_spec
 from shortcut_jax.runtime.hlo import compile_and_partition
 from shortcut_jax.runtime.hlo_schedule import Program
@@ -48,7 +49,7 @@ class CompiledStep(NamedTuple):
     @property
     def bytes(self) -> int:
         """That a device needs."""
-        return self.memory.argument_size_in_bytes + self.memory.temp_size_in_bytes
+        return total_bytes(self.memory)
 
     @property
     def kind(self) -> str:

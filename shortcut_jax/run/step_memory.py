@@ -42,7 +42,12 @@ class Needs(NamedTuple):
 def needs_of(memory: Any, text: str) -> Needs:
     """From XLA's account of a program's memory, and its text."""
     made_again = len(re.findall(r"^\s*(?:ROOT )?%?[\w.-]+\.remat[\w.]* = ", text, re.MULTILINE))
-    return Needs(memory.argument_size_in_bytes + memory.temp_size_in_bytes, made_again)
+    return Needs(total_bytes(memory), made_again)
+
+
+def total_bytes(memory: Any) -> int:
+    """Arguments and temporaries of a program, by XLA's account of its memory."""
+    return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def compiled_needs(assembly: Assembly) -> Needs:
@@ -123,9 +128,8 @@ def expected_temporaries(assembly: Assembly) -> dict[str, float]:
         "dots": 3 * inputs + 3 * attention + hidden,
     }
     trained = assembly.state_shapes.params
-    sizes = {
+    return {
         "gradients": local_bytes(trained) * (1 if s.accumulate == 1 else 2),
         "a gathered block": block * item / mesh.tensor,
+        "kept residuals": kept[cfg.remat] * blocks * tokens * rows * item,
     }
-    sizes["kept residuals"] = kept[cfg.remat] * blocks * tokens * rows * item
-    return sizes
