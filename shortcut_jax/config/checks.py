@@ -58,6 +58,14 @@ def _check(s: Settings) -> None:
     one_of("multistep_times", s.multistep_times, ("first", "all"))
     for name in ("model.compute_dtype", "model.param_dtype", "grad_reduce_dtype"):
         one_of(name, values[name], DTYPES)
+    require(
+        s.model.matmul_dtype in (None, "float8"),
+        f"model.matmul_dtype is {s.model.matmul_dtype!r}, but must be float8, or None for model.compute_dtype",
+    )
+    require(
+        s.model.matmul_dtype is None or not OBJECTIVES[s.objective].forward_mode,
+        f"model.matmul_dtype=float8 has no forward-mode derivative, as objective={s.objective} needs: leave it None",
+    )
     for name, field in fields_of(s).items():
         if within := field.metadata.get("within"):
             require(within.holds(values[name]), f"{name} is {values[name]}, but must {within.text}")

@@ -37,6 +37,7 @@ def model_config(s: Settings, platform: str, check_backend: bool = True) -> Flux
         **overrides,
         step_size=OBJECTIVES[s.objective].needs_step_size,
         compute_dtype=m.compute_dtype,
+        matmul_dtype=m.matmul_dtype,
         param_dtype=m.param_dtype,
         grad_reduce_dtype=s.grad_reduce_dtype,
         remat="full" if m.remat == "auto" else m.remat,  # until one is chosen (run/step_memory.py)

@@ -54,6 +54,8 @@ class FluxConfig:
       mlp_ratio: F = mlp_ratio * width.
       theta: base of the rotary frequencies.
       compute_dtype: dtype of activations and matrix products.
+      matmul_dtype: `float8` for the operands of the blocks' matrix products (see `models/float8.py`), but for those of
+        modulations and adapters; None for the compute dtype.
       param_dtype: dtype of the weights.
       grad_reduce_dtype: dtype in which weight gradients are added up between devices.
       remat: a key of `REMAT_POLICIES`.
@@ -78,6 +80,7 @@ class FluxConfig:
     mlp_ratio: int = 4
     theta: float = 10_000.0
     compute_dtype: str = "float32"
+    matmul_dtype: str | None = None
     param_dtype: str = "float32"
     grad_reduce_dtype: str = "float32"
     remat: str = "none"
@@ -107,6 +110,11 @@ def _linear(cfg: FluxConfig, name: str, out: tuple[int, ...], names: tuple[str |
     dtypes = (cfg.compute_dtype, cfg.param_dtype, cfg.grad_reduce_dtype)
     kwargs |= dict(constrain=cfg.constrain, regather=cfg.remat == "none", forward_mode=cfg.forward_mode, name=name)
     return Linear(out, names, init, *dtypes, **kwargs)
+
+
+def _block_linear(cfg: FluxConfig, *args: Any, **kwargs: Any) -> Linear:
+    """One of a block's large products, on which nearly all of a step's time goes."""
+    return _linear(cfg, *args, float8=cfg.matmul_dtype == "float8", **kwargs)
 
 
 def layer_norm(x: Array) -> Array:
@@ -175,7 +183,7 @@ class HeadProjections(nn.Module):
         cfg = self.cfg
         init = xavier_uniform(cfg.width, self.fan_out)
         out = (3, cfg.heads, cfg.head_size)
-        qkv = _linear(cfg, "qkv", out, ("shard", None, "heads", None), kernel_init=init)(x_BLD)
+        qkv = _block_linear(cfg, "qkv", out, ("shard", None, "heads", None), kernel_init=init)(x_BLD)
         q, k, v = (cfg.constrain(qkv[:, :, i], ("batch", None, "heads", None)) for i in range(3))
         return [HeadNorm(cfg.param_dtype, name="q_norm")(q), HeadNorm(cfg.param_dtype, name="k_norm")(k), v]
 
@@ -188,7 +196,7 @@ def _attention(cfg: FluxConfig, q: Array, k: Array, v: Array, rope: tuple[Array,
 def _attn_out(cfg: FluxConfig, name: str, fan_in: int, use_bias: bool) -> Linear:
     init = xavier_uniform(fan_in, cfg.width)
     names = ("heads", None, "shard")
-    return _linear(cfg, name, (cfg.width,), names, kernel_init=init, in_dims=2, use_bias=use_bias)
+    return _block_linear(cfg, name, (cfg.width,), names, kernel_init=init, in_dims=2, use_bias=use_bias)
 
 
 def _mlp(cfg: FluxConfig, prefix: str, x_BLD: Array, fan_out: int, fan_in: int, low_BLr: Array | None = None) -> Array:
@@ -197,9 +205,9 @@ def _mlp(cfg: FluxConfig, prefix: str, x_BLD: Array, fan_out: int, fan_in: int, 
     So does its adapter, if there is one: `low_BLr` is what attention's output adds to that of the MLP's second layer.
     """
     init_in, init_out = xavier_uniform(cfg.width, fan_out), xavier_uniform(fan_in, cfg.width)
-    hidden_BLF = _linear(cfg, f"{prefix}mlp_in", (cfg.hidden,), ("shard", "mlp"), kernel_init=init_in)(x_BLD)
+    hidden_BLF = _block_linear(cfg, f"{prefix}mlp_in", (cfg.hidden,), ("shard", "mlp"), kernel_init=init_in)(x_BLD)
     hidden_BLF = checkpoint_name(cfg.constrain(hidden_BLF, ("batch", None, "mlp")), MLP_IN)
-    layer = _linear(cfg, f"{prefix}mlp_out", (cfg.width,), ("mlp", "shard"), kernel_init=init_out)
+    layer = _block_linear(cfg, f"{prefix}mlp_out", (cfg.width,), ("mlp", "shard"), kernel_init=init_out)
     return layer(nn.gelu(hidden_BLF, approximate=True), low_BLr)
 
 

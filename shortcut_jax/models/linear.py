@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
+from shortcut_jax.models.float8 import GRADIENTS, VALUES, Scaled, product, scaled
 
 Names = tuple[str | None, ...]
 Constrain = Callable[[Array, Names], Array]
@@ -34,11 +35,13 @@ class LinearOptions:
     Attributes:
       names: logical axis of each kernel axis; one of `SHARDS` marks the axis that is split in storage alone.
       in_dims: how many leading kernel axes are contracted with the trailing axes of the input.
-      compute_dtype: dtype of the matrix product.
+      compute_dtype: dtype of the matrix product's result, and of its operands unless they are `float8`.
       reduce_dtype: dtype in which the kernel's gradient leaves its matrix product, and so in which devices add it up.
       constrain: applies a sharding by logical names.
       regather: whether the backward pass gathers the kernel again, or uses the one of the forward pass.
       forward_mode: whether the derivative is forward mode (`jax.jvp`) in place of reverse mode.
+      float8: whether the operands of all three products (the layer's, and those of its two gradients) are rounded to
+        float8 (see `models/float8.py`); in reverse mode alone.
     """
 
     names: Names
@@ -48,10 +51,17 @@ class LinearOptions:
     constrain: Constrain
     regather: bool = True
     forward_mode: bool = False
+    float8: bool = False
 
-    def gathered(self, kernel: Array) -> Array:
+    def gathered(self, kernel: Array) -> Array | Scaled:
         """The kernel cast first and gathered over the FSDP axis second, so that the gather moves the small dtype."""
-        stored = self.constrain(kernel.astype(self.compute_dtype), self.names)
+        if self.float8:
+            values, scale = scaled(kernel, VALUES)
+            return Scaled(self._gather(values), scale)
+        return self._gather(kernel.astype(self.compute_dtype))
+
+    def _gather(self, kernel: Array) -> Array:
+        stored = self.constrain(kernel, self.names)
         return self.constrain(stored, tuple(None if n in SHARDS else n for n in self.names))
 
 
@@ -78,28 +88,38 @@ def _forward(x: Array, kernel: Array, bias: Array | None, options: LinearOptions
     n = options.in_dims
     contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     gathered = options.gathered(kernel)
-    y = jax.lax.dot_general(x, gathered, (contract, ((), ())))
+    operand = scaled(x, VALUES) if options.float8 else x
+    y = _product(operand, gathered, contract, options.compute_dtype)
     if bias is not None:
         y = y + bias.astype(options.compute_dtype)
-    return y, (x, kernel, None if options.regather else gathered, bias)
+    return y, (operand, kernel, None if options.regather else gathered, bias)
 
 
 def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None]:
     x, kernel, gathered, bias = residuals
     if gathered is None:
         gathered = options.gathered(kernel)
-    n, rows = options.in_dims, x.ndim - options.in_dims
-    outs = tuple(range(rows, dy.ndim))
-    dx = jax.lax.dot_general(dy, gathered, ((outs, tuple(range(n, kernel.ndim))), ((), ())))
-    batch = tuple(range(rows))
-    reduce_dtype = jnp.dtype(options.reduce_dtype)
-    product = lambda a, b: jax.lax.dot_general(a, b, ((batch, batch), ((), ())), preferred_element_type=reduce_dtype)
-    # XLA:CPU has no product of two bfloat16 arrays that is float32.
-    widened = lambda a, b: product(a.astype(reduce_dtype), b.astype(reduce_dtype))
-    dkernel = jax.lax.platform_dependent(x, dy, cpu=widened, default=product)
+    n, rows = options.in_dims, dy.ndim - (kernel.ndim - options.in_dims)
+    outs, batch = tuple(range(rows, dy.ndim)), tuple(range(rows))
+    operand = scaled(dy, GRADIENTS) if options.float8 else dy
+    dx = _product(operand, gathered, (outs, tuple(range(n, kernel.ndim))), options.compute_dtype)
+    dkernel = _product(x, operand, (batch, batch), options.reduce_dtype)
     dkernel = options.constrain(dkernel, options.names).astype(kernel.dtype)
-    dbias = None if bias is None else jnp.sum(dy, axis=batch, dtype=reduce_dtype).astype(bias.dtype)
+    dbias = None if bias is None else jnp.sum(dy, axis=batch, dtype=options.reduce_dtype).astype(bias.dtype)
     return dx, dkernel, dbias
+
+
+def _product(a: Any, b: Any, contract: tuple[tuple[int, ...], tuple[int, ...]], dtype: str) -> Array:
+    """The product of two arrays, or of two in float8, over the axes `contract` of each, in `dtype`."""
+    if isinstance(a, Scaled):
+        return product(a, b, contract, dtype)
+    dims = (contract, ((), ()))
+    own = lambda a, b: jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.dtype(dtype))
+    if a.dtype == dtype:
+        return own(a, b)
+    # XLA:CPU has no product of two bfloat16 arrays that is float32.
+    widened = lambda a, b: jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims)
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=own)
 
 
 _linear.defvjp(_forward, _backward)
@@ -127,6 +147,7 @@ class Linear(nn.Module):
       use_bias: whether there is a bias.
       regather: see `LinearOptions.regather`.
       forward_mode: see `LinearOptions.forward_mode`.
+      float8: see `LinearOptions.float8`; an adapter's own products, which are small, stay in the compute dtype.
     """
 
     out: Sequence[int]
@@ -140,6 +161,7 @@ class Linear(nn.Module):
     use_bias: bool = True
     regather: bool = True
     forward_mode: bool = False
+    float8: bool = False
 
     @nn.compact
     def __call__(self, x: Array, low: Array | None = None) -> Array:
@@ -147,7 +169,7 @@ class Linear(nn.Module):
         shape = (*x.shape[x.ndim - self.in_dims :], *self.out)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, tuple(self.out), self.param_dtype) if self.use_bias else None
-        y = linear(x, kernel, bias, self._options(self.names, self.in_dims))
+        y = linear(x, kernel, bias, self._options(self.names, self.in_dims, self.float8))
         own = self.low(x)
         if own is None or not self.has_variable("lora", "b"):
             return y
@@ -178,6 +200,6 @@ class Linear(nn.Module):
         parts = [linear(low[..., p, :], b[:, p], None, options) for p in range(low.shape[-2])]
         return jnp.stack(parts, axis=row_dims)
 
-    def _options(self, names: Names, in_dims: int) -> LinearOptions:
+    def _options(self, names: Names, in_dims: int, float8: bool = False) -> LinearOptions:
         dtypes = self.compute_dtype, self.reduce_dtype
-        return LinearOptions(names, in_dims, *dtypes, self.constrain, self.regather, self.forward_mode)
+        return LinearOptions(names, in_dims, *dtypes, self.constrain, self.regather, self.forward_mode, float8)

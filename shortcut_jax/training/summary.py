@@ -25,13 +25,16 @@ def announce(assembly: Assembly, workdir: Path, start: int) -> None:
     if s.train == "lora":
         trained = f" frozen in bfloat16, {millions(assembly.state_shapes.params)} in adapters of rank {s.lora.rank}"
     kind = assembly.mesh.devices.flat[0].device_kind
+    products = f" with {cfg.matmul_dtype} products" if cfg.matmul_dtype else ""
     say(
         f"{s.objective} · {s.model.preset}, {millions(assembly.network_shapes)} parameters{trained}, "
-        f"computing in {cfg.compute_dtype}, attention {cfg.attention} · {assembly.batch_size} rows a step, "
+        f"computing in {cfg.compute_dtype}{products}, attention {cfg.attention} · {assembly.batch_size} rows a step, "
         f"{assembly.flops() / 1e9:.3g} GFLOP · mesh {assembly.mesh_shape} on {kind}\nworkdir {workdir}"
         + (f", resuming at step {start}" if start else "")
         + ("; all steps are done" if start >= s.steps else "; compiling the first step")
     )
+    if cfg.matmul_dtype and assembly.platform == "cpu":
+        say("model.matmul_dtype=float8 is emulated on a CPU: the same rounding, and no time saved")
     tell([*unused(s), *decay_notice(assembly)])
     if s.guidance_mode != "embedded":
         student, first, slow = assembly.evaluations

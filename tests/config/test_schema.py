@@ -112,6 +112,11 @@ def test_marks_tell_identity_schedule_and_free_changes_apart():
     ("changes", "message"),
     [
         ({"optimizer__learning_rate": 0.0}, r"optimizer\.learning_rate is 0\.0, but must be positive"),
+        (
+            {"model__matmul_dtype": "fp8"},
+            r"model\.matmul_dtype is 'fp8', but must be float8, or None for model\.compute_",
+        ),
+        ({"model__matmul_dtype": "float8", "objective": "meanflow"}, r"float8 has no forward-mode .*=meanflow needs"),
         ({"optimizer__b1": 1.0}, r"optimizer\.b1 is 1\.0, but must be in \[0, 1\)"),
         ({"optimizer__b2": -0.1}, r"optimizer\.b2 is -0\.1"),
         ({"optimizer__eps": 0.0}, r"optimizer\.eps is 0\.0, but must be positive"),
