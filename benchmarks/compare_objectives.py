@@ -112,6 +112,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scfm-without-range": {**SCFM, "timestep_range": "(0.0,1.0)"},
     "scfm-without-warmup-ratio": {**SCFM, "ema.warmup_ratio": 1.0},
     "scfm-without-dual": {**SCFM, "ema.warmup_ratio": 1.0, "ema.dual": False},
+    "scfm-float8": {**SCFM, "model.matmul_dtype": "float8"},
     "distill": DISTILLED,
     "distill-few": FEW,
     "distill-rolled": ROLLED,
