@@ -149,9 +149,16 @@ def products(shapes: Shapes, _: argparse.Namespace) -> Iterator[Row]:
 
 
 def steps(objective: str, shapes: Shapes, _: argparse.Namespace) -> Iterator[Row]:
-    """Train steps of the truncated stack in each policy of rematerialisation, beside what the roofline predicts."""
-    for remat in ("full", "branch_mlp", "branch", "none"):
-        assembly = Assembly(shapes.settings(objective=objective, **{"model.remat": remat}))
+    """Train steps of the truncated stack in each remat policy, one of them in float8, beside the roofline."""
+    for remat, float8 in (
+        ("full", False),
+        ("branch_mlp", False),
+        ("branch_mlp", True),
+        ("branch", False),
+        ("none", False),
+    ):
+        changes = {"model.remat": remat, "model.matmul_dtype": "float8" if float8 else None}
+        assembly = Assembly(shapes.settings(objective=objective, **changes))
         step = compile_step(assembly)
         batch, state = random_batch(assembly), assembly.init_state()
         times = []
@@ -161,7 +168,9 @@ def steps(objective: str, shapes: Shapes, _: argparse.Namespace) -> Iterator[Row
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - begin)
         took = statistics.median(times[2:])
-        row: Row = {"objective": objective, "remat": remat, "rows": assembly.batch_size, "ms": _ms(took)}
+        products = "float8" if float8 else assembly.model.compute_dtype
+        row: Row = {"objective": objective, "remat": remat, "products": products}
+        row |= {"rows": assembly.batch_size, "ms": _ms(took)}
         if assembly.peak_flops:
             row["MFU"] = f"{assembly.flops() / took / assembly.peak_flops:.1%}"
         if step.time:
