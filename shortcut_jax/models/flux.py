@@ -12,12 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from shortcut_jax.core.rotary import rotary_phases, rotate, sinusoidal_embedding
 from shortcut_jax.core.types import Array
 from shortcut_jax.models.attention import PerShard, attend, unsharded
-from shortcut_jax.models.linear import Constrain, Initializer, Linear, no_constraint, xavier_uniform
+from shortcut_jax.models.float8 import VALUES, scale_of
+from shortcut_jax.models.linear import FLOAT8, SCALE, Constrain, Initializer, Linear, no_constraint, xavier_uniform
 
 TIME_FEATURES = 256
 """Sinusoidal features of a timestep, guidance scale or step size."""
@@ -267,7 +269,7 @@ def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str, in
         block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
     stack = nn.scan(
         block,
-        variable_axes={"params": 0, "lora": 0, "lora_scale": 0},
+        variable_axes={"params": 0, "lora": 0, "lora_scale": 0, FLOAT8: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=length,
@@ -276,6 +278,21 @@ def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str, in
         check_constancy_invariants=initializing,
     )
     return stack(cfg, name=name)
+
+
+def float8_scales(params: Any) -> dict[str, Any]:
+    """The collection with the scales of the kernels that `matmul_dtype="float8"` rounds, [depth] each.
+
+    Made outside of the scan over blocks, for all of them at once: inside it, each block would wait for its own.
+    """
+    flat = traverse_util.flatten_dict(params)
+    kernels = {
+        path: value
+        for path, value in flat.items()
+        if path[0].endswith("_blocks") and path[-1] == "kernel" and not path[1].endswith("modulation")
+    }
+    scales = {(*path[:-1], SCALE): scale_of(x, VALUES, range(1, x.ndim)) for path, x in kernels.items()}
+    return {FLOAT8: traverse_util.unflatten_dict(scales)}
 
 
 class Flux(nn.Module):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from shortcut_jax.core.types import Array
-from shortcut_jax.models.float8 import GRADIENTS, VALUES, Scaled, product, scaled
+from shortcut_jax.models.float8 import GRADIENTS, VALUES, Scaled, product, scale_of, scaled
 
 Names = tuple[str | None, ...]
 Constrain = Callable[[Array, Names], Array]
@@ -20,6 +20,10 @@ Initializer = Callable[..., Array]
 
 SHARDS = ("shard", "shard_all")
 """Logical axes that a kernel is split over in storage and whole along when used: over FSDP, or over all its devices."""
+
+
+FLOAT8, SCALE = "float8", "kernel_scale"
+"""The collection with the scales of float8 kernels, and their name there."""
 
 
 def no_constraint(x: Array, names: Names) -> Array:
@@ -40,8 +44,8 @@ class LinearOptions:
       constrain: applies a sharding by logical names.
       regather: whether the backward pass gathers the kernel again, or uses the one of the forward pass.
       forward_mode: whether the derivative is forward mode (`jax.jvp`) in place of reverse mode.
-      float8: whether the operands of all three products (the layer's, and those of its two gradients) are rounded to
-        float8 (see `models/float8.py`); in reverse mode alone.
+      float8: whether the operands of the layer's product, and of its input's gradient, are rounded to float8 (see
+        `models/float8.py`); in reverse mode alone.
     """
 
     names: Names
@@ -53,66 +57,74 @@ class LinearOptions:
     forward_mode: bool = False
     float8: bool = False
 
-    def gathered(self, kernel: Array) -> Array | Scaled:
+    def gathered(self, kernel: Array, scale: Array | None) -> Array | Scaled:
         """The kernel cast first and gathered over the FSDP axis second, so that the gather moves the small dtype."""
-        if self.float8:
-            values, scale = scaled(kernel, VALUES)
-            return Scaled(self._gather(values), scale)
-        return self._gather(kernel.astype(self.compute_dtype))
+        if scale is None:
+            return self._gather(kernel.astype(self.compute_dtype))
+        return Scaled(self._gather(scaled(kernel, VALUES, scale).values), scale)
 
     def _gather(self, kernel: Array) -> Array:
         stored = self.constrain(kernel, self.names)
         return self.constrain(stored, tuple(None if n in SHARDS else n for n in self.names))
 
 
-def linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
+def linear(
+    x: Array, kernel: Array, bias: Array | None, options: LinearOptions, kernel_scale: Array | None = None
+) -> Array:
     """X @ kernel + bias over the last `in_dims` axes of x, in the compute dtype.
 
     The derivative is written out for two reasons: the backward pass gathers the kernel again instead of keeping it
     (unless its block is computed again anyway, and with it the gathered kernel), and the kernel's gradient is reduced
     between devices in `reduce_dtype` (a cast before the gather would otherwise make that reduction bfloat16 too,
     silently). A written derivative is of reverse mode alone; forward mode has no residuals and no reduction, and takes
-    JAX's own.
+    JAX's own. `kernel_scale` is that of a float8 kernel, where it is known already.
     """
     # Cast out here, so that the derivative with respect to x comes back in x's dtype.
     x = x.astype(options.compute_dtype)
-    return _forward(x, kernel, bias, options)[0] if options.forward_mode else _linear(x, kernel, bias, options)
+    if options.float8 and kernel_scale is None:
+        kernel_scale = scale_of(kernel, VALUES)
+    args = x, kernel, bias, kernel_scale, options
+    return _forward(*args)[0] if options.forward_mode else _linear(*args)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> Array:
-    return _forward(x, kernel, bias, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear(x: Array, kernel: Array, bias: Array | None, scale: Array | None, options: LinearOptions) -> Array:
+    return _forward(x, kernel, bias, scale, options)[0]
 
 
-def _forward(x: Array, kernel: Array, bias: Array | None, options: LinearOptions) -> tuple[Array, Any]:
+def _forward(
+    x: Array, kernel: Array, bias: Array | None, scale: Array | None, options: LinearOptions
+) -> tuple[Array, Any]:
     n = options.in_dims
-    contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    gathered = options.gathered(kernel)
-    operand = scaled(x, VALUES) if options.float8 else x
-    y = _product(operand, gathered, contract, options.compute_dtype)
+    inputs = tuple(range(x.ndim - n, x.ndim))
+    gathered = options.gathered(kernel, scale)
+    y = _rows_times(x, gathered, (inputs, tuple(range(n))), VALUES, options)
     if bias is not None:
         y = y + bias.astype(options.compute_dtype)
-    return y, (operand, kernel, None if options.regather else gathered, bias)
+    return y, (x, kernel, None if options.regather else gathered, bias, scale)
 
 
-def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None]:
-    x, kernel, gathered, bias = residuals
+def _backward(options: LinearOptions, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None, Array | None]:
+    x, kernel, gathered, bias, scale = residuals
     if gathered is None:
-        gathered = options.gathered(kernel)
-    n, rows = options.in_dims, dy.ndim - (kernel.ndim - options.in_dims)
+        gathered = options.gathered(kernel, scale)
+    n, rows = options.in_dims, x.ndim - options.in_dims
     outs, batch = tuple(range(rows, dy.ndim)), tuple(range(rows))
-    operand = scaled(dy, GRADIENTS) if options.float8 else dy
-    dx = _product(operand, gathered, (outs, tuple(range(n, kernel.ndim))), options.compute_dtype)
-    dkernel = _product(x, operand, (batch, batch), options.reduce_dtype)
-    dkernel = options.constrain(dkernel, options.names).astype(kernel.dtype)
+    dx = _rows_times(dy, gathered, (outs, tuple(range(n, kernel.ndim))), GRADIENTS, options)
+    dkernel = options.constrain(_product(x, dy, (batch, batch), options.reduce_dtype), options.names)
     dbias = None if bias is None else jnp.sum(dy, axis=batch, dtype=options.reduce_dtype).astype(bias.dtype)
-    return dx, dkernel, dbias
+    return dx, dkernel.astype(kernel.dtype), dbias, None if scale is None else jnp.zeros_like(scale)
 
 
-def _product(a: Any, b: Any, contract: tuple[tuple[int, ...], tuple[int, ...]], dtype: str) -> Array:
-    """The product of two arrays, or of two in float8, over the axes `contract` of each, in `dtype`."""
-    if isinstance(a, Scaled):
-        return product(a, b, contract, dtype)
+def _rows_times(x: Array, gathered: Any, contract: Any, dtype: Any, options: LinearOptions) -> Array:
+    """Rows, in float8 of `dtype` where the kernel is, times the gathered kernel."""
+    if isinstance(gathered, Scaled):
+        return product(scaled(x, dtype, scale_of(x, dtype, contract[0])), gathered, contract, options.compute_dtype)
+    return _product(x, gathered, contract, options.compute_dtype)
+
+
+def _product(a: Array, b: Array, contract: tuple[tuple[int, ...], tuple[int, ...]], dtype: str) -> Array:
+    """The product of two arrays over the axes `contract` of each, in `dtype`."""
     dims = (contract, ((), ()))
     own = lambda a, b: jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.dtype(dtype))
     if a.dtype == dtype:
@@ -138,6 +150,9 @@ class Linear(nn.Module):
     [r, parts, *out] where each part of the output (its first axis) has factors of its own. The layer then adds
     scale * (x a) b, computed in the compute dtype. The `scale` is in the collection `lora_scale`: [] or [parts], or
     with rows of their own [B, r] or [B, parts, r] (r may be 1): a row whose scale is 0 gets exactly the base's output.
+
+    The scale of a float8 kernel is in the collection `float8`, or else computed at each product: among devices that
+    share the kernel, that is one number they have to wait for.
 
     Attributes:
       out: the output axes, for instance (3, heads, head size).
@@ -169,7 +184,8 @@ class Linear(nn.Module):
         shape = (*x.shape[x.ndim - self.in_dims :], *self.out)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, tuple(self.out), self.param_dtype) if self.use_bias else None
-        y = linear(x, kernel, bias, self._options(self.names, self.in_dims, self.float8))
+        scale = self.get_variable(FLOAT8, SCALE) if self.has_variable(FLOAT8, SCALE) else None
+        y = linear(x, kernel, bias, self._options(self.names, self.in_dims, self.float8), scale)
         own = self.low(x)
         if own is None or not self.has_variable("lora", "b"):
             return y

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from shortcut_jax.core.flow import per_row
 from shortcut_jax.core.latents import image_ids, text_ids
 from shortcut_jax.core.types import Array, Condition, StepVelocity
-from shortcut_jax.models.flux import Flux, FluxConfig
+from shortcut_jax.models.flux import Flux, FluxConfig, float8_scales
 from shortcut_jax.models.lora import concatenate, scales
 
 VIEWS = ("online", "fast", "slow")
@@ -108,11 +108,13 @@ def per_sample_mixture(train: Any, frozen: Frozen, teacher_B: Array) -> Adapted:
     return Adapted(frozen.base, lora, gain_BR)
 
 
-def collections(weights: Weights) -> dict[str, Any]:
+def collections(weights: Weights, float8: bool = False) -> dict[str, Any]:
     """Weights as the collections that the network is applied with."""
+    base = weights.base if isinstance(weights, Adapted) else weights
+    found = {"params": base, **(float8_scales(base) if float8 else {})}
     if isinstance(weights, Adapted):
-        return {"params": weights.base, "lora": weights.lora, "lora_scale": scales(weights.lora, weights.scale)}
-    return {"params": weights}
+        found |= {"lora": weights.lora, "lora_scale": scales(weights.lora, weights.scale)}
+    return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,7 +135,7 @@ def make_velocity(cfg: FluxConfig, height: int, width: int) -> VelocityOf:
 
         def velocity(x_BNC: Array, t_B: Array, d_B: Array | None = None) -> Array:
             out_BNC = apply(
-                collections(weights),
+                collections(weights, cfg.matmul_dtype == "float8"),
                 x_BNC,
                 t_B,
                 condition.txt_BMT,
