@@ -10,7 +10,7 @@ from shortcut_jax.run import step_memory
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.run.step_memory import AUTO_POLICIES, FILLED, Needs, choose_remat, compiled_needs, needs_of
 from shortcut_jax.runtime.device_table import USABLE, usable_memory
-from tests.helpers import tiny_config
+from tests.helpers import tiny_assembly, tiny_config
 
 AUTO = Assembly(from_config(tiny_config(model__remat="auto")), jax.devices()[:1])
 OF_POLICIES = {"none": 900, "branch_mlp": 600, "branch": 400, "full": 300}
@@ -109,3 +109,13 @@ def test_usable_memory_is_what_jax_may_take_or_a_share_of_the_data_sheets():
     assert usable_memory(_device("unheard of", {})) is None
     cpu = jax.devices()[0]
     assert usable_memory(cpu) * jax.local_device_count() > 1e9
+
+
+def test_float8_kernels_are_gathered_in_one_byte():
+    changes = dict(model__preset="flux-30m", model__compute_dtype="bfloat16", model__double_blocks=0)
+    wide, narrow = (
+        step_memory.expected_temporaries(tiny_assembly(**changes, model__matmul_dtype=dtype))["a gathered block"]
+        for dtype in (None, "float8")
+    )
+    d = 384  # qkv, attention's output, and both layers of the MLP: 12 D^2 of a block
+    assert wide - narrow == 12 * d**2
