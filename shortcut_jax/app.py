@@ -36,7 +36,7 @@ GRACE = 5.0
 
 ONLY_WITH = {
     "workdir": ("views", "base", "encoders"),
-    "checkpoint": ("lora", "lora_scale", "max_size"),
+    "checkpoint": ("lora", "lora_scale", "max_size", "matmul_dtype"),
 }
 """What is served -> the options that go with it only."""
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("encoders", None, "With --workdir: pipeline of a run on latents.", flag_values=values)
     flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of each --lora, which the page scales.", flag_values=values)
+    cli.define_matmul_dtype(values)
     flags.DEFINE_integer("max_size", None, "With --checkpoint: longest side in pixels (1024).", flag_values=values)
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; another lets others in.", flag_values=values)
     flags.DEFINE_multi_string("allow_host", None, "Further name of the page, such as a proxy's.", flag_values=values)
@@ -117,7 +118,7 @@ def open_studio(options: types.SimpleNamespace) -> Studio:
         first, *_ = options.views
         run = Pipeline(options.workdir, first, MAX_STEPS, FEW, options.base, encoders=options.encoders)
         return Studio(run, run.limits._replace(views=tuple(options.views)), {first: run.params})
-    pipeline = TextToImage(options.checkpoint, loras=options.loras, merge=False)
+    pipeline = TextToImage(options.checkpoint, loras=options.loras, merge=False, matmul_dtype=options.matmul_dtype)
     if SIZE_UNIT % (unit := pipeline.size_unit):
         raise ConvertedError(
             f"{options.checkpoint} makes images in multiples of {unit} pixels, the page of {SIZE_UNIT}"

@@ -66,6 +66,12 @@ def define_place(values: flags.FlagValues) -> None:
     flags.DEFINE_float("join_timeout", JOIN_TIMEOUT, "Seconds to wait for other processes.", flag_values=values)
 
 
+def define_matmul_dtype(values: flags.FlagValues) -> None:
+    """Adds --matmul_dtype, of the commands that compute with a converted pipeline."""
+    text = "With --checkpoint: float8 for the operands of the network's large products."
+    flags.DEFINE_enum("matmul_dtype", None, ["float8"], text, flag_values=values)
+
+
 def which_model(options: types.SimpleNamespace, only_with: Mapping[str, Iterable[str]], usage: str) -> str:
     """`workdir` or `checkpoint`, whichever is given.
 

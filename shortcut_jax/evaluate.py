@@ -38,7 +38,10 @@ from shortcut_jax.runtime.compilation_cache import keep_programs
 from shortcut_jax.sources.models import with_strengths
 
 USAGE = "usage: python -m shortcut_jax.evaluate --workdir=W|--checkpoint=FOLDER [--steps=1,2,4] [--views=slow,online]"
-ONLY_WITH = {"workdir": (), "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale")}
+ONLY_WITH = {
+    "workdir": (),
+    "checkpoint": ("prompts", "height", "width", "text_tokens", "lora", "lora_scale", "matmul_dtype"),
+}
 """What is judged -> the options that go with it only."""
 OF_A_REFERENCE = {"save_reference", "reference", "features", "inception", "resize"} | {
     *("coordinator", "num_processes", "process_id", "join_timeout")
@@ -125,6 +128,7 @@ def _flags() -> Any:
     for name in ("height", "width", "text_tokens"):
         number(name, None, "With --checkpoint, as in sample.", flag_values=values)
     flags.DEFINE_multi_string("lora", None, "With --checkpoint: LoRA; several are added up.", flag_values=values)
+    cli.define_matmul_dtype(values)
     flags.DEFINE_multi_float("lora_scale", None, "Strength of the adapters, one for each --lora.", flag_values=values)
     text("base", None, "Base of a run's adapters, where it has moved.", flag_values=values)
     text("encoders", None, "Pipeline of a run on latents.", flag_values=values)
@@ -211,7 +215,7 @@ def open_checkpoint(
     chosen = {name: getattr(options, name) for name in names}
     if size is not None:
         chosen["height"], chosen["width"] = size
-    return ConvertedSubject(folder, prompts, options.batch_size, chosen, loras)
+    return ConvertedSubject(folder, prompts, options.batch_size, chosen, loras, options.matmul_dtype)
 
 
 def open_teacher(options: types.SimpleNamespace, student: Subject, max_steps: int) -> Subject:

@@ -39,7 +39,7 @@ SEVERAL = 16
 """Images a prompt that a workdir gives by default, where they are not one file of one prompt."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "workdir": {"view": "slow", "base": None, "encoders": None},
-    "checkpoint": {"text_tokens": None, "lora": [], "height": None, "width": None},
+    "checkpoint": {"text_tokens": None, "lora": [], "height": None, "width": None, "matmul_dtype": None},
 }
 """What is sampled -> the options that go with it only."""
 
@@ -82,7 +82,8 @@ def _open(options: SimpleNamespace, request: SampleRequest) -> ImagePipeline:
         model: ImagePipeline = Pipeline(options.workdir, *chosen)
         model.check(request)
     else:
-        model = converted = TextToImage(options.checkpoint, loras=with_strengths(options.lora, options.lora_scale))
+        loras = with_strengths(options.lora, options.lora_scale)
+        model = converted = TextToImage(options.checkpoint, loras=loras, matmul_dtype=options.matmul_dtype)
         model.check(request)
         for part in converted.models.values():
             say(part.origin)
@@ -137,6 +138,7 @@ def _flags() -> Any:
     integer("batch", "Images sampled at once.")
     integer("height", "With --checkpoint: of an image in pixels (1024).")
     integer("width", "With --checkpoint: of an image in pixels (1024).")
+    cli.define_matmul_dtype(values)
     integer("text_tokens", "With --checkpoint: tokens of a prompt for T5.")
     flags.DEFINE_enum("view", None, VIEWS, "With --workdir: online, or the fast or slow EMA.", flag_values=values)
     string("base", "With --workdir: base of its adapters, where it has moved.")

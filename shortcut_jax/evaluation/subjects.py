@@ -226,6 +226,7 @@ class ConvertedSubject(Subject):
         batch_size: int,
         options: dict[str, Any],
         loras: Sequence[tuple[str, float]] = (),
+        matmul_dtype: str | None = None,
     ):
         """Opens it.
 
@@ -235,12 +236,13 @@ class ConvertedSubject(Subject):
           batch_size: rounded up to the devices.
           options: `height`, `width`, `guidance`, `shift`, `text_tokens`, each None for the pipeline's own.
           loras: adapters and their strengths.
+          matmul_dtype: see `TextToImage`.
 
         Raises:
           ConvertedError: see `TextToImage`.
           ConfigError: sizes or numbers that it does not take.
         """
-        self.pipeline: TextToImage = TextToImage(folder, loras=loras)
+        self.pipeline: TextToImage = TextToImage(folder, loras=loras, matmul_dtype=matmul_dtype)
         tell(self.pipeline.models["flux"].notes)
         self.request = SampleRequest((), **options)
         self._prompts = list(prompts)
@@ -258,7 +260,8 @@ class ConvertedSubject(Subject):
         }
         content = hashlib.sha256(repr(self._prompts).encode()).hexdigest()
         chosen = {"height": SIDE, "width": SIDE, **{k: v for k, v in options.items() if v is not None}}
-        self.identity = f"{Path(folder).resolve()} {chosen} {list(loras)} prompts {content[:16]}"
+        products = f" {matmul_dtype}" if matmul_dtype else ""
+        self.identity = f"{Path(folder).resolve()} {chosen} {list(loras)} prompts {content[:16]}{products}"
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -26,6 +26,7 @@ from shortcut_jax.inference.generator import bound_of
 from shortcut_jax.inference.request import Guidance
 from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.models.flux import FluxConfig
+from shortcut_jax.runtime.device_table import require_float8
 from shortcut_jax.runtime.sharding import MeshShape, make_mesh, make_per_shard
 from shortcut_jax.sources.models import open_loras
 from shortcut_jax.sources.pipeline import open_pipeline
@@ -69,6 +70,7 @@ class ConvertedModels:
       say_once: prints notices.
       mesh: all devices along `fsdp`.
       compute_dtype: of activations and matrix products.
+      matmul_dtype: of the operands of the network's large products, where it is another one.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ConvertedModels:
         devices: Sequence[Any] | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         merge: bool = True,
+        matmul_dtype: str | None = None,
     ):
         """Opens `folder`; nothing but headers and tokenizers is read.
 
@@ -88,13 +91,17 @@ class ConvertedModels:
           loras: adapters (LoRA files, or workdirs that trained some) and their strengths.
           merge: whether they are merged, in float32, as the weights are read; else they stay beside the weights, so
             that each request can scale their strength.
+          matmul_dtype: `float8` rounds the operands of the network's large products (see `models/float8.py`).
 
         Raises:
+          ConfigError: float8 on a device that has no such products.
           ConversionError: adapters of another base.
           ConvertedError: it is no converted folder, lacks a model or a tokenizer, or its models do not go together.
         """
         devices = list(jax.devices() if devices is None else devices)
         platform = devices[0].platform
+        require_float8(devices[0], "matmul_dtype", matmul_dtype)
+        self.matmul_dtype = matmul_dtype
         self.compute_dtype = compute_dtype or ("float32" if platform == "cpu" else "bfloat16")
         self.mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
         folder = local_path(folder, "folder")
@@ -104,13 +111,19 @@ class ConvertedModels:
         self.models, self.sampling = parts.models, parts.sampling
         flux = self.models["flux"].config
         attention = choose_backend("auto", platform, self.compute_dtype, flux.head_size)
-        special: dict[str, Any] = {"flux": {"attention": attention, "per_shard": make_per_shard(self.mesh)}}
+        of_flux = {"attention": attention, "per_shard": make_per_shard(self.mesh), "matmul_dtype": matmul_dtype}
+        special: dict[str, Any] = {"flux": of_flux}
         for kind, model in self.models.items():
             self.models[kind] = on_mesh(model, self.mesh, self.compute_dtype, **special.get(kind, {}))
         self.text = TextEncoders(parts._replace(models=self.models), self.mesh)
         self.vae_codec = VaeCodec(self.models["vae"], self.mesh)
         if loras:
             self._add_loras([(local_path(path, "lora"), strength) for path, strength in loras], merge)
+
+    @property
+    def computed(self) -> str:
+        """How it computes, in words."""
+        return f"computed in {self.compute_dtype}" + (f", products in {self.matmul_dtype}" if self.matmul_dtype else "")
 
     def _add_loras(self, loras: Sequence[tuple[Path, float]], merge: bool) -> None:
         model = self.models["flux"]
@@ -161,7 +174,7 @@ class ConvertedModels:
         images = np.asarray(self.decode(latents_BhwC))
         if not np.isfinite(images).all():
             raise ConvertedError(
-                f"the images have values that are not finite (computed in {self.compute_dtype}), though the weights "
+                f"the images have values that are not finite ({self.computed}), though the weights "
                 f"are: some of them are too large; convert them again from a sound file"
             )
         return to_pixels(images)

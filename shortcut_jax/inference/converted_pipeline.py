@@ -142,7 +142,7 @@ class TextToImage(ConvertedModels):
     def limits(self) -> ModelLimits:
         """See `ImagePipeline`."""
         beside: list[str] = [Path(path).name for path, _ in self.loras] if self.adapters is not None else []
-        facts = (f"computed in {self.compute_dtype}", *(f"LoRA {name}" for name in beside))
+        facts = (self.computed, *(f"LoRA {name}" for name in beside))
         limits = ModelLimits(self.name, facts, SIDE, SIDE, any_size=True, size_unit=self.size_unit)
         return limits._replace(guidance=self.guidance(), adapters=bool(beside), examples=EXAMPLES)
 
@@ -180,7 +180,7 @@ class TextToImage(ConvertedModels):
 
     def notes(self, request: SampleRequest) -> list[str]:
         """See `ImagePipeline`."""
-        guidance = f"{self.guidance(request.guidance)}; computed in {self.compute_dtype}"
+        guidance = f"{self.guidance(request.guidance)}; {self.computed}"
         return [guidance, *self.prompt_notes(request)]
 
     def prompt_notes(self, request: SampleRequest) -> list[str]:

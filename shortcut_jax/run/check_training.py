@@ -8,7 +8,7 @@ from shortcut_jax.config.schema import Settings
 from shortcut_jax.core.tree import flat_paths
 from shortcut_jax.errors import ConfigError
 from shortcut_jax.run.assembly import Assembly
-from shortcut_jax.runtime.device_table import device_spec
+from shortcut_jax.runtime.device_table import require_float8
 from shortcut_jax.runtime.sharding import own_device
 from shortcut_jax.steps.optim import OptimizerSettings
 
@@ -48,25 +48,6 @@ def check_paths(assembly: Assembly) -> None:
         )
 
 
-def check_float8(assembly: Assembly) -> None:
-    """Raises ConfigError where `model.matmul_dtype=float8` would train on devices that have no such products.
-
-    A CPU rounds the same values and multiplies them in float32: slower, and for trying it out.
-    """
-    if assembly.settings.model.matmul_dtype is None or assembly.platform == "cpu":
-        return
-    device = own_device(assembly.mesh)
-    capability = str(getattr(device, "compute_capability", ""))
-    known = device_spec(device)
-    numbers = tuple(int(part) for part in capability.split(".")) if re.fullmatch(r"\d+\.\d+", capability) else None
-    has_float8 = "f8" in known.flops if known else numbers is not None and numbers >= (8, 9)
-    if assembly.platform != "gpu" or not has_float8:
-        raise ConfigError(
-            f"model.matmul_dtype=float8 needs NVIDIA GPUs of compute capability 8.9 or higher (L4, L40S, H100 and "
-            f"later), but these are {device.device_kind}{f', {capability}' if capability else ''}: leave it None"
-        )
-
-
 def assemble_training(settings: Settings, devices: Sequence[Any] | None = None) -> Assembly:
     """What trains a config, checked.
 
@@ -75,7 +56,7 @@ def assemble_training(settings: Settings, devices: Sequence[Any] | None = None) 
     """
     check_training(settings)
     assembly = Assembly(settings, devices)
-    check_float8(assembly)
+    require_float8(own_device(assembly.mesh), "model.matmul_dtype", settings.model.matmul_dtype)
     check_paths(assembly)
     return assembly
 

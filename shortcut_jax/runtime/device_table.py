@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+
+from shortcut_jax.errors import ConfigError
 
 
 class DeviceSpec(NamedTuple):
@@ -90,6 +93,22 @@ def usable_memory(device: Any) -> float | None:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     return None
+
+
+def require_float8(device: Any, name: str, matmul_dtype: str | None) -> None:
+    """Raises ConfigError where a setting `name` asks for float8 products of a device that has none.
+
+    A CPU multiplies the same rounded values in float32: slower, and for trying it out.
+    """
+    if matmul_dtype is None or device.platform == "cpu":
+        return
+    capability, known = str(getattr(device, "compute_capability", "")), device_spec(device)
+    numbers = tuple(map(int, capability.split("."))) if re.fullmatch(r"\d+\.\d+", capability) else (0, 0)
+    if not ("f8" in known.flops if known else numbers >= (8, 9)):
+        raise ConfigError(
+            f"{name}=float8 needs NVIDIA GPUs of compute capability 8.9 or higher (L4, L40S, H100 and later), but "
+            f"these are {device.device_kind}{f', {capability}' if numbers != (0, 0) else ''}: leave it out"
+        )
 
 
 def peak_flops(device: Any) -> float | None:
