@@ -245,6 +245,7 @@ class TextToImage(ConvertedModels):
         shift = self.shift_at(height, width) if request.shift is None else request.shift
         made: Record = {"guidance": self.guidance(request.guidance).value, "shift": shift}
         made |= {"height": height, "width": width, "text_tokens": request.text_tokens, "model": self.name}
+        made |= {"matmul_dtype": self.matmul_dtype} if self.matmul_dtype else {}
         strength = 1.0 if request.lora_scale is None else request.lora_scale
         return made | {"lora": [[Path(path).name, scale * strength] for path, scale in self.loras]}
 

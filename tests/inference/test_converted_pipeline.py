@@ -246,6 +246,8 @@ def test_weights_stay_as_stored_and_are_computed_with_in_the_dtype_asked_for(dev
     assert 1e-4 < relative(patchify(latents), dev.actual()) < 0.03
     rounded = TextToImage(folder, devices=jax.devices()[:1], matmul_dtype="float8")
     assert rounded.computed == "computed in float32, products in float8"
+    asked = SampleRequest((PROMPTS[0],))
+    assert rounded.facts(asked) == wide.facts(asked) | {"matmul_dtype": "float8"}
     other = rounded.denoise(dev.noise, rounded.encode(PROMPTS, 2.5, TEXT_TOKENS), (HEIGHT, WIDTH), STEPS)
     assert 1e-3 < relative(other, latents) < 0.1
 
