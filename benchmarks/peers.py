@@ -5,7 +5,7 @@
 Each project computes in a process of its own, which waits while another one works; all take turns. Training is
 forward, backward and AdamW of the flow-matching error (no EMA: the others have none); sampling is Euler steps without
 guidance.
-Weights are random and in float32. diffusers computes eagerly, as it comes; `diffusers-compiled` is it by `torch.compile`.
+Weights are random and in float32. diffusers computes eagerly, as it comes; `diffusers-compiled` by `torch.compile`.
 """
 
 import argparse
