@@ -30,9 +30,17 @@ def init_params(cfg: FluxConfig, key: jax.Array) -> Any:
     return Flux(plain).init(key, *inputs, image_ids(4, 4), text_ids(1), *optional)["params"]
 
 
-@lru_cache(maxsize=16)
 def weight_shapes(cfg: FluxConfig) -> Any:
-    """The weights of a network as abstract arrays."""
+    """The weights of a network as abstract arrays, traced once for all ways and meshes it may be computed on."""
+    computing: dict[str, Any] = dict(compute_dtype="float32", matmul_dtype=None, grad_reduce_dtype="float32")
+    computing |= dict(
+        remat="none", scan_unroll=1, forward_mode=False, attention="xla", constrain=no_constraint, per_shard=unsharded
+    )
+    return _shapes(dataclasses.replace(cfg, **computing))
+
+
+@lru_cache(maxsize=64)
+def _shapes(cfg: FluxConfig) -> Any:
     return jax.eval_shape(partial(init_params, cfg), jax.random.key(0))
 
 

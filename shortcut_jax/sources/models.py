@@ -1,6 +1,7 @@
 """Whatever holds weights, opened alike: PyTorch checkpoints, converted folders, training workdirs, LoRA files."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,8 +76,9 @@ class Model(NamedTuple):
         return specs_of(self.params)
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_params(kind: str, config: Any) -> dict[str, Any]:
-    """The parameters of a model as abstract arrays, nested."""
+    """The parameters of a model as abstract arrays, nested; the same ones for the same config."""
     from shortcut_jax.models.init import weight_shapes
 
     key, tokens = jax.random.key(0), np.zeros((1, 2), np.int32)

@@ -74,7 +74,7 @@ def test_adapters_of_text_encoders_alone_are_refused(tmp_path, capfd):
 @pytest.mark.slow
 def _served(folder, loras):
     """As the web page opens it."""
-    return app.open_studio(SimpleNamespace(checkpoint=folder, loras=loras, max_size=1024))
+    return app.open_studio(SimpleNamespace(checkpoint=folder, loras=loras, max_size=1024, matmul_dtype=None))
 
 
 @pytest.mark.slow

@@ -55,7 +55,8 @@ def _studio(workdir, views=("slow", "online", "fast")):
 
 
 def _served(folder, loras=(), max_size=1024):
-    return app.open_studio(SimpleNamespace(checkpoint=folder, loras=loras, max_size=max_size))
+    options = SimpleNamespace(checkpoint=folder, loras=loras, max_size=max_size, matmul_dtype=None)
+    return app.open_studio(options)
 
 
 def _programs(studio):
