@@ -57,6 +57,7 @@ NO_PATHS = {
         "views",
         "dtype",
         "method",
+        "matmul_dtype",
         "features",
         "resize",
         "extras",
