@@ -150,14 +150,14 @@ def products(shapes: Shapes, _: argparse.Namespace) -> Iterator[Row]:
 
 def steps(objective: str, shapes: Shapes, _: argparse.Namespace) -> Iterator[Row]:
     """Train steps of the truncated stack in each remat policy, one of them in float8, beside the roofline."""
-    for remat, float8 in (
-        ("full", False),
-        ("branch_mlp", False),
-        ("branch_mlp", True),
-        ("branch", False),
-        ("none", False),
+    for remat, matmul_dtype in (
+        ("full", None),
+        ("branch_mlp", None),
+        ("branch_mlp", "float8"),
+        ("branch", None),
+        ("none", None),
     ):
-        changes = {"model.remat": remat, "model.matmul_dtype": "float8" if float8 else None}
+        changes = {"model.remat": remat, "model.matmul_dtype": matmul_dtype}
         assembly = Assembly(shapes.settings(objective=objective, **changes))
         step = compile_step(assembly)
         batch, state = random_batch(assembly), assembly.init_state()
@@ -168,8 +168,7 @@ def steps(objective: str, shapes: Shapes, _: argparse.Namespace) -> Iterator[Row
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - begin)
         took = statistics.median(times[2:])
-        products = "float8" if float8 else assembly.model.compute_dtype
-        row: Row = {"objective": objective, "remat": remat, "products": products}
+        row: Row = {"objective": objective, "remat": remat, "products": matmul_dtype or assembly.model.compute_dtype}
         row |= {"rows": assembly.batch_size, "ms": _ms(took)}
         if assembly.peak_flops:
             row["MFU"] = f"{assembly.flops() / took / assembly.peak_flops:.1%}"

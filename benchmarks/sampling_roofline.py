@@ -8,22 +8,25 @@ are those of `train --dry_run` (docs/performance.md).
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from shortcut_jax import cli
 from shortcut_jax.core.latents import PATCH
 from shortcut_jax.core.types import Condition
-from shortcut_jax.diagnostics.roofline import Roofline, roofline
+from shortcut_jax.diagnostics.compiled_step import time_of
+from shortcut_jax.diagnostics.roofline import Roofline
+from shortcut_jax.errors import UsageError
+from shortcut_jax.models.attention import choose_backend
 from shortcut_jax.models.flux import FluxConfig
 from shortcut_jax.models.init import weight_shapes
 from shortcut_jax.models.presets import PRESETS, preset
 from shortcut_jax.run.step_memory import GB
 from shortcut_jax.runtime.aot_targets import target_devices
-from shortcut_jax.runtime.device_table import device_spec
 from shortcut_jax.runtime.hlo_schedule import Program
 from shortcut_jax.runtime.sharding import (
     MeshShape,
@@ -50,10 +53,11 @@ def main(argv: Sequence[str]) -> int:
     devices = target_devices(options.target)
     print("| products | guidance | images | ms | ms an image | MFU | arguments, GB | temporaries, GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
     for matmul_dtype in (None, "float8"):
+        network = _network(options.preset, mesh, matmul_dtype)
         for images, cfg in ((1, False), (1, True), (4, False)):
-            network = _network(options.preset, devices, matmul_dtype)
-            found, memory = _sampled(network, devices, options.pixels // LATENT_PIXELS, options.steps, images, cfg)
+            found, memory = _sampled(network, mesh, options.pixels // LATENT_PIXELS, options.steps, images, cfg)
             ms = 1e3 * found.practical.seconds
             row = (
                 matmul_dtype or "bfloat16",
@@ -69,29 +73,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _network(name: str, devices: Sequence[Any], matmul_dtype: str | None) -> FluxConfig:
-    mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
+def _network(name: str, mesh: Mesh, matmul_dtype: str | None) -> FluxConfig:
+    """A network in bfloat16, as a converted pipeline computes it."""
+    cfg, dtype = preset(name), "bfloat16"
     return dataclasses.replace(
-        preset(name),
-        compute_dtype="bfloat16",
-        param_dtype="bfloat16",
+        cfg,
+        compute_dtype=dtype,
+        param_dtype=dtype,
         matmul_dtype=matmul_dtype,
-        attention="cudnn" if devices[0].platform == "gpu" else "xla",
+        attention=choose_backend("auto", mesh.devices.flat[0].platform, dtype, cfg.head_size),
         constrain=make_constrain(mesh),
         per_shard=make_per_shard(mesh),
     )
 
 
-def _sampled(
-    network: FluxConfig, devices: Sequence[Any], side: int, steps: int, images: int, cfg: bool
-) -> tuple[Roofline, Any]:
+def _sampled(network: FluxConfig, mesh: Mesh, side: int, steps: int, images: int, cfg: bool) -> tuple[Roofline, Any]:
     """The roofline of sampling some images, and XLA's account of the memory."""
-    mesh = make_mesh(MeshShape(1, len(devices), 1), devices)
     on_all = replicated(mesh)
     shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=on_all)
     weights = weight_shapes(network)
     placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s), weights, tree_shardings(mesh, weights)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, tree_shardings(mesh, weights)
     )
     noise = shape(images, (side // PATCH) ** 2, network.channels)
     guidance = shape(images) if network.guidance else None
@@ -104,11 +106,11 @@ def _sampled(
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(sample).lower(placed, noise, condition, condition if cfg else None).compile()
-    spec = device_spec(devices[0])
-    if spec is None:
-        raise ValueError(f"there are no figures of {devices[0].device_kind}")
-    return roofline(Program(compiled.as_text()), mesh.shape, spec), compiled.memory_analysis()
+    found = time_of(Program(compiled.as_text()), mesh)
+    if found is None:
+        raise UsageError(f"{mesh.devices.flat[0].device_kind} has no roofline: take --target=gpu:h100:1x1")
+    return found, compiled.memory_analysis()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cli.run(main)

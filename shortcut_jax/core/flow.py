@@ -11,7 +11,7 @@ from shortcut_jax.core.types import Array, StepVelocity
 
 
 def per_row(scalar_B: Array, like: Array) -> Array:
-    """Reshapes one scalar a row [B] so that it broadcasts against `like` [B, ...]."""
+    """Reshapes scalars of leading axes, such as one a row [B], so that they broadcast against `like` [B, ...]."""
     return scalar_B.reshape(scalar_B.shape + (1,) * (like.ndim - scalar_B.ndim))
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from shortcut_jax.diagnostics.roofline import Efficiencies, Roofline, roofline
 from shortcut_jax.run.assembly import Assembly
@@ -77,8 +78,15 @@ def compile_step(assembly: Assembly, efficiencies: Efficiencies | None = None) -
     between = time.perf_counter()
     compiled, partitioned = compile_and_partition(lowered)
     seconds = between - begin, time.perf_counter() - between
-    text, spec = compiled.as_text(), device_spec(assembly.mesh.devices.flat[0])
+    text = compiled.as_text()
     program = Program(text)
-    known = spec and not spec.kind.startswith(UNREAD)
-    timed = roofline(program, assembly.mesh.shape, spec, efficiencies) if spec and known else None
+    timed = time_of(program, assembly.mesh, efficiencies)
     return CompiledStep(assembly, compiled, compiled.memory_analysis(), partitioned, text, program, timed, *seconds)
+
+
+def time_of(program: Program, mesh: Mesh, efficiencies: Efficiencies | None = None) -> Roofline | None:
+    """The roofline of a program; None for devices without figures, and for TPUs."""
+    spec = device_spec(mesh.devices.flat[0])
+    if spec is None or spec.kind.startswith(UNREAD):
+        return None
+    return roofline(program, mesh.shape, spec, efficiencies)

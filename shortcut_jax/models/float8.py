@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import fp8_ops
 
+from shortcut_jax.core.flow import per_row
 from shortcut_jax.core.types import Array
 
 VALUES, GRADIENTS = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -42,7 +43,7 @@ def scale_of(x: Array, dtype: jax.typing.DTypeLike, axes: Sequence[int] | None =
 
 def scaled(x: Array, dtype: jax.typing.DTypeLike, scale: Array) -> Scaled:
     """An array in float8; `scale` has the leading axes of the array, or none."""
-    values = fp8_ops.quantize(x, dtype, scale.reshape(*scale.shape, *(1,) * (x.ndim - scale.ndim)), jnp.float32)
+    values = fp8_ops.quantize(x, dtype, per_row(scale, x), jnp.float32)
     return Scaled(values, scale)
 
 
@@ -61,5 +62,4 @@ def product(x: Scaled, kernel: Scaled, contract: tuple[tuple[int, ...], tuple[in
     own = lambda a, b: jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.dtype(dtype))
     wide = lambda a, b: jax.lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dims).astype(dtype)
     y = jax.lax.platform_dependent(x.values, kernel.values, cpu=wide, default=own)
-    scale = x.scale * kernel.scale
-    return (y * scale.reshape(*scale.shape, *(1,) * (y.ndim - scale.ndim))).astype(dtype)
+    return (y * per_row(x.scale * kernel.scale, y)).astype(dtype)

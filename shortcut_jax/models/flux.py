@@ -280,19 +280,21 @@ def _scanned(block: type[nn.Module], cfg: FluxConfig, length: int, name: str, in
     return stack(cfg, name=name)
 
 
+def is_float8(path: str) -> bool:
+    """Whether `matmul_dtype="float8"` rounds the weight at a path: the kernels of `_block_linear`."""
+    return "_blocks/" in path and path.endswith("/kernel") and "modulation/" not in path
+
+
 def float8_scales(params: Any) -> dict[str, Any]:
     """The collection with the scales of the kernels that `matmul_dtype="float8"` rounds, [depth] each.
 
     Made outside of the scan over blocks, for all of them at once: inside it, each block would wait for its own.
     """
-    flat = traverse_util.flatten_dict(params)
-    kernels = {
-        path: value
-        for path, value in flat.items()
-        if path[0].endswith("_blocks") and path[-1] == "kernel" and not path[1].endswith("modulation")
+    kernels = {path: x for path, x in traverse_util.flatten_dict(params, sep="/").items() if is_float8(path)}
+    scales = {
+        f"{path.removesuffix('kernel')}{SCALE}": scale_of(x, VALUES, range(1, x.ndim)) for path, x in kernels.items()
     }
-    scales = {(*path[:-1], SCALE): scale_of(x, VALUES, range(1, x.ndim)) for path, x in kernels.items()}
-    return {FLOAT8: traverse_util.unflatten_dict(scales)}
+    return {FLOAT8: traverse_util.unflatten_dict(scales, sep="/")}
 
 
 class Flux(nn.Module):

@@ -6,14 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from shortcut_jax.cluster import key_value
 from shortcut_jax.cluster.distributed import agree, say
 from shortcut_jax.core.tree import flat_paths
-from shortcut_jax.models.flux import float8_scales
-from shortcut_jax.models.linear import FLOAT8, SCALE
+from shortcut_jax.models.flux import is_float8
 from shortcut_jax.run.assembly import Assembly
 from shortcut_jax.runtime.device_table import usable_memory
 from shortcut_jax.runtime.sharding import local_bytes, own_device
@@ -115,9 +113,8 @@ def expected_temporaries(assembly: Assembly) -> dict[str, float]:
     cfg, s, mesh = assembly.model, assembly.settings, assembly.mesh_shape
     item = jnp.dtype(cfg.compute_dtype).itemsize
     flat = flat_paths(assembly.network_shapes)
-    rounded = flat_paths(jax.eval_shape(float8_scales, assembly.network_shapes)) if cfg.matmul_dtype else {}
-    is_float8 = lambda path: f"{FLOAT8}/{path.removesuffix('kernel')}{SCALE}" in rounded
-    slices = {p: math.prod(x.shape[1:]) * (1 if is_float8(p) else item) for p, x in flat.items() if "_blocks/" in p}
+    size = lambda path: 1 if cfg.matmul_dtype and is_float8(path) else item
+    slices = {p: math.prod(x.shape[1:]) * size(p) for p, x in flat.items() if "_blocks/" in p}
     block = max(sum(n for p, n in slices.items() if p.startswith(f"{stack}_blocks/")) for stack in ("double", "single"))
     tokens = assembly.num_image_tokens + s.data.text_tokens
     rows = assembly.batch_size / s.accumulate / mesh.batch_shards
